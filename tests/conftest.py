@@ -1,0 +1,60 @@
+"""Which process a test runs in.
+
+The same tests run on the CPU path and, where there is one, on the GPU (this process); and with the kernels interpreted, in a
+process of its own (TRITON_INTERPRET=1), started beside this one by test_interpreter.py.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import warnings
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and not INTERPRET else [])
+TESTS = pathlib.Path(__file__).parent
+INTERPRETED = pytest.StashKey()
+os.environ.setdefault("TRITON_LOSSES_AUTOTUNE", "0")  # tests of the tuning switch it on
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "not_interpreted: needs the compiler, or says nothing about kernels")
+
+
+def pytest_collection_modifyitems(config, items):
+    if INTERPRET:
+        items[:] = [item for item in items if not item.get_closest_marker("not_interpreted")]
+
+
+def pytest_collection_finish(session):
+    """Start the interpreted run beside this one where its test is wanted: that test comes last and waits for it."""
+    wanted = [item for item in session.items if item.path.name == "test_interpreter.py"]
+    if wanted and not session.config.option.collectonly:
+        session.items.sort(key=lambda item: item in wanted)
+        log = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "--durations=5", str(TESTS)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=TESTS.parent, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        session.config.stash[INTERPRETED] = (process, log)
+
+
+def pytest_sessionfinish(session):
+    if INTERPRETED in session.config.stash:
+        session.config.stash[INTERPRETED][0].kill()  # nothing to do where it has ended
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using a target size")
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,115 @@
+"""A formula's written partials are its derivative, and each of its readings is the same function."""
+
+import math
+
+import pytest
+import torch
+
+import triton_losses  # noqa: F401  files the formulas
+from triton_losses.families.label_rows import slots_of
+from triton_losses.formula import FORMULAS, Formula, formula
+from triton_losses import device_math
+
+ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of rows
+    "squared_error": (2, ()),
+    "absolute_error": (2, ()),
+    "smooth_absolute_error": (2, (0.5, 2.0)),
+    "huber": (2, (0.7,)),
+    "log_cosh_error": (2, ()),
+    "logistic": (2, ()),
+    "weighted_logistic": (3, ()),
+    "sigmoid_focal": (2, (0.75, -0.5, 1.7)),
+}
+ROWS = {
+    "negative_log_likelihood": (),
+    "cross_entropy_plain": (),
+    "cross_entropy_with_z_loss": (0.1,),
+    "cross_entropy_smoothed": (0.1, 0.2),
+    "softmax_focal": (1.7, 0.3),
+}
+
+
+def operands_of(name):
+    """Chances where a formula takes them, log-probabilities below 0; values away from kinks with probability one."""
+    f = FORMULAS[name]
+    if name in ELEMENTWISE:
+        count, scalars = ELEMENTWISE[name]
+        return [torch.rand(50, dtype=torch.float64) if i else torch.randn(50, dtype=torch.float64) * 2 for i in range(count)], scalars
+    count = sum(slot > 0 for slot in slots_of(f))
+    return [-torch.rand(50, dtype=torch.float64) * 3 - 0.01 for _ in range(count)], ROWS[name]
+
+
+def every_partial(f):
+    return f.partials(max(f.cuts))  # the cut in which all are wanted
+
+
+def test_every_formula_is_drawn_here():
+    assert set(FORMULAS) == set(ELEMENTWISE) | set(ROWS)
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *ROWS])
+def test_partials_are_the_derivative_of_the_value(name):
+    operands, scalars = operands_of(name)
+    operands = [v.requires_grad_() for v in operands]
+    f = FORMULAS[name]
+    loss, partials = f.value(*operands, *scalars), every_partial(f)(*operands, *scalars)
+    for operand, partial, parameter in zip(operands, partials, f.parameters):  # a row formula has none by its weight
+        (derivative,) = torch.autograd.grad(loss.sum(), operand, retain_graph=True, allow_unused=True)
+        torch.testing.assert_close(partial.expand_as(operand), derivative, rtol=1e-10, atol=1e-12, msg=f"∂{name}/∂{parameter}")
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *ROWS])
+def test_a_reading_cut_to_some_outputs_gives_those_outputs(name):
+    operands, scalars = operands_of(name)
+    f = FORMULAS[name]
+    loss, *partials = f.reading(tuple(range(1 + len(next(iter(f.cuts))))))(*operands, *scalars)
+    assert torch.equal(f.value(*operands, *scalars), loss)
+    for i, partial in enumerate(partials):
+        wanted = tuple(k == i for k in range(len(partials)))
+        assert torch.equal(f.partials(wanted)(*operands, *scalars)[0], partial)
+
+
+def test_a_reading_leaves_out_what_it_does_not_need():
+    assert "tanh" in FORMULAS["log_cosh_error"].partials((True, False)).__code__.co_names
+    assert "log_cosh" not in FORMULAS["log_cosh_error"].partials((True, False)).__code__.co_names
+
+
+def test_two_formulas_cannot_share_a_name():
+    def huber(x, y, delta):
+        return x, x, y
+
+    with pytest.raises(ValueError, match="two formulas are named 'huber'"):
+        formula(huber)
+    assert isinstance(FORMULAS["huber"], Formula)
+
+
+SPOTS = torch.tensor([0.0, 1e-30, 1e-7, 1e-4, 0.01, 0.2, 0.3499, 0.3501, 0.5, 1.0, 3.0, 9.0, 17.0, 40.0, 87.0], dtype=torch.float64)
+SPOTS = torch.cat([-SPOTS.flip(0), SPOTS])
+EXACT = {
+    "exp": torch.exp,
+    "log1p_exp_minus_abs": lambda x: torch.exp(-x.abs()).log1p(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "log_cosh": lambda x: torch.where(
+        x.abs() < 1, torch.log1p(2 * torch.sinh(x / 2) ** 2), x.abs() + torch.log1p(torch.exp(-2 * x.abs())) - math.log(2)
+    ),
+    "expm1": torch.expm1,
+    "sign": torch.sign,
+    "relu": torch.relu,
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_function_of_device_math_and_its_twin_are_exact(name, dtype, device):
+    """Against float64: relative errors of a few roundings, at tiny, middling and large arguments alike."""
+    from device_functions import evaluate
+
+    function = getattr(device_math, name)
+    x = SPOTS.to(device, dtype)
+    exact = EXACT[name](x.double())
+    smallest = 1e-15 if dtype == torch.float64 else 1e-37  # float64 kernels promise absolute 1e-16 of tiny arguments
+    for values in (function.eager(x), evaluate(function, x)):
+        relative = (values.double() - exact).abs() / exact.abs().clamp(min=smallest)
+        close = relative < (2e-6 if dtype == torch.float32 else 1e-12) * (1 + x.abs() / 20)  # exp's argument is rounded
+        assert (close | ((values.double() - exact).abs() < (1e-37 if dtype == torch.float32 else 1e-15))).all(), (x[~close], values[~close], exact[~close])

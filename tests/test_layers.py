@@ -1,0 +1,84 @@
+"""Imports point down only: modules → functional → themes → families → (tuning, op, formula, device_math) → compiler."""
+
+import ast
+import doctest
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.not_interpreted
+ROOT = pathlib.Path(__file__).parents[1]
+CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "tuning": 2}
+
+
+def layer_of(name):
+    """A number that an import must not raise: the core below the families, those below the themes, and so on."""
+    parts = name.split(".")
+    if parts[0] != "triton_losses":
+        return None
+    if len(parts) == 1:
+        return 9
+    if parts[1] == "families":
+        return 3 if len(parts) == 3 and (parts[2].endswith("_kernels") or parts[2] == "reduction") else 4
+    return {**CORE, "functional": 6, "modules": 7}.get(parts[1], 5)
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists())
+
+
+FILES = sorted((ROOT / "triton_losses").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for imported in imports_of(path):
+        layer = layer_of(imported)
+        if layer is None or imported in ("triton_losses", "triton_losses.families"):
+            continue
+        assert layer < layer_of(name) or (layer == layer_of(name) and layer in (1, 2, 3, 4)), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("package, others", [("reference", ("triton_losses", "bench", "tests")), ("triton_losses", ("reference", "bench", "tests")), ("bench", ("tests",))])
+def test_packages_do_not_import_one_another(package, others):
+    found = {name.split(".")[0] for path in (ROOT / package).rglob("*.py") for name in imports_of(path) if name}
+    assert not found & set(others)
+
+
+def test_importing_needs_torch_and_triton_alone():
+    """Nor pandas, nor plotting; and it starts no compiler and no GPU."""
+    loaded = "import sys, triton_losses; print([m for m in ('pandas', 'matplotlib', 'rich', 'pytest', 'hypothesis', 'torch._dynamo.symbolic_convert') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_package_works_without_triton():
+    script = """
+import sys
+sys.modules["triton"] = sys.modules["triton.language"] = None
+import torch, triton_losses
+x, y = torch.randn(5, 9, requires_grad=True), torch.randint(9, (5,))
+ours, torchs = triton_losses.CrossEntropyLoss(label_smoothing=0.1)(x, y), torch.nn.CrossEntropyLoss(label_smoothing=0.1)(x, y)
+torch.testing.assert_close(ours, torchs)
+torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(torchs, x))
+torch.testing.assert_close(triton_losses.HuberLoss()(x, x.detach() + 1), torch.tensor(0.5))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("theme", ["regression", "binary", "classification", "tuning"])
+def test_the_examples_in_docstrings_are_true(theme):
+    module = importlib.import_module(f"triton_losses.{theme}")
+    scope = {**vars(module), "torch": torch}
+    results = [doctest.DocTestRunner(verbose=False).run(test) for test in doctest.DocTestFinder().find(module, globs=scope)]
+    assert sum(r.attempted for r in results) > 0 and sum(r.failed for r in results) == 0

@@ -1,0 +1,113 @@
+"""Every case of the table against its float64 reference: values and gradients, for a random upstream gradient."""
+
+import inspect
+
+import pytest
+import torch
+
+import reference.losses
+from conftest import INTERPRET
+from reference.cases import CASES
+from triton_losses import functional
+
+WIDE, NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
+# the interpreter takes seconds for what the CPU path takes milliseconds for, and truncates to bfloat16
+ROUNDING = {torch.float64: 2**-50, torch.float32: 2**-22, torch.bfloat16: 2**-7 if INTERPRET else 2**-8, torch.float16: 2**-10}
+
+
+def value_and_gradients(loss, case, tensors, options):
+    """The loss and a gradient of each differentiable tensor, for an upstream gradient that is the same in every dtype."""
+    tensors = [t.clone().requires_grad_(i < case.differentiable) for i, t in enumerate(tensors)]
+    value = loss(*tensors, **options)
+    upstream = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    value.backward(upstream.to(value.device, torch.float32).to(value.dtype))
+    return [value.detach(), *(t.grad for t in tensors[: case.differentiable])]
+
+
+def in_float64(thing):
+    return thing.double() if isinstance(thing, torch.Tensor) and thing.is_floating_point() else thing
+
+
+def assert_within_budget(ours, torchs, exact, dtype):
+    """Off by at most twice what plain torch is off by in that dtype, or twice one rounding; inf and nan in the same places."""
+    limit = torch.finfo(dtype).max
+    exact = torch.where(exact.abs() > limit, exact.sign() * float("inf"), exact)
+    ours, torchs = ours.double(), torchs.double()
+    assert torch.equal(ours.isnan(), exact.isnan())
+    infinite = exact.isinf() | torchs.isinf()
+    assert torch.equal(torch.where(infinite & ours.isinf(), 0, ours).isinf(), torch.zeros_like(infinite))
+    finite = exact.isfinite() & torchs.isfinite() & ours.isfinite()
+    if finite.any():
+        scale = exact[finite].abs().max().clamp(min=1 / exact.numel())  # terms of about that size may cancel to 0
+        budget = 2 * torch.maximum((torchs - exact)[finite].abs().max(), ROUNDING[dtype] * scale)
+        error = (ours - exact)[finite].abs().max()
+        assert error <= budget, f"error {error:.3g} exceeds {budget:.3g}, values up to {scale:.3g}"
+
+
+def check(case, shape, dtype, reduction, device):
+    tensors, options = case.arguments(shape, dtype, device)
+    options["reduction"] = reduction
+    ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
+    plain = getattr(reference.losses, case.name)
+    torchs = value_and_gradients(plain, case, tensors, options)
+    exact = value_and_gradients(plain, case, [in_float64(t) for t in tensors], {k: in_float64(v) for k, v in options.items()})
+    for o, t, e in zip(ours, torchs, exact, strict=True):
+        assert o.dtype == t.dtype == dtype and o.shape == t.shape
+        assert_within_budget(o, t, e, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference_in_every_shape(case, reduction, device):
+    for shape in case.shapes if reduction == "mean" or not INTERPRET else case.shapes[:1]:
+        check(case, shape, torch.float32, reduction, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference_in_every_dtype(case, dtype, device):
+    for reduction in ("mean",) if INTERPRET else ("none", "sum", "mean"):
+        check(case, case.shapes[0], dtype, reduction, device)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.note], ids=str)
+def test_takes_no_rows_and_gives_what_torch_gives(case, device):
+    tensors, options = case.arguments((0, 7), torch.float32, device)
+    for reduction in ("none", "sum", "mean"):
+        options["reduction"] = reduction
+        ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
+        torchs = value_and_gradients(getattr(reference.losses, case.name), case, tensors, options)
+        for o, t in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(o, t, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.note], ids=str)
+def test_strides_do_not_matter(case, device):
+    """Transposed, sliced and expanded tensors, and an upstream gradient that is none of contiguous."""
+    shape = case.shapes[0]
+    tensors, options = case.arguments(shape, torch.float32, device)
+    options["reduction"] = "none"
+    straight = value_and_gradients(getattr(functional, case.name), case, tensors, options)
+
+    def with_odd_strides(t):
+        if t.dim() < 2:
+            return torch.stack([t, t], -1)[..., 0]
+        return torch.stack([t.transpose(0, 1).contiguous()] * 2)[1].transpose(0, 1)
+
+    odd = [with_odd_strides(t).detach().requires_grad_(i < case.differentiable) for i, t in enumerate(tensors)]
+    value = getattr(functional, case.name)(*odd, **options)
+    upstream = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).float().to(device)
+    value.backward(with_odd_strides(upstream))
+    for o, s in zip([value, *(t.grad for t in odd[: case.differentiable])], straight, strict=True):
+        torch.testing.assert_close(o, s, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
+def test_the_reference_has_the_same_signature(name):
+    ours, plain = (inspect.signature(getattr(module, name)).parameters.values() for module in (functional, reference.losses))
+    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in plain]
+
+
+def test_every_public_loss_stands_in_the_table():
+    public = {name for name, value in vars(functional).items() if inspect.isfunction(value)}
+    assert public == {case.name for case in CASES}

@@ -1,0 +1,172 @@
+"""Elementary functions for formulas and kernels: fast on a GPU, each with its PyTorch twin.
+
+Errors of the float32 forms against float64, in units of the last place of the result unless it says absolute: exp 2 near
+0 and |x|·2⁻²⁴ relative elsewhere, log1p_exp_minus_abs 3, sigmoid 3, power |γ·log2 b| + 3, tanh 4, log_cosh 6, expm1 4.
+float64 always takes an exact branch (log_cosh and tanh of tiny arguments: absolute 1e-16).
+"""
+
+import functools
+import math
+import struct
+
+import torch
+
+from triton_losses.compiler import jit, tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+tiny = 1e-37  # about the smallest positive number that float32 still holds to all its digits
+TINY = tl.constexpr(tiny)
+SERIES = tl.constexpr(0.35)  # below it, power series in place of differences that would cancel
+
+
+def twin(eager):
+    """Mark a device function with what PyTorch runs in its place."""
+
+    def mark(fn):
+        made = jit(fn)
+        made.eager = eager
+        return made
+
+    return mark
+
+
+@twin(torch.exp)
+def exp(x):
+    """exp(x); in float32 one multiplication and one instruction."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    return tl.exp2(x * LOG2E)
+
+
+@twin(torch.clamp)
+def clamp(x, low, high):
+    """x between low and high; NaN stays NaN (tl.maximum alone drops it on a GPU)."""
+    return tl.where(x < low, low, tl.where(x > high, high, x)).to(x.dtype)
+
+
+@twin(torch.sign)
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@twin(torch.relu)
+def relu(x):
+    return tl.where(x < 0, 0.0, x).to(x.dtype)
+
+
+@twin(lambda x: torch.clamp(x, min=tiny))
+def at_least_tiny(x):
+    """Keeps a logarithm or a quotient finite; far below anything that shows in a float32 result."""
+    return tl.where(x < TINY, TINY, x).to(x.dtype)
+
+
+@twin(lambda x: torch.nn.functional.softplus(-x.abs(), threshold=50.0))  # from 50 on log1p(exp) is x in float64 too
+def log1p_exp_minus_abs(x):
+    """log(1 + exp(-|x|)): the part of softplus that is not linear."""
+    e = exp(-tl.abs(x))
+    if x.dtype == tl.float64:
+        u = 1.0 + e
+        return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # Kahan: the rounding of 1 + e cancels
+    p = 5.232629355e-03 * e - 2.950498695e-02  # minimax of log1p(e)/e on [0, 1], relative error 1e-7
+    p = p * e + 7.822555769e-02
+    p = p * e - 1.366321402e-01
+    p = p * e + 1.910599285e-01
+    p = p * e - 2.484297904e-01
+    p = p * e + 3.331909649e-01
+    p = p * e - 4.999949313e-01
+    p = p * e + 9.999999699e-01
+    return p * e
+
+
+@twin(torch.sigmoid)
+def sigmoid(x):
+    e = exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@twin(torch.pow)
+def power(base, exponent):
+    """base ** exponent for base > 0; squares, the default of every focal loss, cost one multiplication."""
+    if exponent == 2.0:  # a scalar of the launch: the whole program takes one branch
+        result = base * base
+    else:
+        if base.dtype == tl.float64:
+            result = tl.exp(exponent * tl.log(base))
+        else:
+            result = tl.exp2(exponent * tl.log2(base))
+    return result
+
+
+@twin(torch.expm1)
+def expm1(x):
+    """exp(x) - 1 (Kahan: the error of y - 1 is that of log y, and cancels)."""
+    y = tl.exp(x)
+    return tl.where(y == 1.0, x, tl.where(y - 1.0 == -1.0, y - 1.0, (y - 1.0) * (x / tl.log(y))))
+
+
+@twin(torch.tanh)
+def tanh(x):
+    e = exp(-2.0 * tl.abs(x))
+    large = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+    if x.dtype == tl.float64:
+        return large
+    u = x * x
+    p = 6.2e01 / 2835.0 - u * (1382.0 / 155925.0)
+    p = u * p - 17.0 / 315.0
+    p = u * p + 2.0 / 15.0
+    p = u * p - 1.0 / 3.0
+    return tl.where(tl.abs(x) < SERIES, x + x * (u * p), large)
+
+
+def log_cosh_eager(x):
+    a = x.abs()
+    return torch.where(a < 0.5, torch.log1p(2 * torch.sinh(0.5 * a.clamp(max=1.0)).square()), a + (torch.exp(-2 * a).log1p() - math.log(2)))
+
+
+@twin(log_cosh_eager)
+def log_cosh(x):
+    """log(cosh(x)), which is |x| - log 2 + log(1 + exp(-2|x|)) and about x²/2 where that cancels."""
+    a = tl.abs(x)
+    large = a + (log1p_exp_minus_abs(2.0 * x) - LN2)
+    if x.dtype == tl.float64:
+        return large
+    u = x * x
+    p = 31.0 / 14175.0 - u * (691.0 / 935550.0)
+    p = u * p - 17.0 / 2520.0
+    p = u * p + 1.0 / 45.0
+    p = u * p - 1.0 / 12.0
+    return tl.where(a < SERIES, u * (u * p + 0.5), large)
+
+
+def as_scalars(values, dtype):
+    """A Python float reaches a kernel as float32; for a float64 kernel it travels as a float32 and what that left over."""
+    if dtype != torch.float64:
+        return tuple(values)
+    return tuple(part for value in values for part in split(value))
+
+
+@functools.cache
+def split(value):
+    head = struct.unpack("f", struct.pack("f", value))[0]
+    return head, value - head
+
+
+@jit
+def exact(scalars, COMPUTE: tl.constexpr):
+    """The scalars that `as_scalars` packed, in the type the kernel computes in."""
+    values = scalars
+    if COMPUTE == tl.float64:
+        values = ()
+        for i in tl.static_range(len(scalars) // 2):
+            values += (tl.cast(scalars[2 * i], tl.float64) + tl.cast(scalars[2 * i + 1], tl.float64),)
+    return values
+
+
+@jit
+def load_zeros(pointers, mask):
+    """What is there, zeros where the mask forbids; no mask at all (None) keeps the load as wide as it can be."""
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)

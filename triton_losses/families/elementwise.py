@@ -1,0 +1,209 @@
+"""Losses of the form L_i = w_i · f(x_i, y_i, ...): one value per element.
+
+    forward   reads every operand once; writes L, or one partial sum per SPAN elements
+    backward  reads every operand again; writes ∂L/∂operand · upstream for each wanted operand
+
+Nothing but the operands is saved between the two, so a second backward is simply right.
+"""
+
+import torch
+
+from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.device_math import as_scalars
+from triton_losses.families.reduction import promoted, reduction_of, result_dtype
+from triton_losses.formula import FORMULAS
+from triton_losses.op import op, read_whole, shapes_only
+
+if triton is not None:
+    from triton_losses.families.elementwise_kernels import SPAN, backward_launch, forward_launch, triton_type
+
+MOST_OPERANDS = 4
+
+
+def read_value(formula, values, scalars, weighted):
+    """L from operands that are already in the compute type."""
+    if not weighted:
+        return formula.value(*values, *scalars)
+    return formula.value(*values[:-1], *scalars) * values[-1]
+
+
+def read_partials(formula, values, scalars, weighted, wanted):
+    """∂L/∂operand of each wanted operand; the weight, where there is one, is the last."""
+    if not weighted:
+        return formula.partials(wanted)(*values, *scalars)
+    partials = formula.partials(wanted[:-1])(*values[:-1], *scalars) if any(wanted[:-1]) else ()
+    own = (formula.value(*values[:-1], *scalars),) if wanted[-1] else ()
+    return (*(partial * values[-1] for partial in partials), *own)
+
+
+def widest(operands):
+    return torch.float64 if any(v.dtype == torch.float64 for v in operands) else torch.float32
+
+
+def divisor_of(x, reduction):
+    return x.numel() if reduction == "mean" else 1
+
+
+# PyTorch, in blocks that stay in a CPU's cache
+
+
+def block_elements():
+    return 32768 * torch.get_num_threads()  # torch gives a thread at least 32768 elements of an elementwise operation
+
+
+def blocks(tensors, most):
+    """Slices of at most ``most`` elements of tensors of one shape; flat ones where every tensor is contiguous."""
+    if all(t.is_contiguous() for t in tensors):
+        tensors = [t.view(-1) for t in tensors]
+    shape = tensors[0].shape
+    if tensors[0].numel() <= most:
+        yield tensors
+    elif tensors[0].numel() // shape[0] > most:
+        for parts in zip(*(t.unbind(0) for t in tensors)):
+            yield from blocks(parts, most)
+    else:
+        yield from zip(*(t.split(most * shape[0] // tensors[0].numel()) for t in tensors))
+
+
+def forward_blocks(operands, formula, scalars, weighted, reduction, dtype):
+    wide = widest(operands)
+    if reduction == "none":
+        out = operands[0].new_empty(operands[0].shape, dtype=dtype)
+        for *values, o in blocks([*operands, out], block_elements()):
+            o.copy_(read_value(formula, [v.to(wide) for v in values], scalars, weighted))
+        return out
+    sums = [read_value(formula, [v.to(wide) for v in values], scalars, weighted).sum() for values in blocks(operands, block_elements())]
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return (total / operands[0].numel() if reduction == "mean" else total).to(dtype)
+
+
+def backward_blocks(operands, dout, formula, scalars, weighted, wanted, reduction):
+    wide = widest(operands)
+    grads = [torch.empty_like(v, memory_format=torch.contiguous_format) for v, want in zip(operands, wanted) if want]
+    whole = reduction != "none"
+    upstream = dout.to(wide) / divisor_of(operands[0], reduction) if whole else dout
+    count = len(operands)
+    for parts in blocks([*operands, *grads, *(() if whole else (dout,))], block_elements()):
+        values = [v.to(wide) for v in parts[:count]]
+        factor = upstream if whole else parts[-1].to(wide)
+        for partial, grad in zip(read_partials(formula, values, scalars, weighted, wanted), parts[count:]):
+            if grad.dtype == wide:
+                torch.mul(partial, factor, out=grad)
+            else:
+                grad.copy_(partial * factor)
+    return grads
+
+
+# Ops: kernels on a GPU and in the interpreter, blocks on a CPU
+
+
+def flattened(tensors):
+    """The tensors in the memory order of the first, contiguous; and the permutation that undoes it."""
+    if all(t.is_contiguous() for t in tensors):
+        return tensors, None
+    first = tensors[0]
+    order = sorted(range(first.dim()), key=lambda d: -first.stride(d))
+    back = [order.index(d) for d in range(first.dim())]
+    return [t.permute(order).contiguous() for t in tensors], back
+
+
+@op
+def elementwise_forward(
+    operands: list[torch.Tensor], formula: str, scalars: list[float], weighted: bool, reduction: str, dtype: torch.dtype
+) -> torch.Tensor:
+    x = operands[0]
+    if shapes_only():
+        return x.new_empty(x.shape if reduction == "none" else (), dtype=dtype)
+    if not runs_kernels(x):
+        return forward_blocks(operands, FORMULAS[formula], scalars, weighted, reduction, dtype)
+    operands, back = flattened(operands)
+    n, wide, reduce = x.numel(), widest(operands), reduction != "none"
+    if reduce:
+        partial_sums = max(-(-n // SPAN), 1)
+        out = x.new_empty((), dtype=dtype) if partial_sums == 1 else x.new_empty(partial_sums, dtype=wide)
+        if n == 0:
+            out.fill_(float("nan") if reduction == "mean" else 0.0)
+    else:
+        out = operands[0].new_empty(operands[0].shape, dtype=dtype)
+    forward_launch(
+        operands=tuple(operands), out=out, n=n, divisor=divisor_of(x, reduction), scalars=as_scalars(scalars, wide),
+        FORMULA=FORMULAS[formula].kernel, COMPUTE=triton_type(wide), WEIGHTED=weighted, REDUCE=reduce,
+    )  # fmt: skip
+    if reduce:
+        return out if out.dim() == 0 else out.sum().to(dtype)
+    return out if back is None else out.permute(back)
+
+
+@op
+def elementwise_backward(
+    operands: list[torch.Tensor], dout: torch.Tensor, formula: str, scalars: list[float], weighted: bool, wanted: list[bool], reduction: str
+) -> list[torch.Tensor]:
+    if shapes_only():
+        return [torch.empty_like(v) for v, want in zip(operands, wanted) if want]
+    if not runs_kernels(dout):
+        return backward_blocks(operands, dout, FORMULAS[formula], scalars, weighted, tuple(wanted), reduction)
+    x = operands[0]
+    same = not any(dout.stride())  # one value, or one value expanded: what loss.sum().backward() sends
+    flat, back = flattened(operands if same else [*operands, dout])
+    operands, dout = (flat, dout.as_strided((), ())) if same else (flat[:-1], flat[-1])
+    wide = widest(operands)
+    grads = [torch.empty_like(v) if want else v for v, want in zip(operands, wanted)]
+    backward_launch(
+        operands=tuple(operands), grads=tuple(grads), dout=dout, n=x.numel(), divisor=divisor_of(x, reduction),
+        scalars=as_scalars(scalars, wide), FORMULA=FORMULAS[formula].kernel, COMPUTE=triton_type(wide), WEIGHTED=weighted,
+        WANTED=tuple(wanted), SAME=same,
+    )  # fmt: skip
+    return [g if back is None else g.permute(back) for g, want in zip(grads, wanted) if want]
+
+
+class Elementwise(torch.autograd.Function):
+    @staticmethod
+    def forward(formula, scalars, weighted, reduction, dtype, whole, a, b, c, d):  # no *args: Dynamo counts parameters
+        operands = [v for v in (a, b, c, d) if v is not None]
+        if not whole:
+            return elementwise_forward(operands, formula, scalars, weighted, reduction, dtype)
+        wide = widest(operands)
+        loss = read_value(FORMULAS[formula], [v.to(wide) for v in operands], scalars, weighted)
+        if reduction != "none":
+            loss = loss.sum() / divisor_of(a, reduction)
+        return loss.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.formula, ctx.scalars, ctx.weighted, ctx.reduction, _, ctx.whole, *operands = inputs
+        ctx.save_for_backward(*operands)
+
+    @staticmethod
+    def backward(ctx, dout):
+        operands = [v for v in ctx.saved_tensors if v is not None]
+        wanted = ctx.needs_input_grad[6 : 6 + len(operands)]
+        if ctx.whole or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):  # then it may be differentiated again
+            wide = widest(operands)
+            upstream = dout.to(wide) / divisor_of(operands[0], ctx.reduction)
+            values = [v.to(wide) for v in operands]
+            partials = read_partials(FORMULAS[ctx.formula], values, ctx.scalars, ctx.weighted, wanted)
+            grads = iter([(p * upstream).to(v.dtype) for p, v in zip(partials, [v for v, w in zip(operands, wanted) if w])])
+        else:
+            grads = iter(elementwise_backward(operands, dout, ctx.formula, ctx.scalars, ctx.weighted, list(wanted), ctx.reduction))
+        found = [next(grads) if want else None for want in wanted]
+        return None, None, None, None, None, None, *found, *[None] * (MOST_OPERANDS - len(operands))
+
+
+def elementwise(formula, operands, scalars=(), reduction="mean", weight=None, dtype=None, size_average=None, reduce=None):
+    """Reduce ``weight * formula(*operands, *scalars)``; operands and weight broadcast; the mean is over elements.
+
+    dtype: of the result, unless autocast makes it float32; the operands' promoted type when None.
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    x = operands[0]
+    dtype = result_dtype(x, dtype or promoted(*operands[:2]))
+    if weight is not None:
+        operands = (*operands, weight)
+    for v in operands[1:]:
+        if v.device != x.device:
+            raise RuntimeError(f"expected all tensors to be on the same device, but found {x.device} and {v.device}")
+    if any(v.shape != x.shape for v in operands):
+        operands = torch.broadcast_tensors(*operands)
+    whole = torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda", "xpu") or read_whole()
+    padding = [None] * (MOST_OPERANDS - len(operands))
+    return Elementwise.apply(formula.name, [float(s) for s in scalars], weight is not None, reduction, dtype, whole, *operands, *padding)

@@ -1,0 +1,33 @@
+"""What becomes of a tensor of losses: none, sum or mean, in torch's words and with its older flags."""
+
+import functools
+
+import torch
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def reduction_of(reduction, size_average=None, reduce=None):
+    """The reduction's name; `size_average` and `reduce` win where they are given, as in torch."""
+    if size_average is not None or reduce is not None:
+        return torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction: it must be one of {REDUCTIONS}")
+    return reduction
+
+
+def result_dtype(x, dtype=None):
+    """torch's: the operands' own, and float32 for every loss under autocast."""
+    dtype = dtype or x.dtype
+    return torch.float32 if dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type) else dtype
+
+
+def promoted(a, b):
+    """The type torch computes a loss of two tensors in; a scalar tensor does not widen one with dimensions."""
+    dtype = a.dtype
+    if b.dtype != dtype:
+        dtypes = [v.dtype for v in (a, b) if v.dim() > 0 or a.dim() == b.dim() == 0]
+        dtype = functools.reduce(torch.promote_types, dtypes)  # torch.result_type would break torch.compile's graph
+    if not dtype.is_floating_point:
+        raise NotImplementedError(f"a loss takes floating-point tensors, got {a.dtype} and {b.dtype}")
+    return dtype

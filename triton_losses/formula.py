@@ -1,0 +1,79 @@
+"""A formula is a loss written once and read three ways.
+
+    Triton          compiles it into a family's kernel
+    PyTorch, whole  the same source on whole tensors: torch.compile, vmap, devices without kernels
+    PyTorch, blocks the same source on slices that stay in a CPU's cache
+
+It is a straight-line function of values, never pointers: first the operands (tensors), then the scalars (options). It
+returns the loss, then its partial derivative by each operand. `tl` and the functions of device_math are its vocabulary.
+PyTorch runs line by line and would compute what nobody asked for, so its readings keep only the lines that the wanted
+outputs need.
+"""
+
+import ast
+import inspect
+import itertools
+import textwrap
+
+import torch
+
+from triton_losses.compiler import jit, tl
+
+FORMULAS = {}  # by name: an op carries a formula's name, for torch.compile cannot carry a compiled function
+
+
+class Eager:
+    """The part of triton.language that a formula may use, on tensors of any dtype."""
+
+    abs, exp, log, sqrt, where, sigmoid = torch.abs, torch.exp, torch.log, torch.sqrt, torch.where, torch.sigmoid
+
+
+class Formula:
+    """``formula.kernel`` is what Triton compiles; ``value`` and ``partials`` are what PyTorch runs."""
+
+    def __init__(self, fn):
+        fn.__globals__.setdefault("tl", tl)  # the interpreter wants it in sight, even of a formula that calls helpers alone
+        self.name, self.kernel = fn.__name__, jit(fn)
+        self.__doc__ = fn.__doc__
+        self.parameters = tuple(inspect.signature(fn).parameters)
+        self.scope = {name: getattr(value, "eager", value) for name, value in fn.__globals__.items() if name in fn.__code__.co_names}
+        self.scope["tl"] = Eager
+        self.body = ast.parse(textwrap.dedent(inspect.getsource(fn))).body[0]
+        partials = len(self.body.body[-1].value.elts) - 1
+        self.value = self.reading((0,))
+        self.cuts = {  # made here, for torch.compile cannot trace how
+            wanted: self.reading(tuple(i + 1 for i, want in enumerate(wanted) if want), in_tuple=True)
+            for wanted in itertools.product((False, True), repeat=partials)
+            if any(wanted)
+        }
+
+    def reading(self, outputs, in_tuple=False):
+        """The source cut down to what these outputs need, as a function that returns them; a lone one bare or in a tuple."""
+        *lines, result = self.body.body
+        found = [result.value.elts[i] for i in outputs]
+        kept = [ast.Return(ast.Tuple(found, ast.Load()) if len(found) > 1 or in_tuple else found[0])]
+        needed = names_in(kept[0])
+        for line in reversed(lines):
+            if isinstance(line, ast.Assign) and needed & names_in(*line.targets):
+                kept.insert(0, line)
+                needed |= names_in(line.value)
+        cut = ast.FunctionDef(self.name, self.body.args, kept, [], lineno=1, col_offset=0, type_params=[])
+        scope = dict(self.scope)
+        exec(compile(ast.fix_missing_locations(ast.Module([cut], [])), f"<formula {self.name}>", "exec"), scope)
+        return scope[self.name]
+
+    def partials(self, wanted):
+        """A function that returns, as a tuple, the partial derivative by each operand whose entry in ``wanted`` is True."""
+        return self.cuts[wanted]
+
+
+def names_in(*nodes):
+    return {node.id for tree in nodes for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def formula(fn):
+    """File ``fn`` under its own name as a Formula."""
+    if fn.__name__ in FORMULAS:
+        raise ValueError(f"two formulas are named {fn.__name__!r}")
+    made = FORMULAS[fn.__name__] = Formula(fn)
+    return made

@@ -1,0 +1,194 @@
+"""Which launch configuration a kernel runs with: measured at the first call, remembered on disk.
+
+TRITON_LOSSES_AUTOTUNE=0   never measure; the rule written beside each kernel decides
+TRITON_LOSSES_CACHE_DIR    where the measured choices lie (default: triton_losses inside Triton's own cache)
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import threading
+
+import torch
+
+from triton_losses.compiler import INTERPRET, triton
+from triton_losses.op import shapes_only
+
+LAUNCH_OPTIONS = {
+    "enable_fp_fusion": True,  # Triton 3.10 flips the default
+    "sanitize_overflow": False,  # a kernel with debug=True asserts what it says, not every integer addition
+}
+DOES_NOT_LAUNCH = (torch.OutOfMemoryError,)
+if triton is not None:
+    import triton.testing
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    DOES_NOT_LAUNCH += (CompileTimeAssertionFailure, OutOfResources, PTXASError)
+
+log = logging.getLogger("triton_losses")
+one_at_a_time = threading.Lock()  # for all kernels: two that are measured at once would time each other
+autotune = os.environ.get("TRITON_LOSSES_AUTOTUNE", "1") != "0"
+name_of = functools.cache(lambda index: gpu().get_device_name(index))
+
+
+class Tuned:
+    """A @triton.jit kernel whose launch configuration is chosen once per GPU and ``key(args)``; call it with its arguments.
+
+    configs   the configurations to try, or a function of args that lists them
+    rule      args -> the configuration when nothing is measured
+    key       args -> what the choice may depend on: formula, columns, dtype, alignment; never the rows, which vary by step
+    programs  args, config -> the size of the grid
+    sample    args -> the launch on at most 256 MB of rows, for measuring
+    written   names of the tensors that the kernel reads and overwrites: measured on copies
+    """
+
+    def __init__(self, kernel, *, configs, rule, key, programs, sample=None, written=()):
+        self.kernel, self.rule, self.key, self.programs = kernel, rule, key, programs
+        self.configs = configs if callable(configs) else lambda args: configs
+        self.sample, self.written, self.chosen = sample, written, {}
+
+    def __call__(self, **args):
+        if not shapes_only():
+            self.launch(args, self.config(args))
+
+    def launch(self, args, config):
+        programs = self.programs(args, config)
+        if programs and INTERPRET:  # it knows no num_warps
+            self.kernel[(programs,)](**args, **{name: value for name, value in config.items() if name in self.kernel.arg_names})
+        elif programs:
+            self.kernel[(programs,)](**args, **config, **LAUNCH_OPTIONS)
+
+    def config(self, args):
+        """The remembered choice, else the fastest where it can be measured now, else the rule."""
+        if not autotune or INTERPRET or torch.are_deterministic_algorithms_enabled():
+            return self.rule(args)
+        key = (device_name(), self.key(args))
+        return self.chosen.get(key) or self.choose(key, args)
+
+    def choose(self, key, args):
+        rule = self.rule(args)
+        if shapes_only() or not can_measure() or not self.programs(args, rule):
+            return rule
+        with one_at_a_time:
+            if key not in self.chosen and (choice := self.recall_or_measure(key, args, rule)) is not None:
+                self.chosen[key] = choice
+        return self.chosen.get(key, rule)
+
+    def recall_or_measure(self, key, args, rule):
+        shipped = [rule, *(config for config in self.configs(args) if config != rule)]
+        path = self.path(key, args)
+        choice = recall(path, shipped)
+        if choice is None and not capturing():
+            log.info("tuning %s for %s on %s: %d configurations", self.kernel.__name__, key[1], key[0], len(shipped))
+            times = self.measure(args, shipped)
+            if times:
+                ms, choice = min(times, key=lambda measured: measured[0])
+                log.info("tuned %s for %s: %s, %.4f ms", self.kernel.__name__, key[1], choice, ms)
+                remember(path, {"gpu": key[0], "key": key[1], "config": choice, "ms": ms})
+        return choice
+
+    def measure(self, args, shipped):
+        times = []
+        for config in shipped:
+            try:
+                times.append((median_ms(functools.partial(self.launch, self.sampled(args), config)), config))
+            except DOES_NOT_LAUNCH as error:
+                log.info("%s %s does not launch: %s", self.kernel.__name__, config, error)
+        return times
+
+    def sampled(self, args):
+        args = self.sample(args) if self.sample else args
+        return {**args, **{name: scratch(args[name]) for name in self.written if args[name] is not None}}
+
+    def path(self, key, args):
+        sources = [used.cache_key for used in (self.kernel, *args.values()) if hasattr(used, "cache_key")]  # the formula's too
+        digest = hashlib.sha256(repr((key, triton.__version__, sources)).encode()).hexdigest()
+        where = os.environ.get("TRITON_LOSSES_CACHE_DIR") or os.path.join(triton.knobs.cache.dir, "triton_losses")
+        return pathlib.Path(where, f"{self.kernel.__name__}-{digest[:24]}.json")
+
+
+def scratch(tensor):
+    """A copy with the tensor's own strides, which the kernel is told: ``clone`` would close the gaps between rows."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def recall(path, shipped):
+    """The configuration that the file names, if it is one of ours."""
+    try:
+        config = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return next((ours for ours in shipped if ours == config), None)
+
+
+def remember(path, record):
+    draft = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(record))
+        os.replace(draft, path)  # ranks may race: the last whole file wins
+    except OSError as error:
+        log.warning("the choice is for this process only: %s", error)
+
+
+@functools.cache  # asking costs microseconds; not asked at import, for a process that has asked must not fork
+def gpu():
+    return next((kind for kind in (torch.cuda, torch.xpu) if kind.is_available()), None)  # ROCm calls itself cuda
+
+
+def device_name():
+    return name_of(gpu().current_device()) if gpu() else "no GPU"
+
+
+def can_measure():
+    return triton is not None and not INTERPRET and gpu() is not None
+
+
+def capturing():
+    return gpu() is not None and gpu().is_current_stream_capturing()
+
+
+def median_ms(launch):
+    return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
+
+
+def set_autotune(enabled):
+    """Let kernels be measured at their first call (True), or have each follow its rule of thumb (False).
+
+    >>> set_autotune(False)  # measured choices are not used either: the same configuration on every machine
+    >>> set_autotune(True)
+    """
+    global autotune
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled must be True or False, got {enabled!r}")
+    autotune = enabled
+
+
+def tune(loss, *tensors, **options):
+    """Choose the launch configurations of ``loss(*tensors, **options)`` now, forward and backward, not at its first call.
+
+    It measures whatever ``set_autotune`` says, and changes no ``.grad``.
+    >>> logits = torch.randn(8192, 128256, device="cuda", requires_grad=True)  # doctest: +SKIP
+    >>> tune(triton_losses.cross_entropy, logits, labels)  # doctest: +SKIP
+    """
+    if not can_measure():
+        raise RuntimeError("tune() needs Triton, not its interpreter, and a CUDA, ROCm or XPU device: nothing can be measured here")
+    if torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("tune() measures nothing under torch.use_deterministic_algorithms(True): the rule decides there")
+    parameters = loss.parameters() if isinstance(loss, torch.nn.Module) else ()
+    inputs = [x for x in (*tensors, *options.values(), *parameters) if getattr(x, "requires_grad", False)]
+    before = autotune
+    set_autotune(True)
+    try:
+        results = loss(*tensors, **options)
+        results = [r for r in (results if isinstance(results, tuple) else (results,)) if getattr(r, "requires_grad", False)]
+        if results and not inputs:
+            raise ValueError("tune() runs the backward pass to tensors that require grad among its arguments, got none")
+        if results:
+            torch.autograd.grad(results, inputs, [torch.ones_like(r) for r in results], allow_unused=True)
+    finally:
+        set_autotune(before)
