@@ -102,9 +102,9 @@ def test_the_elementwise_ops_are_well_behaved(device):
     x, y, w = torch.randn(3, 70, device=device), torch.randn(3, 70, device=device), torch.rand(3, 70, device=device)
     for reduction in ("none", "mean"):
         dout = torch.randn(3, 70, device=device) if reduction == "none" else torch.randn((), device=device)
-        torch.library.opcheck(elementwise.elementwise_forward, ([x, y, w], "huber", [0.5], True, reduction, torch.float32), test_utils=TESTS)
+        torch.library.opcheck(elementwise.elementwise_forward.overload, ([x, y, w], "huber", [0.5], True, reduction, torch.float32), test_utils=TESTS)
         arguments = ([x, y, w], dout, "huber", [0.5], True, [True, False, True], reduction)
-        torch.library.opcheck(elementwise.elementwise_backward, arguments, test_utils=TESTS)
+        torch.library.opcheck(elementwise.elementwise_backward.overload, arguments, test_utils=TESTS)
 
 
 def test_the_row_ops_are_well_behaved(device):
@@ -112,7 +112,7 @@ def test_the_row_ops_are_well_behaved(device):
     assert "cross_entropy_smoothed" in FORMULAS
     for reduction in ("none", "mean"):
         options = ("cross_entropy_smoothed", [0.1, 0.01], -100, reduction)
-        torch.library.opcheck(label_rows.label_rows_forward, (x, labels, weights, *options, torch.float32), test_utils=TESTS)
+        torch.library.opcheck(label_rows.label_rows_forward.overload, (x, labels, weights, *options, torch.float32), test_utils=TESTS)
         out, saved, denominator = label_rows.label_rows_forward(x, labels, weights, *options, torch.float32)
         arguments = (x, labels, weights, saved, denominator, torch.randn_like(out), *options)
-        torch.library.opcheck(label_rows.label_rows_backward, arguments, test_utils=TESTS)
+        torch.library.opcheck(label_rows.label_rows_backward.overload, arguments, test_utils=TESTS)

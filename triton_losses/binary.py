@@ -2,9 +2,9 @@
 
 import torch
 
-from triton_losses.device_math import at_least_tiny, log1p_exp_minus_abs, power, relu, sigmoid
+from triton_losses.device_math import at_least_tiny, log1p_exp_minus_abs, power, quotient, relu, sigmoid
 from triton_losses.families.elementwise import elementwise
-from triton_losses.families.reduction import promoted, reduction_of
+from triton_losses.families.reduction import reduction_of
 from triton_losses.formula import formula
 
 
@@ -31,7 +31,7 @@ def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
     alpha = alpha_no + alpha_slope * y
     miss = at_least_tiny(p * (1.0 - y) + q * y)  # 1 - p_t, without the difference
     modulator = power(miss, gamma)
-    slope = modulator * entropy * gamma / miss  # ∂(modulator · entropy)/∂miss
+    slope = quotient(modulator * entropy * gamma, miss)  # ∂(modulator · entropy)/∂miss
     loss = alpha * modulator * entropy
     dx = alpha * (modulator * (p - y) + slope * p * q * (1.0 - 2.0 * y))
     dy = alpha_slope * modulator * entropy + alpha * (slope * (q - p) - modulator * x)
@@ -46,7 +46,11 @@ def check_same_size(input, target):
 def check_broadcasts_into(input, **options):
     """Each option must broadcast to the input's shape without making it larger."""
     for name, value in options.items():
-        if value is not None and torch.broadcast_shapes(value.shape, input.shape) != input.shape:
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {value!r}")
+        if value.dim() > input.dim() or any(v not in (i, 1) for v, i in zip(value.shape[::-1], input.shape[::-1])):
             raise RuntimeError(f"{name} of shape {tuple(value.shape)} must broadcast to the input's shape {tuple(input.shape)}")
 
 
@@ -65,15 +69,16 @@ def binary_cross_entropy_with_logits(
     """
     reduction = reduction_of(reduction, size_average, reduce)
     check_same_size(input, target)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input must be floating-point, got {input.dtype}")
     if not target.is_floating_point():
         raise RuntimeError(f"target must be floating-point, got {target.dtype}")
     check_broadcasts_into(input, weight=weight, pos_weight=pos_weight)
     if weight is not None and weight.requires_grad:
         raise RuntimeError("binary_cross_entropy_with_logits is not differentiable with respect to weight: it must not require grad")
-    dtype = promoted(input, target)
     if pos_weight is None:
-        return elementwise(logistic, (input, target), (), reduction, weight, dtype)
-    return elementwise(weighted_logistic, (input, target, pos_weight), (), reduction, weight, dtype)
+        return elementwise(logistic, (input, target), (), reduction, weight, target.dtype)  # in torch the target's decides
+    return elementwise(weighted_logistic, (input, target, pos_weight), (), reduction, weight, target.dtype)
 
 
 def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none"):
@@ -88,9 +93,11 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none"):
     tensor([4.3322e-02, 1.4679e-06])
     """
     check_same_size(inputs, targets)
-    if gamma < 0:
+    if not inputs.is_floating_point():
+        raise NotImplementedError(f"inputs must be floating-point, got {inputs.dtype}")
+    if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
-    if alpha > 1:
+    if not alpha <= 1:
         raise ValueError(f"alpha must be at most 1 (negative: no weighting), got {alpha}")
     alphas = (1.0, 0.0) if alpha < 0 else (1.0 - alpha, 2.0 * alpha - 1.0)
-    return elementwise(sigmoid_focal, (inputs, targets), (*alphas, gamma), reduction)
+    return elementwise(sigmoid_focal, (inputs, targets), (*alphas, gamma), reduction_of(reduction))

@@ -1,10 +1,13 @@
 """Multi-class losses: a row of logits, or of log-probabilities, and the index of the right class."""
 
+import numbers
+
 import torch
 
+from triton_losses.compiler import runs_kernels
 from triton_losses.device_math import at_least_tiny, exp, expm1, power
 from triton_losses.families.label_rows import label_rows
-from triton_losses.families.reduction import reduction_of, result_dtype
+from triton_losses.families.reduction import DTYPES, reduction_of, result_dtype
 from triton_losses.formula import formula
 
 
@@ -36,9 +39,17 @@ def softmax_focal(log_p, weight, gamma, alpha):
     return -modulator * log_p, modulator * (gamma * log_p * exp(log_p) / miss - 1.0)
 
 
+def check_types(input, target, ignore_index):
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {value!r}")
+    if not isinstance(ignore_index, numbers.Integral):  # NumPy's integers too
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+
+
 def check_logits(input):
-    if not input.is_floating_point():
-        raise NotImplementedError(f"input must be floating-point, got {input.dtype}")
+    if input.dtype not in DTYPES:
+        raise NotImplementedError(f"input must be one of {DTYPES}, got {input.dtype}")
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, of classes: got a scalar")
 
@@ -51,7 +62,9 @@ def check_labels(input, target, weight):
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, {name} on {tensor.device}")
     if input.dim() == 1:
-        if target.dim() > 1 or target.dim() == 1 and target.shape[0] != 1:
+        if target.dim() > 1:
+            raise RuntimeError(f"0D or 1D target expected for 1D input, but got target size: {tuple(target.shape)}")
+        if target.numel() != 1:
             raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {tuple(target.shape)}")
     elif target.dim() == 0 or target.shape[0] != input.shape[0]:
         got = target.shape[0] if target.dim() else "none, a scalar"
@@ -77,8 +90,10 @@ def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, ou
         logits = input
     else:
         logits = input.movedim(1, -1).reshape(-1, input.shape[1])
-    losses = label_rows(formula, logits, target.reshape(-1), weight, scalars, ignore_index, reduction, out_dtype)
-    return losses.view(target.shape) if reduction == "none" else losses
+    losses = label_rows(formula, logits, target.reshape(-1), weight, scalars, int(ignore_index), reduction, out_dtype)
+    if reduction != "none":
+        return losses
+    return losses.view(target.shape if input.dim() > 1 else ())  # unbatched, so is the loss, though the target may have size 1
 
 
 def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
@@ -93,6 +108,13 @@ def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, r
     tensor(2.5000)
     """
     reduction = reduction_of(reduction, size_average, reduce)
+    check_types(input, target, ignore_index)
+    if input.device.type == "cpu" and not runs_kernels(input):  # a gather: nothing of ours is faster than ATen's own loop
+        check_logits(input)
+        check_labels(input, target, weight)
+        weight = weight if weight is None else weight.to(input.dtype)
+        input, target = input.contiguous(), target.long()  # its backward takes no other strides, nor images bytes
+        return torch.nn.functional.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
     return by_rows(negative_log_likelihood, input, target, weight, (), ignore_index, reduction)
 
 
@@ -114,12 +136,15 @@ def cross_entropy(
     tensor(1.1269)
     """
     reduction = reduction_of(reduction, size_average, reduce)
+    check_types(input, target, ignore_index)
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if z_loss < 0:
+    if not z_loss >= 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}")
-    if target.is_floating_point():
-        return probability_cross_entropy(input, target, weight, reduction, label_smoothing, z_loss, out_dtype)
+    if out_dtype not in (None, *DTYPES):
+        raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
+    if target.is_floating_point() or target.shape == input.shape:
+        return probability_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, out_dtype)
     if label_smoothing:
         formula, scalars = cross_entropy_smoothed, (label_smoothing, z_loss)
     elif z_loss:
@@ -129,14 +154,15 @@ def cross_entropy(
     return by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype)
 
 
-def probability_cross_entropy(input, target, weight, reduction, label_smoothing, z_loss, out_dtype):
+def probability_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, out_dtype):
     """Cross entropy against class probabilities, in plain torch; the mean divides by the number of rows."""
-    check_logits(input)
-    dtype = out_dtype or result_dtype(input)
-    losses = torch.nn.functional.cross_entropy(input, target, weight, reduction="none", label_smoothing=label_smoothing)
+    loss = torch.nn.functional.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction="none" if z_loss else reduction, label_smoothing=label_smoothing
+    )
     if z_loss:
-        losses = losses + z_loss * input.logsumexp(min(input.dim() - 1, 1)) ** 2
-    return (losses if reduction == "none" else getattr(losses, reduction)()).to(dtype)
+        loss = loss + z_loss * input.logsumexp(min(input.dim() - 1, 1)) ** 2
+        loss = loss if reduction == "none" else getattr(loss, reduction)()
+    return loss.to(out_dtype or result_dtype(loss))
 
 
 def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-100, reduction="mean"):
@@ -151,6 +177,7 @@ def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-1
     >>> focal_loss(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor(0.8259)
     """
-    if gamma < 0:
+    check_types(input, target, ignore_index)
+    if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
     return by_rows(softmax_focal, input, target, weight, (gamma, alpha), ignore_index, reduction_of(reduction))

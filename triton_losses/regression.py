@@ -2,11 +2,13 @@
 
 import warnings
 
-from triton_losses.families.elementwise import elementwise
-from triton_losses.families.reduction import reduction_of
-from triton_losses.formula import formula
+import torch
+
+from triton_losses.compiler import compute_dtype, tl
 from triton_losses.device_math import clamp, log_cosh, sign, tanh
-from triton_losses.compiler import tl
+from triton_losses.families.elementwise import elementwise
+from triton_losses.families.reduction import reduction_of, result_dtype
+from triton_losses.formula import formula
 
 
 @formula
@@ -41,27 +43,31 @@ def log_cosh_error(x, y):
     return log_cosh(d), tanh(d), -tanh(d)
 
 
-def warn_of_broadcast(input, target):
-    if target.size() != input.size():
-        warnings.warn(
-            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). This will likely lead to "
-            "incorrect results due to broadcasting. Please ensure they have the same size.",
-            stacklevel=3,
-        )
-
-
-def check_weight(input, weight):
+def in_one_shape(input, target, weight=None):
+    """input and target broadcast, with torch's warning, before their dtypes meet: a scalar's counts like any other's."""
     if weight is not None and weight.size() != input.size():
         raise ValueError(f"weight and input must have the same size, got {tuple(weight.size())} and {tuple(input.size())}")
+    if input.is_complex() or target.is_complex():
+        raise NotImplementedError(f"a loss takes real tensors, got {input.dtype} and {target.dtype}")
+    if target.size() == input.size():
+        return input, target
+    warnings.warn(
+        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). This will likely lead to "
+        "incorrect results due to broadcasting. Please ensure they have the same size.",
+        stacklevel=3,
+    )
+    return torch.broadcast_tensors(input, target)
 
 
 def mean_by_weight(formula, input, target, reduction, weight):
     """Losses whose weighted mean divides by the sum of the weights."""
-    check_weight(input, weight)
-    if weight is None or reduction != "mean":
-        return elementwise(formula, (input, target), (), reduction, weight)
-    total = elementwise(formula, (input, target), (), "sum", weight)
-    return (total / weight.sum()).to(total.dtype)
+    if weight is None:
+        return elementwise(formula, (input, target), (), reduction)
+    dtype = result_dtype(input, torch.promote_types(torch.promote_types(input.dtype, target.dtype), weight.dtype))
+    if reduction != "mean":
+        return elementwise(formula, (input, target), (), reduction, weight, dtype)
+    total = elementwise(formula, (input, target), (), "sum", weight, compute_dtype(dtype))
+    return (total / weight.sum(dtype=total.dtype)).to(dtype)  # rounded once
 
 
 def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
@@ -74,7 +80,7 @@ def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", we
     >>> mse_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
     tensor(2.)
     """
-    warn_of_broadcast(input, target)
+    input, target = in_one_shape(input, target, weight)
     return mean_by_weight(squared_error, input, target, reduction_of(reduction, size_average, reduce), weight)
 
 
@@ -88,7 +94,7 @@ def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", wei
     >>> l1_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), reduction="sum")
     tensor(2.)
     """
-    warn_of_broadcast(input, target)
+    input, target = in_one_shape(input, target, weight)
     return mean_by_weight(absolute_error, input, target, reduction_of(reduction, size_average, reduce), weight)
 
 
@@ -102,13 +108,14 @@ def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mea
     >>> smooth_l1_loss(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]), reduction="none")
     tensor([0.1250, 2.5000])
     """
-    warn_of_broadcast(input, target)
-    if beta < 0:
+    input, target = in_one_shape(input, target)
+    if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta: beta must be >= 0, got {beta}")
     reduction = reduction_of(reduction, size_average, reduce)
-    if beta == 0:
+    if beta < 1e-37:  # 1 / beta would overflow in float32
         return elementwise(absolute_error, (input, target), (), reduction)
-    return elementwise(smooth_absolute_error, (input, target), (beta, 1 / beta), reduction, dtype=like_input(input))
+    beta = min(beta, 1e37)  # infinity · 0 would be NaN
+    return elementwise(smooth_absolute_error, (input, target), (beta, 1 / beta), reduction)
 
 
 def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
@@ -121,11 +128,11 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     >>> huber_loss(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]), reduction="none")
     tensor([0.1250, 2.5000])
     """
-    warn_of_broadcast(input, target)
-    check_weight(input, weight)
-    if delta <= 0:
+    input, target = in_one_shape(input, target, weight)
+    if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta: delta must be > 0, got {delta}")
-    return elementwise(huber, (input, target), (delta,), reduction, weight, dtype=like_input(input) if weight is None else None)
+    dtype = input.dtype if weight is None else torch.promote_types(input.dtype, weight.dtype)  # torch asks nothing of the target
+    return elementwise(huber, (input, target), (delta,), reduction_of(reduction), weight, dtype)
 
 
 def log_cosh_loss(input, target, reduction="mean"):
@@ -137,10 +144,5 @@ def log_cosh_loss(input, target, reduction="mean"):
     >>> log_cosh_loss(torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0]), reduction="none")
     tensor([0.0000, 0.4338])
     """
-    warn_of_broadcast(input, target)
-    return elementwise(log_cosh_error, (input, target), (), reduction)
-
-
-def like_input(input):
-    """torch gives these two losses the input's dtype, whatever the target's."""
-    return input.dtype if input.is_floating_point() else None
+    input, target = in_one_shape(input, target)
+    return elementwise(log_cosh_error, (input, target), (), reduction_of(reduction))

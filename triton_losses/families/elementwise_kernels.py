@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_losses.compiler import WARP
 from triton_losses.device_math import exact, load_zeros
 from triton_losses.tuning import Tuned
 
@@ -54,7 +55,7 @@ def forward_kernel(
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), COMPUTE)
     if start + SPAN <= n:  # no mask, so that loads are 16 bytes wide whatever n
-        for step in tl.static_range(0, SPAN, BLOCK):
+        for step in range(0, SPAN, BLOCK):
             offsets = start + step + lanes
             loss = losses_at(operands, offsets, None, scalars, FORMULA, COMPUTE, WEIGHTED)
             if REDUCE:
@@ -131,22 +132,22 @@ def sample(args):
     return {**args, "n": min(args["n"], SAMPLE_BYTES // width)}
 
 
-def configs(*block_warps):
-    return [{"BLOCK": block, "num_warps": warps} for block, warps in block_warps]
+def config(block, threads, **more):  # in threads, for 8 elements a thread are 16 bytes whatever the warp
+    return {**more, "BLOCK": block, "num_warps": threads // WARP}
 
 
 forward_launch = Tuned(
     forward_kernel,
-    configs=[{"SPAN": SPAN, **c} for c in configs((1024, 4), (2048, 4), (2048, 8), (4096, 8))],
-    rule=lambda args: {"SPAN": SPAN, "BLOCK": 2048, "num_warps": 8},
+    configs=lambda args: [config(*c, SPAN=SPAN) for c in ((1024, 128), (2048, 128), (2048, 256), (4096, 256))],
+    rule=lambda args: config(1024 if args["COMPUTE"] == tl.float64 else 2048, 256, SPAN=SPAN),
     key=key,
     programs=lambda args, config: -(-args["n"] // SPAN),
     sample=sample,
 )
 backward_launch = Tuned(
     backward_kernel,
-    configs=configs((512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8)),
-    rule=lambda args: {"BLOCK": 1024, "num_warps": 4},
+    configs=lambda args: [config(*c) for c in ((512, 128), (1024, 128), (2048, 128), (2048, 256), (4096, 256))],
+    rule=lambda args: config(1024, 128),
     key=key,
     programs=lambda args, config: -(-args["n"] // config["BLOCK"]),
     sample=sample,

@@ -14,8 +14,10 @@ and returns the loss, then its partial by each statistic it took. From those, wi
               the digits that a common offset of the logits leaves
     backward  reads a row once and writes its gradient
 
-A formula that takes `picked` alone reads one number a row. Rows whose label is `ignore_index` cost nothing and get zeros.
+A formula that takes `picked` alone reads one number a row (on a CPU that is for ATen: no blocks). Rows whose label is `ignore_index` cost nothing and get zeros.
 """
+
+import functools
 
 import torch
 
@@ -32,6 +34,7 @@ STATISTICS = ("picked", "log_p", "mean_log_p", "lse")
 MOST_PADDING = 64  # a row's stride may exceed its length by less than this; beyond it rows are copied
 
 
+@functools.cache
 def slots_of(formula):
     """Where each statistic's partial stands in what the formula returns, 0 where it is not taken; last: takes the weight."""
     taken = [name for name in (*STATISTICS, "weight") if name in formula.parameters]
@@ -41,31 +44,15 @@ def slots_of(formula):
 
 
 def arguments_of(formula, statistics, weight):
-    """The statistics (in STATISTICS' order, None where not taken) and the weight, as the formula takes them."""
-    slots = slots_of(formula)
-    return [s for s, slot in zip((*statistics, weight), slots) if slot]
+    """The statistics (in STATISTICS' order) and the weight, those alone that the formula takes."""
+    return [s for s, slot in zip((*statistics, weight), slots_of(formula)) if slot]
 
 
 def partials_of(formula, statistics, weight, scalars):
     """The loss's partial by each of STATISTICS; 0 by those not taken."""
     slots = slots_of(formula)[:4]
-    found = formula.partials((True,) * sum(slot > 0 for slot in slots))(*arguments_of(formula, statistics, weight), *scalars)
+    found = formula.partials(tuple(True for slot in slots if slot))(*arguments_of(formula, statistics, weight), *scalars)
     return [found[slot - 1] if slot else 0.0 for slot in slots]
-
-
-def weights_of(labels, class_weights, ignore_index, dtype):
-    """Each row's weight, 0 where ignored; which rows count; and labels that can index, whatever ignore_index is."""
-    kept = labels != ignore_index
-    safe = torch.where(kept, labels, 0).long()
-    weights = kept.to(dtype) if class_weights is None else torch.where(kept, class_weights.to(dtype)[safe], 0)
-    return weights, kept, safe
-
-
-def reduced(losses, weights, reduction, dtype):
-    if reduction == "none":
-        return losses.to(dtype)
-    total = losses.sum()
-    return (total / weights.sum() if reduction == "mean" else total).to(dtype)
 
 
 # PyTorch, whole: differentiable as often as one likes
@@ -73,7 +60,9 @@ def reduced(losses, weights, reduction, dtype):
 
 def whole_loss(logits, labels, class_weights, formula, scalars, ignore_index, reduction, dtype):
     x = logits.to(compute_dtype(logits.dtype))
-    weights, kept, safe = weights_of(labels, class_weights, ignore_index, x.dtype)
+    kept = labels != ignore_index
+    safe = torch.where(kept, labels, 0).long()
+    weights = kept.to(x.dtype) if class_weights is None else torch.where(kept, class_weights.to(x.dtype)[safe], 0)
     slots = slots_of(formula)
     picked = x.gather(1, safe[:, None])[:, 0]
     log_p = mean_log_p = lse = None
@@ -84,96 +73,107 @@ def whole_loss(logits, labels, class_weights, formula, scalars, ignore_index, re
             mean_log_p = (log_rows if class_weights is None else log_rows * class_weights.to(x.dtype)).mean(1)
         if slots[3]:
             lse = x.logsumexp(1)
-    losses = formula.value(*arguments_of(formula, (picked, log_p, mean_log_p, lse), weights), *scalars)
-    return reduced(torch.where(kept, losses, 0), weights, reduction, dtype)
+    losses = torch.where(kept, formula.value(*arguments_of(formula, (picked, log_p, mean_log_p, lse), weights), *scalars), 0)
+    if reduction == "none":
+        return losses.to(dtype)
+    return (losses.sum() / weights.sum() if reduction == "mean" else losses.sum()).to(dtype)
 
 
 # PyTorch, in blocks of rows that stay in a CPU's cache
 
 
-def row_blocks(kept, cols):
-    """Runs of rows of at most 64k elements a thread: slices where every row counts, else the indices of those that do."""
+def counted(labels, class_weights, cols, ignore_index, dtype):
+    """Which rows count (None: all), labels (rows, 1) that can index, and the rows' weights (None: all 1)."""
+    kept = None
+    if labels.numel():
+        low, high = torch.aminmax(labels)
+        if low < 0 or high >= cols or low <= ignore_index <= high:
+            kept = labels != ignore_index
+            wrong = labels[kept & ((labels < 0) | (labels >= cols))]
+            if wrong.numel():
+                raise IndexError(f"Target {int(wrong[0])} is out of bounds: it must be in [0, {cols}), or ignore_index, {ignore_index}")
+            labels = torch.where(kept, labels, 0)
+    labels = labels.long()
+    weights = None
+    if class_weights is not None:
+        weights = class_weights.to(dtype)[labels]
+        weights = weights if kept is None else torch.where(kept, weights, 0)
+    elif kept is not None:
+        weights = kept.to(dtype)
+    return kept, labels[:, None], weights
+
+
+def row_blocks(rows, cols):
+    """Runs of rows of at most 64k elements a thread."""
     step = max(1, 65536 * torch.get_num_threads() // max(cols, 1))
-    if kept.all():
-        return [slice(start, start + step) for start in range(0, len(kept), step)]
-    return list(kept.nonzero()[:, 0].split(step))
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, reduction, dtype):
     rows, cols = logits.shape
-    wide = compute_dtype(logits.dtype)
-    weights, kept, safe = weights_of(labels, class_weights, ignore_index, wide)
-    slots = slots_of(formula)
-    saved = logits.new_empty(3, rows, dtype=wide)
-    class_weights = class_weights if class_weights is None else class_weights.to(wide)
-    losses = saved.new_zeros(rows)
-    for block in row_blocks(kept, cols):
+    wide, slots = compute_dtype(logits.dtype), slots_of(formula)
+    kept, labels, weights = counted(labels, class_weights, cols, ignore_index, wide)
+    if class_weights is not None:
+        class_weights = class_weights.to(wide)
+        mean_weight = class_weights.mean()
+    found, saved = [logits.new_empty(0, dtype=wide)], [logits.new_empty(3, 0, dtype=wide)]
+    for block in row_blocks(rows, cols):
         x = logits[block].to(wide)
-        label = safe[block][:, None]
-        picked = x.gather(1, label)[:, 0]
-        log_p = mean_log_p = lse = None
-        if any(slots[1:4]):
-            highest = x.amax(1, keepdim=True)
-            shifted = x - highest
-            log_p = shifted.gather(1, label)[:, 0]
-            if slots[2]:
-                mean_log_p = (shifted if class_weights is None else shifted * class_weights).mean(1)
-            log_total = shifted.exp_().sum(1).log_()
-            log_p = log_p - log_total
-            if slots[2]:
-                mean_log_p = saved[2, block] = mean_log_p - log_total * (1.0 if class_weights is None else class_weights.mean())
-            saved[0, block], saved[1, block] = highest[:, 0], log_total
-            lse = highest[:, 0] + log_total
-        losses[block] = formula.value(*arguments_of(formula, (picked, log_p, mean_log_p, lse), weights[block]), *scalars)
-    return reduced(losses, weights, reduction, dtype), saved, weights.sum() if reduction == "mean" else saved.new_empty(0)
+        highest = x.amax(1, keepdim=True)
+        x = x - highest
+        log_p = x.gather(1, labels[block])[:, 0]
+        if slots[2]:
+            mean_log_p = x.mean(1) if class_weights is None else x.mv(class_weights).div_(cols)
+        log_total = x.exp_().sum(1).log_()
+        log_p -= log_total
+        mean_log_p = mean_log_p - log_total * (1.0 if class_weights is None else mean_weight) if slots[2] else log_total
+        highest = highest[:, 0]
+        statistics = (None, log_p, mean_log_p, highest + log_total if slots[3] else None)
+        found.append(formula.value(*arguments_of(formula, statistics, 1.0 if weights is None else weights[block]), *scalars))
+        saved.append(torch.stack([highest, log_total, mean_log_p]))
+    losses, saved = (parts[1] if len(parts) == 2 else torch.cat(parts, -1) for parts in (found, saved))
+    losses = losses if kept is None else torch.where(kept, losses, 0)
+    if reduction == "none":
+        return losses.to(dtype), saved, saved.new_empty(0)
+    total = losses.sum()
+    if reduction == "sum":
+        return total.to(dtype), saved, saved.new_empty(0)
+    weight = total.new_full((), rows) if weights is None else weights.sum()
+    return (total / weight).to(dtype), saved, weight
 
 
 def backward_blocks(logits, labels, class_weights, saved, denominator, dout, formula, scalars, ignore_index, reduction):
     rows, cols = logits.shape
-    wide = saved.dtype
-    weights, kept, safe = weights_of(labels, class_weights, ignore_index, wide)
-    slots = slots_of(formula)
-    softmax = any(slots[1:4])
-    grad = (torch.empty if softmax and kept.all() else torch.zeros)(logits.shape, dtype=logits.dtype)
-    upstream = dout.to(wide).expand(rows)
-    upstream = upstream / denominator if reduction == "mean" else upstream
-    mean_weight = 1.0 if class_weights is None else class_weights.to(wide).mean()
-    for block in row_blocks(kept, cols):
-        label = safe[block][:, None]
-        picked = logits[block].gather(1, label)[:, 0].to(wide)
+    wide, slots = saved.dtype, slots_of(formula)
+    kept, labels, weights = counted(labels, class_weights, cols, ignore_index, wide)
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    upstream = dout.to(wide) / denominator if reduction == "mean" else dout.to(wide)
+    if class_weights is not None:
+        class_weights = class_weights.to(wide)
+        mean_weight = class_weights.mean()
+    for block in row_blocks(rows, cols):
+        x = logits[block].to(wide)
         highest, log_total, mean_log_p = saved[:, block]
-        statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total)
-        d_picked, d_log_p, d_mean, d_lse = partials_of(formula, statistics, weights[block], scalars)
-        at_label = ((d_log_p + d_picked) * upstream[block])[:, None]
-        if not softmax:
-            grad[block] = grad[block].scatter_(1, label, at_label.to(grad.dtype)) if isinstance(block, torch.Tensor) else grad[block]
-            if isinstance(block, slice):
-                grad[block].scatter_(1, label, at_label.to(grad.dtype))
-            continue
-        direct = isinstance(block, slice) and grad.dtype == wide
-        g = torch.softmax(logits[block].to(wide), 1, out=grad[block] if direct else None)
-        g.mul_(((d_lse - d_log_p - mean_weight * d_mean) * upstream[block])[:, None])
+        log_p = (x.gather(1, labels[block])[:, 0] - highest) - log_total
+        statistics = (None, log_p, mean_log_p, highest + log_total if slots[3] else None)
+        factor = upstream if upstream.dim() == 0 else upstream[block]
+        partials = partials_of(formula, statistics, 1.0 if weights is None else weights[block], scalars)
+        _, d_log_p, d_mean, d_lse = (d * factor if kept is None else torch.where(kept[block], d * factor, 0) for d in partials)
+        slope = d_lse - d_log_p
         if slots[2]:
-            uniform = (d_mean / cols * upstream[block])[:, None]
-            g.add_(uniform if class_weights is None else uniform * class_weights.to(wide))
-        g.scatter_add_(1, label, at_label)
-        if not direct:
-            grad[block] = g.to(grad.dtype)
+            slope = slope - d_mean * (1.0 if class_weights is None else mean_weight)
+        g = torch.sub(x, highest[:, None], out=grad[block] if grad.dtype == wide else None).exp_()
+        g.mul_((slope * torch.exp(-log_total))[:, None])
+        if slots[2]:
+            uniform = (d_mean / cols).expand(len(g))[:, None]
+            g.add_(uniform if class_weights is None else uniform * class_weights)
+        g.scatter_add_(1, labels[block], d_log_p.expand(len(g))[:, None])
+        if grad.dtype != wide:
+            grad[block] = g
     return grad
 
 
 # Ops: kernels on a GPU and in the interpreter, blocks on a CPU
-
-
-def check_values(labels, cols, ignore_index):
-    """On the host, so for CPU tensors alone; a GPU asserts inside the kernel."""
-    if labels.numel() == 0:
-        return
-    low, high = (int(v) for v in labels.aminmax())
-    if low < 0 or high >= cols:
-        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= cols))]
-        if wrong.numel():
-            raise IndexError(f"Target {int(wrong[0])} is out of bounds: it must be at least 0 and below {cols}, or ignore_index {ignore_index}")
 
 
 def readable(logits):
@@ -195,10 +195,10 @@ def label_rows_forward(
     if shapes_only():
         out = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
         return out, logits.new_empty(3, rows, dtype=wide), logits.new_empty(() if mean else (0,), dtype=wide)
-    if logits.device.type == "cpu":
-        check_values(labels, logits.shape[1], ignore_index)
     if not runs_kernels(logits):
         return forward_blocks(logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, reduction, dtype)
+    if logits.device.type == "cpu":
+        counted(labels, None, logits.shape[1], ignore_index, wide)  # refuses labels that are no class; a GPU asserts in the kernel
     logits = readable(logits)
     saved = logits.new_empty(3, rows, dtype=wide)
     losses = logits.new_empty(2, rows, dtype=dtype if reduction == "none" else wide)
@@ -234,28 +234,22 @@ def label_rows_backward(
 
 class LabelRows(torch.autograd.Function):
     @staticmethod
-    def forward(logits, labels, class_weights, formula, scalars, ignore_index, reduction, dtype):
-        return label_rows_forward(logits, labels, class_weights, formula, scalars, ignore_index, reduction, dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, labels, class_weights, *ctx.options = inputs
-        _, saved, denominator = output
-        ctx.mark_non_differentiable(saved, denominator)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, logits, labels, class_weights, formula, scalars, ignore_index, reduction, dtype):
+        ctx.options = formula, scalars, ignore_index, reduction
+        ctx.dtype = dtype
+        loss, saved, denominator = label_rows_forward(logits, labels, class_weights, *ctx.options, dtype)
         ctx.save_for_backward(logits, labels, class_weights, saved, denominator)
+        return loss
 
     @staticmethod
-    def backward(ctx, dout, *_):
+    def backward(ctx, dout):
         logits, labels, class_weights, saved, denominator = ctx.saved_tensors
-        formula, scalars, ignore_index, reduction, dtype = ctx.options
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # then it may be differentiated again
-            loss = whole_loss(logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, reduction, dtype)
+            formula, *options = ctx.options
+            loss = whole_loss(logits, labels, class_weights, FORMULAS[formula], *options, ctx.dtype)
             grad = torch.autograd.grad(loss, logits, dout, create_graph=True)[0]
         else:
-            grad = label_rows_backward(
-                logits, labels, class_weights, saved, denominator, dout, formula, scalars, ignore_index, reduction
-            )
+            grad = label_rows_backward(logits, labels, class_weights, saved, denominator, dout, *ctx.options)
         return grad, *[None] * 7
 
 
@@ -267,4 +261,4 @@ def label_rows(formula, logits, labels, class_weights=None, scalars=(), ignore_i
     options = ([float(s) for s in scalars], ignore_index, reduction, out_dtype or result_dtype(logits))
     if logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return whole_loss(logits, labels, class_weights, formula, *options)
-    return LabelRows.apply(logits, labels, class_weights, formula.name, *options)[0]
+    return LabelRows.apply(logits, labels, class_weights, formula.name, *options)

@@ -123,12 +123,12 @@ def read_formula(FORMULA: tl.constexpr, SLOTS: tl.constexpr, picked, log_p, mean
 
 @triton.jit
 def label_of(labels, row, cols, ignore_index):
-    """The row's label, whether it counts, and a place in the row that can be read whatever the label is."""
+    """Whether the row's label counts, and the label's column, or one that can be read all the same."""
     label = tl.load(labels + row).to(tl.int64)
     kept = label != ignore_index
     fits = (label >= 0) & (label < cols)
     tl.device_assert(fits | (label == ignore_index), "a target is out of bounds: it is no class and not ignore_index")
-    return label, kept, tl.where(fits, label, 0)
+    return kept, tl.where(fits, label, 0).to(tl.int32)
 
 
 def name_of(kernel):
@@ -148,7 +148,7 @@ def forward_kernel(
     VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    label, kept, place = label_of(labels, row, cols, ignore_index)
+    kept, place = label_of(labels, row, cols, ignore_index)
     loss = tl.zeros((), COMPUTE)
     weight = tl.zeros((), COMPUTE)
     highest = tl.zeros((), COMPUTE)
@@ -212,7 +212,7 @@ def backward_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = row * stride
-    label, kept, place = label_of(labels, row, cols, ignore_index)
+    kept, place = label_of(labels, row, cols, ignore_index)
     head, vectors = span_of(start, cols, VEC, EDGE)
     first = (start + head) // VEC * VEC
     lanes = tl.arange(0, LANES)
@@ -249,7 +249,7 @@ def backward_kernel(
             for u in tl.static_range(UNROLL):
                 at = (v + u * LANES) * VEC + tile
                 g = gradient_at(
-                    tiles[u], head + at, None, highest, log_total, softmax_factor, label_factor, uniform_factor, label, class_weights,
+                    tiles[u], at, None, highest, log_total, softmax_factor, label_factor, uniform_factor, place - head, class_weights + head,
                     SLOTS, WEIGHTED,
                 )  # fmt: skip
                 tl.store(grad + first + at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
@@ -258,14 +258,14 @@ def backward_kernel(
             at = v * VEC + tile
             x = tl.load(logits + first + at, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
             g = gradient_at(
-                x, head + at, mask & (at >= 0), highest, log_total, softmax_factor, label_factor, uniform_factor, label, class_weights,
+                x, at, mask & (at >= 0), highest, log_total, softmax_factor, label_factor, uniform_factor, place - head, class_weights + head,
                 SLOTS, WEIGHTED,
             )  # fmt: skip
             tl.store(grad + first + at, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
         if EDGE:
             x = tl.load(logits + start + columns, mask=exists, other=0.0).to(COMPUTE)
             g = gradient_at(
-                x, columns, exists, highest, log_total, softmax_factor, label_factor, uniform_factor, label, class_weights, SLOTS, WEIGHTED
+                x, columns, exists, highest, log_total, softmax_factor, label_factor, uniform_factor, place, class_weights, SLOTS, WEIGHTED
             )
             tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=exists)
     else:

@@ -5,6 +5,7 @@ import functools
 import torch
 
 REDUCTIONS = ("none", "mean", "sum")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def reduction_of(reduction, size_average=None, reduce=None):
@@ -19,6 +20,8 @@ def reduction_of(reduction, size_average=None, reduce=None):
 def result_dtype(x, dtype=None):
     """torch's: the operands' own, and float32 for every loss under autocast."""
     dtype = dtype or x.dtype
+    if dtype not in DTYPES:
+        raise NotImplementedError(f"a loss takes float64, float32, bfloat16 or float16 tensors, got {dtype}")
     return torch.float32 if dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type) else dtype
 
 
