@@ -63,6 +63,8 @@ def op(fn):
     return call
 
 
-def read_whole():
-    """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def read_whole(*tensors):
+    """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms and autograd's batched ones."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)

@@ -176,7 +176,7 @@ class Elementwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         operands, wanted = ctx.saved_tensors, ctx.needs_input_grad[5:]
-        if torch.is_grad_enabled():  # then it may be differentiated again
+        if torch.is_grad_enabled() or read_whole(dout):  # then it may be differentiated again, or is batched
             return None, None, None, None, None, *whole_gradients(operands, wanted, dout, *ctx.options)
         formula, scalars, weighted, reduction = ctx.options
         grads = iter(elementwise_backward(list(operands), dout, formula, scalars, weighted, list(wanted), reduction))

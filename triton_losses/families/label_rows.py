@@ -104,9 +104,9 @@ def counted(labels, class_weights, cols, ignore_index, dtype):
 
 
 def row_blocks(rows, cols):
-    """Runs of rows of at most 64k elements a thread."""
+    """Runs of rows of at most 64k elements a thread; none where there are no columns."""
     step = max(1, 65536 * torch.get_num_threads() // max(cols, 1))
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return [slice(start, start + step) for start in range(0, rows if cols else 0, step)]
 
 
 def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, reduction, dtype):
@@ -132,6 +132,8 @@ def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index
         found.append(formula.value(*arguments_of(formula, statistics, 1.0 if weights is None else weights[block]), *scalars))
         saved.append(torch.stack([highest, log_total, mean_log_p]))
     losses, saved = (parts[1] if len(parts) == 2 else torch.cat(parts, -1) for parts in (found, saved))
+    if cols == 0:  # every row is ignored, or its label would have been refused
+        losses, saved = saved.new_zeros(rows), saved.new_zeros(3, rows)
     losses = losses if kept is None else torch.where(kept, losses, 0)
     if reduction == "none":
         return losses.to(dtype), saved, saved.new_empty(0)
@@ -170,6 +172,8 @@ def backward_blocks(logits, labels, class_weights, saved, denominator, dout, for
         g.scatter_add_(1, labels[block], d_log_p.expand(len(g))[:, None])
         if grad.dtype != wide:
             grad[block] = g
+    if kept is not None:  # whatever stood in them, nan too
+        grad.index_fill_(0, (~kept).nonzero()[:, 0], 0)
     return grad
 
 
@@ -244,10 +248,12 @@ class LabelRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         logits, labels, class_weights, saved, denominator = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # then it may be differentiated again
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        if again or read_whole(dout):
             formula, *options = ctx.options
-            loss = whole_loss(logits, labels, class_weights, FORMULAS[formula], *options, ctx.dtype)
-            grad = torch.autograd.grad(loss, logits, dout, create_graph=True)[0]
+            with torch.enable_grad():
+                loss = whole_loss(logits, labels, class_weights, FORMULAS[formula], *options, ctx.dtype)
+            grad = torch.autograd.grad(loss, logits, dout, create_graph=again)[0]
         else:
             grad = label_rows_backward(logits, labels, class_weights, saved, denominator, dout, *ctx.options)
         return grad, *[None] * 7
