@@ -5,12 +5,12 @@ PyTorch's own function where it has one. Signatures are those of triton_losses.f
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import huber_loss as huber_loss
 from torch.nn.functional import l1_loss as l1_loss
 from torch.nn.functional import mse_loss as mse_loss
 from torch.nn.functional import nll_loss as nll_loss
 from torch.nn.functional import smooth_l1_loss as smooth_l1_loss
-from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import softplus
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from test_losses import value_and_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference.cases import CASES
-from test_losses import value_and_gradients
 from triton_losses import functional, modules
 from triton_losses.families import elementwise, label_rows
 from triton_losses.formula import FORMULAS

@@ -12,7 +12,6 @@ from triton_losses.modules import L1Loss as L1Loss
 from triton_losses.modules import LogCoshLoss as LogCoshLoss
 from triton_losses.modules import MSELoss as MSELoss
 from triton_losses.modules import NLLLoss as NLLLoss
-from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
 from triton_losses.modules import SigmoidFocalLoss as SigmoidFocalLoss
 from triton_losses.modules import SmoothL1Loss as SmoothL1Loss
 from triton_losses.tuning import set_autotune as set_autotune

@@ -8,7 +8,7 @@ Nothing but the operands is saved between the two, so a second backward is simpl
 
 import torch
 
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.compiler import runs_kernels, triton
 from triton_losses.device_math import as_scalars
 from triton_losses.families.reduction import promoted, result_dtype
 from triton_losses.formula import FORMULAS

@@ -22,7 +22,6 @@ import functools
 import torch
 
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
-from triton_losses.device_math import as_scalars
 from triton_losses.families.reduction import result_dtype
 from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only

@@ -249,8 +249,8 @@ def backward_kernel(
             for u in tl.static_range(UNROLL):
                 at = (v + u * LANES) * VEC + tile
                 g = gradient_at(
-                    tiles[u], at, None, highest, log_total, softmax_factor, label_factor, uniform_factor, place - head, class_weights + head,
-                    SLOTS, WEIGHTED,
+                    tiles[u], at, None, highest, log_total, softmax_factor, label_factor, uniform_factor, place - head,
+                    class_weights + head, SLOTS, WEIGHTED,
                 )  # fmt: skip
                 tl.store(grad + first + at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
         for v in range(unmasked, vectors, LANES):
@@ -258,8 +258,8 @@ def backward_kernel(
             at = v * VEC + tile
             x = tl.load(logits + first + at, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
             g = gradient_at(
-                x, at, mask & (at >= 0), highest, log_total, softmax_factor, label_factor, uniform_factor, place - head, class_weights + head,
-                SLOTS, WEIGHTED,
+                x, at, mask & (at >= 0), highest, log_total, softmax_factor, label_factor, uniform_factor, place - head,
+                class_weights + head, SLOTS, WEIGHTED,
             )  # fmt: skip
             tl.store(grad + first + at, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
         if EDGE:

@@ -1,0 +1,172 @@
+"""Kernels built for GPUs that are not here, and what can be read off a build.
+
+A loss is called as ever, on CPU tensors. Triton's own launch path takes its kernels as far as the launch: it specialises the
+arguments, compiles, and stops. So a build here is the build that the same call would get on such a GPU.
+"""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from triton_losses.tuning import Tuned
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+OWN_CACHE = tempfile.TemporaryDirectory()  # a kernel out of Triton's usual cache comes without the assembler's report
+REPORTS = {}  # what the assembler said of a kernel, by the kernel's hash: it speaks once, and a kernel may be asked for again
+
+
+class NoGPU:
+    """All that a launch asks of a GPU before it runs on it.
+
+    Triton keeps its builds by device index: were the targets to share one, the first target's build would be handed to all.
+    """
+
+    def __init__(self, name):
+        self.index, self.target = 1000 + list(TARGETS).index(name), TARGETS[name]
+
+    def get_current_device(self):
+        return self.index
+
+    def get_current_stream(self, index):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+@dataclass(frozen=True)
+class Build:
+    kernel: CompiledKernel
+    launch: Tuned
+    arguments: dict  # without the configuration
+    config: dict
+
+    def __str__(self):
+        return f"{self.kernel.name} {self.config} for {self.kernel.metadata.target}"
+
+    @property
+    def lines(self):
+        """The kernel's own lines of PTX, or of AMD's assembly: on AMD an assertion brings a library of printing with it."""
+        text = self.kernel.asm.get("ptx") or self.kernel.asm["amdgcn"]
+        name = self.kernel.name
+        return re.search(rf"(\.entry {name}\(|^{name}:).*?(^}}|^\.Lfunc_end)", text, re.MULTILINE | re.DOTALL)[0].splitlines()
+
+    @property
+    def threads(self):
+        return self.kernel.metadata.num_warps * self.kernel.metadata.target.warp_size
+
+    @property
+    def registers(self):
+        return reported(self, r"Used (\d+) registers", r"\.vgpr_count:\s+(\d+)")
+
+    @property
+    def spills(self):
+        """Bytes stored and loaded on NVIDIA, registers on AMD."""
+        return reported(self, r"(\d+) bytes spill (?:stores|loads)", r"\.[sv]gpr_spill_count:\s+(\d+)")
+
+
+def reported(build, by_ptxas, by_amd):
+    on_amd = build.kernel.asm.get("amdgcn")
+    report, pattern = (on_amd, by_amd) if on_amd else (REPORTS[build.kernel.hash], by_ptxas)
+    figures = re.findall(pattern, report)
+    assert figures, f"{build}: the assembler's report does not say {pattern}"
+    return sum(map(int, figures))
+
+
+@contextlib.contextmanager
+def building(name):
+    """Launches are builds for this target, listed in what this yields; afterwards everything is as it was."""
+    builds, launches = [], []
+
+    def build(kernel, grid):
+        def run(*args, **kwargs):
+            with contextlib.redirect_stdout(io.StringIO()) as report:
+                compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            REPORTS.setdefault(compiled.hash, report.getvalue())
+            builds.append(Build(compiled, *launches[-1]))
+
+        return run
+
+    def launch(tuned, args, config):
+        launches.append((tuned, args, config))
+        launch_as_ever(tuned, args, config)
+
+    launch_as_ever = Tuned.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", OWN_CACHE.name)
+        patch.setenv("TRITON_DUMP_PTXAS_LOG", "1")  # a GPU's driver would count registers and spills; here the assembler does
+        patch.setattr(driver, "_active", NoGPU(name))  # a kernel that asks for its target is told by the driver
+        patch.setattr(JITFunction, "__getitem__", build)
+        patch.setattr(Tuned, "launch", launch)
+        for module in [module for name, module in sys.modules.items() if name.startswith("triton_losses.")]:
+            if hasattr(module, "runs_kernels"):
+                patch.setattr(module, "runs_kernels", lambda x: True)
+            if hasattr(module, "WARP"):
+                patch.setattr(module, "WARP", TARGETS[name].warp_size)
+        yield builds
+
+
+# Reading a build
+
+
+def loops_of(lines):
+    """The lines of each innermost loop: from a label to a branch back to it."""
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"([$.]L\w+):", line))}
+    branch = re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+([$.]L\w+)")
+    branches = [(i, match[1]) for i, line in enumerate(lines) if (match := branch.search(line))]
+    return innermost([range(labels[label], i + 1) for i, label in branches], lines)
+
+
+def innermost(spans, lines):
+    """The lines of each span that holds no other: code moved out of the way branches back too, round everything between."""
+    spans = [span for span in spans if span]
+    return [[lines[i] for i in span] for span in spans if not any(other != span and set(other) <= set(span) for other in spans)]
+
+
+def accesses(lines):
+    """("load" or "store", bits) for each instruction that reads or writes global memory."""
+    found = []
+    for line in lines:
+        if match := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\s", line):
+            found.append(("load" if match[1] == "ld" else "store", int(match[2] or 1) * int(match[3])))
+        elif match := re.search(r"\b(?:global|buffer)_(load|store)_(\w+)", line):
+            words = re.fullmatch(r"dword(?:x(\d))?", match[2])
+            found.append((match[1], 32 * int(words[1] or 1) if words else 8 if "byte" in match[2] else 16))
+    return found
+
+
+def machine_code(build):
+    """(address, instruction) of an NVIDIA kernel, as its assembler left it; skips the test where cuobjdump is missing."""
+    try:
+        cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(build.kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return [(int(address, 16), code.strip()) for address, code in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)]
+
+
+def machine_loops(build):
+    """The instructions of each innermost loop."""
+    code = machine_code(build)
+    line_at = {address: i for i, (address, _) in enumerate(code)}
+    branches = [(i, match[1]) for i, (_, text) in enumerate(code) if (match := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
+    return innermost([range(line_at[int(address, 16)], i + 1) for i, address in branches], [text for _, text in code])

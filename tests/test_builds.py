@@ -1,0 +1,152 @@
+"""Every kernel builds for GPUs that this machine does not have: without spills, with 16-byte accesses, with 64-bit offsets.
+
+The interpreter checks what kernels compute and says nothing about how they compile; this is the other half, without a GPU. Where
+there is one, the other tests build the kernels for it.
+"""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
+
+from offline_build import TARGETS, accesses, building, loops_of, machine_loops
+
+from reference.cases import CASES, logits_and_probabilities
+from triton_losses import functional
+
+pytestmark = [
+    pytest.mark.not_interpreted,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the other tests build the kernels for"),
+]
+
+COLUMNS = (128256, 50257)  # rows of whole 16-byte vectors, and rows that start anywhere
+COUNTS = (2**31 + 1, 2**31 + 16)  # Triton compiles another kernel for multiples of 16
+PARKED = 8  # bytes stored and loaded: at times ptxas parks one register outside the loops, to fit one more block on an SM
+KERNEL_CASES = [case for case in CASES if not case.note and case.draw is not logits_and_probabilities]  # those run plain torch
+
+
+def call(case, shape, dtype):
+    """Forward and backward, by a mean; the numbers are meaningless."""
+    tensors, options = case.arguments(shape, dtype)
+    leaves = [t.requires_grad_(i < case.differentiable and t.is_floating_point()) for i, t in enumerate(tensors)]
+    getattr(functional, case.name)(*leaves, **{**options, "reduction": "mean"}).backward()
+
+
+def huber(dtype, n=9999):
+    """Odd on purpose: n is no multiple of anything."""
+    input, target = torch.zeros(n, dtype=dtype, requires_grad=True), torch.zeros(n, dtype=dtype, requires_grad=True)
+    functional.huber_loss(input, target).backward()
+
+
+def cross_entropy(dtype, columns=1000, rows=3):
+    logits = torch.zeros(rows, columns, dtype=dtype, requires_grad=True)
+    functional.cross_entropy(logits, torch.zeros(rows, dtype=torch.int64)).backward()
+
+
+FAMILY_LOSSES = {"elementwise": huber, "label_rows": cross_entropy}
+
+
+def built(name, call, *args, **options):
+    with building(name) as builds:
+        call(*args, **options)
+    for build in builds:
+        assert build.kernel.metadata.target == TARGETS[name]
+        assert build.spills <= (PARKED if name.startswith("sm_") else 0), f"{build} spills {build.spills}, with {build.registers} registers"
+    return builds
+
+
+def forward_and_backward(name, call, *args, **options):
+    builds = built(name, call, *args, **options)
+    assert ["_forward_" in build.kernel.name for build in builds] == [True, False], [build.kernel.name for build in builds]
+    return builds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_every_loss_builds_forward_and_backward_without_spills(case, dtype):
+    forward_and_backward("sm_90", call, case, (60, 1001), dtype)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("family", FAMILY_LOSSES)
+def test_every_configuration_builds_without_spills(family, name):
+    by_rule = forward_and_backward(name, FAMILY_LOSSES[family], torch.bfloat16, 1 << 17)
+
+    def all_others():
+        for build in by_rule:
+            configs = build.launch.configs(build.arguments)
+            assert len(configs) > 2
+            for config in configs:
+                if config != build.config:
+                    build.launch.launch(build.arguments, config)
+
+    built(name, all_others)
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_rows_are_built_with_16_byte_accesses_in_every_loop(columns, dtype, name):
+    forward, backward = forward_and_backward(name, cross_entropy, dtype, columns)
+    unroll = forward.config["UNROLL"]
+    assert unroll == backward.config["UNROLL"] == 2
+    for build, main in ((forward, ["load"] * unroll), (backward, ["load"] * unroll + ["store"] * unroll)):
+        loops = [accesses(loop) for loop in loops_of(build.lines)]
+        assert {bits for loop in loops for _, bits in loop} == {128}, f"{build}: {loops}"
+        assert main in [[kind for kind, _ in loop] for loop in loops], f"{build}: {loops}"
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_whole_blocks_of_elements_are_built_with_16_byte_accesses(dtype, name):
+    forward, backward = forward_and_backward(name, huber, dtype)
+    for build, kinds in ((forward, ["load"]), (backward, ["load", "store"])):
+        found = accesses(build.lines)
+        of_one_block = 2 * dtype.itemsize * build.config["BLOCK"] // build.threads // 16
+        for kind in kinds:  # the ragged last block has narrow ones too, so count the wide ones; the compiler may unroll the blocks
+            assert found.count((kind, 128)) in (of_one_block, of_one_block * 4), f"{build}: {found}"
+
+
+def offsets_of(build, pointer=r"%\w+"):
+    """Types of what is added first to this pointer, or to any, in Triton's own intermediate language."""
+    text = build.kernel.asm["ttir"]
+    bases = "|".join([pointer, *re.findall(rf"(%\w+) = tt\.splat {pointer} :", text)])
+    return set(re.findall(rf"tt\.addptr (?:{bases}), \S+ : \S+, (?:tensor<\w*?x)?(i\d+)", text))
+
+
+@pytest.mark.parametrize("n", COUNTS)
+def test_more_than_2_31_elements_are_built_with_64_bit_offsets(n):
+    small = built("sm_90", huber, torch.bfloat16)
+
+    def large():
+        for build in small:
+            build.launch.launch({**build.arguments, "n": n, "divisor": n}, build.config)
+
+    forward, backward = forward_and_backward("sm_90", large)
+    for build in (forward, backward):
+        assert build.kernel.src.signature["n"] == "i64"
+        assert offsets_of(build) == {"i64"}, build
+
+
+def test_rows_beyond_2_31_elements_are_built_with_64_bit_offsets():
+    small = built("sm_90", cross_entropy, torch.bfloat16, 128256)
+
+    def large():
+        for build in small:
+            build.launch.launch({**build.arguments, "rows": 1 << 20}, build.config)
+
+    forward, backward = forward_and_backward("sm_90", large)
+    for build, pointers in ((forward, ["%logits"]), (backward, ["%logits", "%grad"])):
+        for pointer in pointers:  # within a row 32 bits are enough
+            assert offsets_of(build, pointer) == {"i64"}, f"{build}: {pointer}"
+
+
+def test_cross_entropy_is_built_with_few_instructions_an_element_and_no_barrier():
+    forward, _ = forward_and_backward("sm_90", cross_entropy, torch.bfloat16, 128256)
+    main = max(machine_loops(forward), key=lambda loop: sum("LDG" in code for code in loop))
+    elements = forward.config["UNROLL"] * 8  # of a thread, each iteration
+    assert sum(".128" in code for code in main if "LDG" in code) * 8 == elements, main
+    assert not [code for code in main if "BAR" in code or "SHFL" in code]
+    assert len(main) <= 8 * elements, f"{len(main) / elements:.2f} instructions an element"
