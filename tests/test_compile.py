@@ -111,7 +111,7 @@ def test_the_row_ops_are_well_behaved(device):
     x, labels, weights = torch.randn(5, 70, device=device), torch.tensor([0, 3, -100, 69, 7], device=device), torch.rand(70, device=device)
     assert "cross_entropy_smoothed" in FORMULAS
     for reduction in ("none", "mean"):
-        options = ("cross_entropy_smoothed", [0.1, 0.01], -100, reduction)
+        options = ("cross_entropy_smoothed", [0.1, 0.01], -100, 0.0, 1.0, reduction)
         torch.library.opcheck(label_rows.label_rows_forward.overload, (x, labels, weights, *options, torch.float32), test_utils=TESTS)
         out, saved, denominator = label_rows.label_rows_forward(x, labels, weights, *options, torch.float32)
         arguments = (x, labels, weights, saved, denominator, torch.randn_like(out), *options)

@@ -1,0 +1,95 @@
+"""The command: ``python -m bench [LOSS ...]``."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bench.conditions import conditions, load
+from bench.measure import COLUMNS, PRESETS, measure
+from bench.providers import PROVIDERS, providers_of
+from bench.report import failures_of, frame_of, table_of, write
+from reference import cases
+
+
+def command_line():
+    parser = argparse.ArgumentParser("python -m bench", description="Time and memory of the losses beside plain PyTorch.")
+    parser.add_argument("losses", metavar="LOSS", nargs="*", help="part of a loss's name; all timed losses if none is given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="quick: within 3 minutes (default); full: hours")
+    parser.add_argument("--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS))
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--list", action="store_true", help="name the timed cases and the providers, and end")
+    return parser
+
+
+def chosen(words, parser):
+    """The timed cases whose names hold one of the words."""
+    timed = [case for case in cases.CASES if case.bench]
+    for word in words:
+        if not any(word in case.name for case in timed):
+            known = ", ".join(dict.fromkeys(case.name for case in timed))
+            parser.error(f"no timed loss has {word!r} in its name; known: {known}")
+    return [case for case in timed if not words or any(word in case.name for word in words)]
+
+
+def listing(timed):
+    lines = ["Timed cases, and their shapes:"]
+    for case in timed:
+        lines.append(f"  {' '.join([case.name, *case.option_words()])}")
+        lines += [f"    {preset}: " + ", ".join("×".join(map(str, shape)) for shape in shapes) for preset, shapes in case.bench.items()]
+    return "\n".join([*lines, "Providers:", *(f"  {name}" for name in PROVIDERS)])
+
+
+def dtypes_of(preset, device):
+    return (torch.float32,) if preset == "quick" and device.type == "cpu" else (torch.float32, torch.bfloat16)
+
+
+def run(timed, device, preset, wanted):
+    """Rows of every case, shape and dtype; an interrupted run returns what it has."""
+    plan = [(case, shape, dtype) for case in timed for dtype in dtypes_of(preset, device) for shape in case.bench.get(preset, ())]
+    rows = []
+    columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(plan))
+        for case, shape, dtype in plan:
+            words = [case.name, *case.option_words(), "×".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+            progress.update(task, description=" ".join(words))
+            try:
+                rows += measure(case, shape, dtype, device, PRESETS[preset], providers_of(case, shape, preset, wanted))
+            except KeyboardInterrupt:
+                progress.console.print("interrupted: reporting what was measured so far")
+                break
+            progress.advance(task)
+    return rows
+
+
+def main(arguments=None):
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    timed = chosen(options.losses, parser)
+    if options.list:
+        print(listing(timed))
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter's times say nothing about the kernels; unset it")
+    load_before = load()
+    rows = run(timed, device, options.preset, options.providers)
+    if not rows:
+        parser.error(f"nothing was measured: none of these cases has a shape in the preset {options.preset!r}")
+    lines = conditions(device, load_before)
+    frame = frame_of(rows, COLUMNS)
+    write(frame, lines, options.out)
+    print(*lines, "", "Median ms of forward and backward; peak MB above the inputs.", table_of(frame).to_string(), sep="\n")
+    print(*(f"failed: {line}" for line in failures_of(frame)), f"\nWritten to {options.out}{os.sep}", sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What a run was made on: hardware, versions, and what exactly was timed."""
+
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import triton_losses
+
+ON_A_CPU = (
+    "On a CPU, triton_losses runs the PyTorch reading of its formulas in cache-sized blocks. That is what was timed here: "
+    "no Triton kernel ran."
+)
+BUSY = "Other programs were running beside this one: the times are theirs too. Run it again on a quiet machine."
+
+
+def triton_version():
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def processor():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else ()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def load():
+    """Processes that want to run, over the last minute; nan where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
+def conditions(device, load_before):
+    """Lines to stand above every table. Called at the end of a run, which itself adds its threads to the load."""
+    threads, load_after = torch.get_num_threads(), load()
+    hardware = f"{processor()}, {os.cpu_count()} cores, {threads} threads, load {load_before:.1f} before and {load_after:.1f} after"
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)} (host: {hardware})"
+    versions = f"torch {torch.__version__}, triton {triton_version()}, Python {platform.python_version()}"
+    lines = [hardware, f"triton_losses {triton_losses.__version__}, {versions}"]
+    if spins := os.environ.get("GOMP_SPINCOUNT"):
+        lines[1] += f", GOMP_SPINCOUNT={spins}"
+    if device.type == "cpu":
+        lines.append(ON_A_CPU)
+    if load_before > 0.5 or load_after > threads + 0.5:
+        lines.append(BUSY)
+    return lines

@@ -1,0 +1,124 @@
+"""One case at one shape and dtype: every provider and pass measured, each one row of the results."""
+
+import gc
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy
+import torch
+
+from bench import accuracy
+from bench.failures import noted
+from bench.memory import peak_bytes, shortage
+from bench.passes import PASSES, Call, bytes_moved_at_least
+from bench.providers import PROVIDERS
+from bench.timing import SMALL, Budget, calls_per_sample, stopwatch, take_turns
+
+COLUMNS = (
+    *("loss", "options", "shape", "dtype", "device", "provider", "pass", "ms", "p20_ms", "p80_ms", "samples"),
+    *("moved_mb", "gb_per_s", "peak_mb", "error", "first_call_s", "failed"),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    passes: tuple
+    budget: Budget
+
+
+PRESETS = {
+    "quick": Preset(("full", "forward"), Budget(seconds=0.6, least=3, most=50)),
+    "full": Preset(tuple(PASSES), Budget(seconds=4.0, least=5, most=200)),
+}
+WHOLE_CASE = None  # the name under which a failure of no one provider is noted
+
+
+def measure(case, shape, dtype, device, preset, names):
+    """Rows, as mappings over COLUMNS, of the named providers."""
+    passes = preset.passes
+    rows = {(name, which): blank_row(case, shape, dtype, device, name, which) for name in names for which in passes}
+    failures = {}
+    torch._dynamo.reset()  # nobody inherits what an earlier case compiled
+    with noted(failures, WHOLE_CASE):
+        if reason := shortage(case, shape, dtype, device):
+            failures[WHOLE_CASE] = reason
+        else:
+            fill(rows, failures, case, case.arguments(shape, dtype, device), device, preset, names)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for (name, _), row in rows.items():
+        if math.isnan(row["ms"]):
+            row["failed"] = failures.get(name) or failures.get(WHOLE_CASE, "")
+    return list(rows.values())
+
+
+def blank_row(case, shape, dtype, device, name, which):
+    return dict.fromkeys(COLUMNS, math.nan) | {
+        "loss": case.name,
+        "options": " ".join(case.option_words()),
+        "shape": "×".join(map(str, shape)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "provider": name,
+        "pass": which,
+        "failed": "",
+    }
+
+
+def fill(rows, failures, case, arguments, device, preset, names):
+    tensors, options = arguments
+    calls = first_calls(rows, failures, case, tensors, options, device, preset.passes, names)
+    inputs = [tensor for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor)]
+    for which in preset.passes:
+        fitting = {name: call for name, call in calls.items() if name not in failures}
+        samples = time_and_weigh(rows, failures, which, fitting, inputs, device, preset.budget)
+        for name in samples.keys() - failures.keys():
+            low, median, high = numpy.percentile(samples[name], (20, 50, 80)) * 1e3
+            moved = bytes_moved_at_least(which, inputs) / 1e6
+            rows[name, which] |= {"ms": median, "p20_ms": low, "p80_ms": high, "samples": len(samples[name])}
+            rows[name, which] |= {"moved_mb": moved, "gb_per_s": moved / median}
+
+
+def first_calls(rows, failures, case, tensors, options, device, passes, names):
+    """Call everyone once, forward and backward: compilation and tuning end here. Returns calls by provider."""
+    calls, unjudged = {}, {}
+    with noted(unjudged, WHOLE_CASE):  # the float64 reference may not fit: then the error stays blank
+        truth = accuracy.exact(case, tensors, options)
+    for name in names:
+        with noted(failures, name):
+            function = PROVIDERS[name].make(case)
+            if function is None:
+                for which in passes:
+                    del rows[name, which]
+                continue
+            call = Call(function, tensors, options)
+            start = time.perf_counter()
+            found = call.value_and_gradient()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - start
+            error = math.nan if unjudged or truth is None else accuracy.error(found, truth)
+            for which in passes:
+                rows[name, which] |= {"first_call_s": seconds, "error": error}
+            calls[name] = call
+    return calls
+
+
+def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
+    """Peak memory of one pass into the rows; samples of its time, by provider, returned."""
+    seconds_of = stopwatch(device)
+    small = sum(tensor.nbytes for tensor in inputs) < SMALL
+    ready, times = {}, {}
+    for name, call in calls.items():
+        with noted(failures, name):
+            prepare = partial(call.ready, which)
+            if PROVIDERS[name].compiles and which == "no-grad":
+                prepare(1)()  # compiles anew without gradients, outside the measurements
+            call.input.grad = None  # what was allocated unrecorded must not be freed while recording
+            rows[name, which]["peak_mb"] = peak_bytes(partial(prepare, 1), device) / 1e6  # and this is everyone's warm-up
+            times[name] = calls_per_sample(prepare, seconds_of, small)
+            ready[name] = prepare
+    return take_turns(ready, times, seconds_of, budget, failures)

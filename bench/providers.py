@@ -1,0 +1,46 @@
+"""Who computes a loss: one entry per provider.
+
+`make` takes a case and returns the function to call with the case's tensors and options, or None where the provider has
+no such loss. To add an installed peer, add an entry.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import reference.losses
+import triton_losses.functional
+
+
+@dataclass(frozen=True)
+class Provider:
+    make: Callable
+    compiles: bool = False  # seconds a case: the quick preset compiles headline cases alone
+
+
+def ours(case):
+    return getattr(triton_losses.functional, case.name)
+
+
+def eager(case):
+    return getattr(reference.losses, case.name)
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+PROVIDERS = {
+    "triton_losses": Provider(ours),
+    "eager": Provider(eager),
+    "torch.compile": Provider(lambda case: compiled(eager(case)), compiles=True),
+    "torch.compile(triton_losses)": Provider(lambda case: compiled(ours(case)), compiles=True),
+}
+
+
+def providers_of(case, shape, preset, wanted):
+    """The names, in order, of the providers that this preset runs on this shape of the case."""
+    shapes = case.bench[preset]
+    may_compile = preset == "full" or (case.headline and shape == max(shapes, key=lambda shape: torch.Size(shape).numel()))
+    return [name for name in PROVIDERS if name in wanted and (may_compile or not PROVIDERS[name].compiles)]

@@ -1,0 +1,70 @@
+"""Time: samples of several providers, taken in turns so that the machine's noise hits all of them alike."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bench.failures import noted
+
+CACHE_FLUSH = 256 << 20  # bytes: several times a GPU's L2
+SMALL = 1 << 20  # bytes of tensors; below, a call is host work of microseconds, so a sample holds many calls
+SAMPLE = 2e-3  # seconds that such a sample takes at least
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one pass: repeats end at `most`, or after `seconds` per provider, but not before `least`."""
+
+    seconds: float
+    least: int
+    most: int
+
+
+def stopwatch(device):
+    """A function that runs a piece of work and returns its seconds, whatever it returns being freed after."""
+    return gpu_stopwatch(device) if device.type == "cuda" else cpu_seconds
+
+
+def cpu_seconds(work):
+    start = time.perf_counter()
+    kept = work()
+    seconds = time.perf_counter() - start
+    del kept
+    return seconds
+
+
+def gpu_stopwatch(device):
+    flush = torch.empty(CACHE_FLUSH, dtype=torch.int8, device=device)
+
+    def seconds(work):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()  # inputs come from memory, as they do in training
+        start.record()
+        kept = work()
+        end.record()
+        end.synchronize()
+        del kept
+        return start.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def calls_per_sample(ready, seconds_of, small):
+    """`ready(times)` is work of so many calls. Large work is one call, so that every sample starts from a cold cache."""
+    return math.ceil(SAMPLE / (seconds_of(ready(10)) / 10)) if small else 1
+
+
+def take_turns(ready, times, seconds_of, budget, failures):
+    """Samples, in seconds a call, by provider, as are `ready` and `times`. One that fails is noted and drops out."""
+    samples = {name: [] for name in ready}
+    start = time.perf_counter()
+    for repeat in range(budget.most):
+        if repeat >= budget.least and time.perf_counter() - start > budget.seconds * len(ready):
+            break
+        for name in ready:
+            if name not in failures:
+                with noted(failures, name):
+                    samples[name].append(seconds_of(ready[name](times[name])) / times[name])
+    return samples

@@ -1,0 +1,173 @@
+"""The bench: what it counts is right, and nothing that a provider does ends the run."""
+
+import math
+from dataclasses import replace
+
+import pandas
+import pytest
+import torch
+
+from bench import measure, memory
+from bench.__main__ import main
+from bench.accuracy import error
+from bench.measure import COLUMNS, PRESETS
+from bench.passes import Call
+from bench.providers import PROVIDERS, Provider, providers_of
+from bench.report import frame_of
+from bench.timing import Budget, take_turns
+from reference import cases
+from reference.cases import Case, logits_and_labels, numbers
+
+pytestmark = pytest.mark.not_interpreted
+CPU = torch.device("cpu")
+TINY = Case("mse_loss", numbers, bench={"quick": ((6, 5),)})
+TINY_ROWS = Case("cross_entropy", logits_and_labels, {"label_smoothing": 0.1}, bench={"quick": ((6, 5), (8, 16))})
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setitem(PRESETS, "quick", replace(PRESETS["quick"], budget=Budget(seconds=0.01, least=1, most=2)))
+
+
+def kept(*tensors):
+    return tensors
+
+
+def test_peak_memory_is_exact_to_the_byte():
+    def work():
+        first = torch.empty(1000)
+        second = torch.empty(300)
+        del first
+        return kept(second, torch.empty(500), torch.empty(100))
+
+    assert memory.peak_bytes(lambda: work, CPU) == 4 * (1000 + 300)
+
+
+@pytest.mark.parametrize(
+    "which, floats",
+    [
+        ("no-grad", 1000 + 1),  # exp x, its sum
+        ("forward", 1000 + 1),  # the same, and exp x is saved
+        ("backward", 1 + 1000),  # the upstream 1, the gradient; exp x was there before
+        ("full", 1000 + 1 + 1 + 1000),
+    ],
+)
+def test_the_peak_of_each_pass_is_what_one_computes_by_hand(which, floats):
+    call = Call(lambda x: x.exp().sum(), (torch.randn(1000),), {})
+    call.value_and_gradient()
+    assert memory.peak_bytes(lambda: call.ready(which, 1), CPU) == 4 * floats
+
+
+def test_the_gradient_of_earlier_work_is_gone_before_the_next():
+    call = Call(lambda x: x.exp().sum(), (torch.randn(1000),), {})
+    call.ready("full", 1)()
+    call.ready("forward", 1)
+    assert call.input.grad is None
+
+
+def test_memory_freed_by_the_work_makes_room():
+    def prepare():
+        held = [torch.empty(1000)]
+
+        def work():
+            held.clear()
+            return torch.empty(1200)
+
+        return work
+
+    assert memory.peak_bytes(prepare, CPU) == 4 * 200
+
+
+def test_the_error_is_relative_to_the_largest_exact_component():
+    truth = torch.tensor(4.0).double(), torch.tensor([2.0, 0.0]).double()
+    assert error((torch.tensor(4.0), torch.tensor([2.0, 0.5])), truth) == 0.25
+    assert error((torch.tensor(1.0), torch.tensor([2.0, 0.5])), truth) == 0.75
+
+
+def test_providers_take_turns_and_one_that_fails_drops_out():
+    order, failures = [], {}
+
+    def seconds_of(work):
+        order.append(work)
+        if work == "b" and order.count("b") == 2:
+            raise RuntimeError("out of registers")
+        return 6.0
+
+    ready = {name: lambda times, name=name: name for name in "abc"}
+    samples = take_turns(ready, {"a": 1, "b": 1, "c": 2}, seconds_of, Budget(seconds=60, least=1, most=3), failures)
+    assert "".join(order) == "abcabcac"
+    assert samples["a"] == [6.0] * 3 and samples["c"] == [3.0] * 3
+    assert failures == {"b": "RuntimeError: out of registers"}
+
+
+def test_a_failing_provider_becomes_a_row_that_says_so(monkeypatch):
+    def make(case):
+        raise OSError("no C compiler\nwas found")
+
+    monkeypatch.setitem(PROVIDERS, "broken", Provider(make))
+    rows = measure.measure(TINY, (6, 5), torch.float32, CPU, PRESETS["quick"], ["eager", "broken"])
+    said = {row["provider"]: (row["failed"], math.isnan(row["ms"])) for row in rows if row["pass"] == "full"}
+    assert said == {"eager": ("", False), "broken": ("OSError: no C compiler was found", True)}
+
+
+def test_a_provider_without_the_loss_has_no_row(monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "peer", Provider(lambda case: None))
+    rows = measure.measure(TINY, (6, 5), torch.float32, CPU, PRESETS["quick"], ["eager", "peer"])
+    assert {row["provider"] for row in rows} == {"eager"}
+
+
+def test_a_case_that_does_not_fit_is_skipped_in_so_many_words(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3_000_000)
+    rows = measure.measure(TINY, (1 << 20,), torch.float32, CPU, PRESETS["quick"], ["eager"])
+    assert [row["failed"].partition(":")[0] for row in rows] == ["skipped"] * len(PRESETS["quick"].passes)
+
+
+def test_the_quick_preset_compiles_headlines_alone_at_their_largest_shape():
+    shapes = {"quick": ((2, 3), (40, 3)), "full": ((2, 3),)}
+    plain, headline = (Case("mse_loss", numbers, bench=shapes, headline=is_headline) for is_headline in (False, True))
+    compiled = {name for name, provider in PROVIDERS.items() if provider.compiles}
+
+    def compiles(*arguments):
+        return compiled <= set(providers_of(*arguments, wanted=tuple(PROVIDERS)))
+
+    assert compiles(headline, (40, 3), "quick") and not compiles(headline, (2, 3), "quick")
+    assert compiles(plain, (2, 3), "full") and not compiles(plain, (40, 3), "quick")
+
+
+def test_a_shape_too_large_to_be_judged_takes_the_error_of_a_smaller_one():
+    common = dict.fromkeys(COLUMNS, "") | {"loss": "mse_loss", "provider": "eager"}
+    frame = frame_of([common | {"shape": "2", "error": 1e-7}, common | {"shape": "99", "error": math.nan}], COLUMNS)
+    assert list(frame["error"]) == [1e-7, 1e-7]
+
+
+def test_the_list_names_every_timed_case_and_provider(capsys):
+    main(["--list"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for case in cases.CASES:
+        assert not case.bench or " ".join([case.name, *case.option_words()]) in lines
+    assert set(PROVIDERS) <= set(lines)
+
+
+def test_an_unknown_loss_is_refused_with_the_known_names(capsys):
+    with pytest.raises(SystemExit):
+        main(["mse", "no_such_loss"])
+    said = capsys.readouterr().err
+    assert "'no_such_loss'" in said
+    assert all(case.name in said for case in cases.CASES if case.bench)
+
+
+def test_a_run_writes_the_results_the_report_and_the_picture(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cases, "CASES", [TINY, TINY_ROWS])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    main(["--device", "cpu", "--out", str(tmp_path), "--providers", "triton_losses", "eager"])
+
+    results = pandas.read_csv(tmp_path / "results.csv")
+    assert list(results.columns) == list(COLUMNS)
+    assert len(results) == 3 * 2 * len(PRESETS["quick"].passes)  # shapes, providers, passes
+    assert results["failed"].isna().all() and (results["ms"] > 0).all() and (results["error"] < 1e-5).all()
+
+    printed, report = capsys.readouterr().out, (tmp_path / "report.md").read_text()
+    for text in (printed, report):
+        assert "no Triton kernel ran" in text and "cross_entropy label_smoothing=0.1" in text and "8×16" in text
+    assert "(speedup.png)" in report
+    assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
