@@ -44,8 +44,6 @@ def conditions(device, load_before):
         hardware = f"{torch.cuda.get_device_name(device)} (host: {hardware})"
     versions = f"torch {torch.__version__}, triton {triton_version()}, Python {platform.python_version()}"
     lines = [hardware, f"triton_losses {triton_losses.__version__}, {versions}"]
-    if spins := os.environ.get("GOMP_SPINCOUNT"):
-        lines[1] += f", GOMP_SPINCOUNT={spins}"
     if device.type == "cpu":
         lines.append(ON_A_CPU)
     if load_before > 0.5 or load_after > threads + 0.5:

@@ -12,7 +12,7 @@ import torch
 from bench import accuracy
 from bench.failures import noted
 from bench.memory import peak_bytes, shortage
-from bench.passes import PASSES, Call, bytes_moved_at_least
+from bench.passes import PASSES, Call, bytes_moved_at_least, learned_by
 from bench.providers import PROVIDERS
 from bench.timing import SMALL, Budget, calls_per_sample, stopwatch, take_turns
 
@@ -45,7 +45,7 @@ def measure(case, shape, dtype, device, preset, names):
         if reason := shortage(case, shape, dtype, device):
             failures[WHOLE_CASE] = reason
         else:
-            fill(rows, failures, case, case.arguments(shape, dtype, device), device, preset, names)
+            fill(rows, failures, case, shape, case.arguments(shape, dtype, device), device, preset, names)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -68,25 +68,25 @@ def blank_row(case, shape, dtype, device, name, which):
     }
 
 
-def fill(rows, failures, case, arguments, device, preset, names):
+def fill(rows, failures, case, shape, arguments, device, preset, names):
     tensors, options = arguments
-    calls = first_calls(rows, failures, case, tensors, options, device, preset.passes, names)
+    calls = first_calls(rows, failures, case, shape, tensors, options, device, preset.passes, names)
     inputs = [tensor for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor)]
     for which in preset.passes:
         fitting = {name: call for name, call in calls.items() if name not in failures}
         samples = time_and_weigh(rows, failures, which, fitting, inputs, device, preset.budget)
         for name in samples.keys() - failures.keys():
             low, median, high = numpy.percentile(samples[name], (20, 50, 80)) * 1e3
-            moved = bytes_moved_at_least(which, inputs) / 1e6
+            moved = bytes_moved_at_least(which, inputs, learned_by(case)) / 1e6
             rows[name, which] |= {"ms": median, "p20_ms": low, "p80_ms": high, "samples": len(samples[name])}
             rows[name, which] |= {"moved_mb": moved, "gb_per_s": moved / median}
 
 
-def first_calls(rows, failures, case, tensors, options, device, passes, names):
+def first_calls(rows, failures, case, shape, tensors, options, device, passes, names):
     """Call everyone once, forward and backward: compilation and tuning end here. Returns calls by provider."""
     calls, unjudged = {}, {}
     with noted(unjudged, WHOLE_CASE):  # the float64 reference may not fit: then the error stays blank
-        truth = accuracy.exact(case, tensors, options)
+        truth = accuracy.exact(case, shape, tensors, options)
     for name in names:
         with noted(failures, name):
             function = PROVIDERS[name].make(case)
@@ -94,9 +94,9 @@ def first_calls(rows, failures, case, tensors, options, device, passes, names):
                 for which in passes:
                     del rows[name, which]
                 continue
-            call = Call(function, tensors, options)
+            call = Call(function, tensors, options, learned_by(case))
             start = time.perf_counter()
-            found = call.value_and_gradient()
+            found = call.value_and_gradients()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
@@ -117,7 +117,7 @@ def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
             prepare = partial(call.ready, which)
             if PROVIDERS[name].compiles and which == "no-grad":
                 prepare(1)()  # compiles anew without gradients, outside the measurements
-            call.input.grad = None  # what was allocated unrecorded must not be freed while recording
+            call.forget()  # what was allocated unrecorded must not be freed while recording
             rows[name, which]["peak_mb"] = peak_bytes(partial(prepare, 1), device) / 1e6  # and this is everyone's warm-up
             times[name] = calls_per_sample(prepare, seconds_of, small)
             ready[name] = prepare

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 WORK = "bench: work"  # marks its beginning among the recorded events
@@ -20,11 +21,16 @@ def peak_bytes(prepare, device):
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # prepared while recording: the profiler cannot tell the size of what was allocated before it came
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work = prepare()
-        with record_function(WORK):
-            kept = work()  # freed after the recording, like everything that outlives the work
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees the calling thread alone, and triton_losses has threads of its own
+    try:
+        # prepared while recording: the profiler cannot tell the size of what was allocated before it came
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            work = prepare()
+            with record_function(WORK):
+                kept = work()  # freed after the recording, like everything that outlives the work
+    finally:
+        torch.set_num_threads(threads)
     del kept
     return highest_sum(allocations(recorded))
 
@@ -56,12 +62,17 @@ def free_bytes(device):
     return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
 
 
+def logits_of(case, shape):
+    """How many logits a head's eager loss makes on the way; no other makes more than it is given."""
+    return shape[0] * shape[-1] if case.features else 0
+
+
 def shortage(case, shape, dtype, device):
     """Why the case is skipped, or nothing. A third of the free memory is the limit, for eager losses hold many copies."""
-    small = case.shapes[0]
-    tensors, options = case.arguments(small, dtype)
-    drawn = sum(tensor.nbytes for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor))
-    needed, limit = drawn * torch.Size(shape).numel() // torch.Size(small).numel(), free_bytes(device) // 3
+    with FakeTensorMode():
+        tensors, options = case.arguments(shape, dtype)
+    needed = sum(tensor.nbytes for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor))
+    needed, limit = needed + logits_of(case, shape) * dtype.itemsize, free_bytes(device) // 3
     if needed <= limit:
         return ""
     return f"skipped: its tensors take about {needed / 1e9:.1f} GB, and a third of the free memory is {limit / 1e9:.1f} GB"

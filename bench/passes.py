@@ -3,33 +3,43 @@
 import torch
 
 
-class Call:
-    """A provider's function and the arguments of one case; the first tensor takes the gradient, as in training."""
+def learned_by(case):
+    """How many of the leading tensors take a gradient, as in training: the first, and a head's weight."""
+    return 2 if case.features else 1
 
-    def __init__(self, function, tensors, options):
+
+class Call:
+    """A provider's function and the arguments of one case; the first ``learned`` tensors take a gradient."""
+
+    def __init__(self, function, tensors, options, learned=1):
         self.function, self.tensors, self.options = function, tensors, options
-        self.input = tensors[0].requires_grad_()
+        self.leaves = [tensor.requires_grad_() for tensor in tensors[:learned]]
         self.upstream = None
+
+    def forget(self):
+        for leaf in self.leaves:
+            leaf.grad = None
 
     def loss(self):
         return self.function(*self.tensors, **self.options)
 
     def backward(self, loss):
-        self.input.grad = None
+        self.forget()
         loss.backward(self.upstream)
 
     def ready(self, which, times):
         """Work of so many calls of a pass; the gradient of earlier work is freed now, not while the clock runs."""
-        self.input.grad = None
+        self.forget()
         return PASSES[which](self, times)
 
-    def value_and_gradient(self):
+    def value_and_gradients(self):
         loss = self.loss()
         if loss.dim():
             self.upstream = torch.ones_like(loss)
         self.backward(loss)
-        gradient, self.input.grad = self.input.grad, None
-        return loss.detach(), gradient
+        gradients = [leaf.grad for leaf in self.leaves]
+        self.forget()
+        return loss.detach(), *gradients
 
 
 def forward(call, times):
@@ -66,7 +76,7 @@ def no_grad(call, times):
 PASSES = {"forward": forward, "backward": backward, "full": full, "no-grad": no_grad}
 
 
-def bytes_moved_at_least(name, tensors):
-    """Every input is read once; a pass that differentiates also writes the gradient of the first."""
+def bytes_moved_at_least(name, tensors, learned=1):
+    """Every input is read once; a pass that differentiates also writes the gradients of the first ones."""
     read = sum(tensor.nbytes for tensor in tensors)
-    return read + tensors[0].nbytes if name in ("backward", "full") else read
+    return read + sum(tensor.nbytes for tensor in tensors[:learned]) if name in ("backward", "full") else read

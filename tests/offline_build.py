@@ -170,3 +170,9 @@ def machine_loops(build):
     line_at = {address: i for i, (address, _) in enumerate(code)}
     branches = [(i, match[1]) for i, (_, text) in enumerate(code) if (match := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
     return innermost([range(line_at[int(address, 16)], i + 1) for i, address in branches], [text for _, text in code])
+
+
+def spills_in_loops(build):
+    """The instructions, in innermost loops, that store or load what did not fit the registers."""
+    loops = loops_of(build.lines) if build.kernel.asm.get("amdgcn") else machine_loops(build)
+    return [code for loop in loops for code in loop if re.search(r"\b(?:STL|LDL|scratch_\w+|v_(?:read|write)lane\w*)\b", code)]

@@ -21,7 +21,8 @@ LABELS, BYTES = torch.tensor([0, 4, 2, 1]), torch.tensor([3, 0, 4, 1]).byte()
 IMAGE, IMAGE_LABELS = torch.randn(2, 5, 3, 4), torch.ones(2, 3, 4).long()
 PASSED = (NUMBERS, OTHERS, CHANCES, LABELS, BYTES, IMAGE, IMAGE_LABELS)
 COPIES = [t.clone() for t in PASSED]
-REGRESSIONS = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "log_cosh_loss"]
+REGRESSIONS = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "log_cosh_loss", "quantile_loss"]
+SIGNED = ["hinge_loss", "squared_hinge_loss", "perceptron_loss", "exponential_loss"]
 ELEMENTWISE = [*REGRESSIONS, "binary_cross_entropy_with_logits", "sigmoid_focal_loss"]
 ROWS = ["nll_loss", "cross_entropy", "focal_loss"]
 INTEGERS, WHOLE, ELSEWHERE = torch.ones(4, 5).long(), torch.ones(4, 5).int(), torch.rand(4, 5, device="meta")
@@ -76,6 +77,35 @@ def binary_refusals(name):
     yield "pos_weight that is a number", "2.0", of(name, NUMBERS, CHANCES, pos_weight=2.0)
 
 
+def signed_refusals(name):
+    yield "sizes that would broadcast", "torch.Size([5])", of(name, NUMBERS, CHANCES[0].round() * 2 - 1)
+    yield "integer input", "int64", of(name, INTEGERS, INTEGERS)
+    yield "unknown reduction", "average", of(name, NUMBERS, INTEGERS, reduction="average")
+    for label in (0.0, 2.0, NAN):
+        yield f"label {label}", str(label), of(name, NUMBERS, torch.full((4, 5), -1.0).index_fill(1, torch.tensor([3]), label))
+
+
+def chance_refusals(name):
+    yield "sizes that would broadcast", "torch.Size([5])", of(name, CHANCES, CHANCES[0])
+    yield "integers", "int64", of(name, INTEGERS, INTEGERS)
+    yield "integer target", "int64", of(name, CHANCES, INTEGERS)
+    yield "weight that requires grad", "weight", of(name, CHANCES, CHANCES, weight=torch.rand(5, requires_grad=True))
+    yield "weight that enlarges the input", "(2, 4, 5)", of(name, CHANCES, CHANCES, weight=torch.rand(2, 4, 5))
+    yield "unknown reduction", "average", of(name, CHANCES, CHANCES, reduction="average")
+    for value in (-0.5, 1.5, NAN):
+        yield f"input {value}", "input", of(name, CHANCES.index_fill(1, torch.tensor([3]), value), CHANCES)
+        yield f"target {value}", "target", of(name, CHANCES, CHANCES.index_fill(1, torch.tensor([3]), value))
+
+
+def remaining_refusals(name):
+    """Of losses whose tensors broadcast without a word."""
+    more = (CHANCES,) if name == "gaussian_nll_loss" else ()
+    yield "sizes that do not broadcast", "7", of(name, NUMBERS, torch.randn(7, 5), *more)
+    yield "unknown reduction", "average", of(name, NUMBERS, CHANCES, *more, reduction="average")
+    yield "target on another device", "meta", of(name, NUMBERS, ELSEWHERE, *more)
+    yield "unknown option", "colour", of(name, NUMBERS, CHANCES, *more, colour="red")
+
+
 def row_refusals(name):
     yield "fewer labels than rows", "(3)", of(name, NUMBERS, LABELS[:3])
     yield "more labels than rows", "(6)", of(name, NUMBERS, labelled(0, 1, 2, 3, 4, 0))
@@ -127,11 +157,17 @@ def refusals():
     """(function, sentence, what the message names, call)."""
     for names, kinds in [
         (ELEMENTWISE, elementwise_refusals), (ROWS, row_refusals), (["binary_cross_entropy_with_logits"], binary_refusals),
-        (["mse_loss", "l1_loss", "huber_loss"], weighted_refusals),
+        (["mse_loss", "l1_loss", "huber_loss"], weighted_refusals), (SIGNED, signed_refusals),
+        (["binary_cross_entropy"], chance_refusals),
+        (["gaussian_nll_loss", "poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss"], remaining_refusals),
     ]:  # fmt: skip
         yield from ((name, *refusal) for name in names for refusal in kinds(name))
     for value in (0, -1.5, NAN):
         yield "huber_loss", f"delta {value}", str(value), of("huber_loss", NUMBERS, OTHERS, delta=value)
+    odd = [(torch.rand(shape), str(shape)) for shape in ((5,), (1, 1), (4, 4))]
+    for var, named in [(-0.5, "-0.5"), (CHANCES - 9, ">= 0"), *odd]:
+        yield "gaussian_nll_loss", f"var {named}", named, of("gaussian_nll_loss", NUMBERS, OTHERS, var)
+    yield "soft_margin_loss", "larger target", "(4, 5)", of("soft_margin_loss", NUMBERS[0], OTHERS)
     for value in (-0.5, NAN):
         yield "smooth_l1_loss", f"beta {value}", str(value), of("smooth_l1_loss", NUMBERS, OTHERS, beta=value)
     for sentence, target in [("labels", LABELS), ("probabilities", CHANCES)]:
@@ -182,6 +218,10 @@ OURS = [
     (ValueError, "1.5", of("sigmoid_focal_loss", NUMBERS, CHANCES, alpha=1.5)),
     (ValueError, "nan", of("sigmoid_focal_loss", NUMBERS, CHANCES, alpha=NAN)),
     (ValueError, "torch.Size([5])", of("sigmoid_focal_loss", NUMBERS, CHANCES[0])),
+    (ValueError, "1.5", of("quantile_loss", NUMBERS, OTHERS, 1.5)),
+    (ValueError, "nan", of("quantile_loss", NUMBERS, OTHERS[:, 0], (0.1, NAN))),
+    (ValueError, "(4, 5)", of("quantile_loss", NUMBERS, OTHERS, [0.5])),
+    (ValueError, "(4, 5)", of("multi_quantile_loss", NUMBERS, OTHERS[:, 0])),
     (RuntimeError, "-2", lambda _: triton_losses.HuberLoss(delta=-2)(NUMBERS, OTHERS)),
     (RuntimeError, "(3,)", lambda _: triton_losses.CrossEntropyLoss(torch.rand(3))(NUMBERS, LABELS)),
     (ValueError, "average", lambda _: triton_losses.FocalLoss(reduction="average")),
@@ -235,6 +275,18 @@ def acceptances():
         yield f"beta {beta}", of("smooth_l1_loss", torch.cat([NUMBERS, OTHERS]), torch.cat([NUMBERS, NUMBERS]), beta=beta, reduction="none")
     for delta in (1e-30, 1e30, float("inf"), torch.tensor(0.5)):
         yield f"delta {delta}", of("huber_loss", torch.cat([NUMBERS, OTHERS]), torch.cat([NUMBERS, NUMBERS]), delta=delta, reduction="none")
+    full = {"full": True}
+    for name, options in [("poisson_nll_loss", {}), ("poisson_nll_loss", full), ("hinge_embedding_loss", {}), ("soft_margin_loss", {})]:
+        end = ", ".join((name, *options))
+        yield f"numbers against integers: {end}", of(name, NUMBERS, INTEGERS, **options)
+        yield f"a column beside each number: {end}", of(name, NUMBERS, OTHERS[:, :1], reduction="none", **options)
+    yield "a larger target of hinge_embedding_loss", of("hinge_embedding_loss", NUMBERS[0], OTHERS, reduction="none")
+    for var in (0.0, 0.3, NAN, CHANCES[:, 0], CHANCES[:, :1], CHANCES[:1], CHANCES.double()):
+        shape = tuple(var.shape) if isinstance(var, torch.Tensor) else var
+        yield f"var {shape}", of("gaussian_nll_loss", NUMBERS, OTHERS, var, reduction="none", full=True)
+    yield "certain chances", of("binary_cross_entropy", CHANCES.round(), CHANCES, reduction="none")
+    for weight in (CHANCES[:, :1], CHANCES.bfloat16(), CHANCES.double()):
+        yield f"chances weighted by {weight.dtype}, {weight.shape}", of("binary_cross_entropy", CHANCES, CHANCES, weight=weight)
     yield "seven dimensions", of("mse_loss", NUMBERS.view(2, 1, 2, 1, 5, 1, 1), OTHERS.view(2, 1, 2, 1, 5, 1, 1), reduction="none")
     yield "targets that are no chances", of("binary_cross_entropy_with_logits", NUMBERS, 3 * OTHERS)
     yield "a scalar pos_weight", of("binary_cross_entropy_with_logits", NUMBERS, CHANCES, pos_weight=torch.tensor(2.0))
@@ -266,10 +318,14 @@ def test_an_upstream_gradient_of_another_shape_is_refused(name):
 @pytest.mark.parametrize("case", [case for case in CASES if not case.note and case.draw.__name__ != "logits_and_probabilities"], ids=str)
 def test_a_tensor_overwritten_before_the_backward_is_noticed(case, device):
     """Input, target, and the tensors among the options: the backward reads them all again."""
-    for which in range(2 + sum(isinstance(option, torch.Tensor) for option in case.arguments((6, 5))[1].values())):
-        tensors, options = case.arguments((6, 5), torch.float32, device)
-        loss = getattr(functional, case.name)(tensors[0].requires_grad_(), tensors[1], **options).sum()
+    tensors, options = case.arguments(case.shape(6, 5))
+    for which in range(len(tensors) + sum(isinstance(option, torch.Tensor) for option in options.values())):
+        tensors, options = case.arguments(case.shape(6, 5), torch.float32, device)
+        loss = getattr(functional, case.name)(tensors[0].requires_grad_(), *tensors[1:], **options).sum()
         [*tensors, *(option for option in options.values() if isinstance(option, torch.Tensor))][which].detach().zero_()
+        if options.get("shift") and which == len(tensors) - 1:  # labels that are shifted are copied
+            loss.backward()
+            continue
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 

@@ -54,7 +54,7 @@ def test_peak_memory_is_exact_to_the_byte():
 )
 def test_the_peak_of_each_pass_is_what_one_computes_by_hand(which, floats):
     call = Call(lambda x: x.exp().sum(), (torch.randn(1000),), {})
-    call.value_and_gradient()
+    call.value_and_gradients()
     assert memory.peak_bytes(lambda: call.ready(which, 1), CPU) == 4 * floats
 
 
@@ -62,7 +62,7 @@ def test_the_gradient_of_earlier_work_is_gone_before_the_next():
     call = Call(lambda x: x.exp().sum(), (torch.randn(1000),), {})
     call.ready("full", 1)()
     call.ready("forward", 1)
-    assert call.input.grad is None
+    assert call.tensors[0].grad is None
 
 
 def test_memory_freed_by_the_work_makes_room():

@@ -83,14 +83,14 @@ def test_a_module_exports(name):
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_fake_tensors_get_the_real_shapes(case):
-    tensors, options = case.arguments(case.shapes[0])
     for reduction in ("none", "mean"):
-        real = value_and_gradients(getattr(functional, case.name), case, tensors, {**options, "reduction": reduction})
+        tensors, options = case.arguments(case.shapes[0], reduction=reduction)
+        real = value_and_gradients(getattr(functional, case.name), case, tensors, options)
         mode = FakeTensorMode()
         fakes = [mode.from_tensor(t.clone().requires_grad_(i < case.differentiable)) for i, t in enumerate(tensors)]
         chosen = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
         with mode:
-            value = getattr(functional, case.name)(*fakes, **{**chosen, "reduction": reduction})
+            value = getattr(functional, case.name)(*fakes, **chosen)
             gradients = torch.autograd.grad(value, fakes[: case.differentiable], torch.ones_like(value))
         assert [(t.shape, t.dtype) for t in (value, *gradients)] == [(t.shape, t.dtype) for t in real]
 
@@ -114,5 +114,5 @@ def test_the_row_ops_are_well_behaved(device):
         options = ("cross_entropy_smoothed", [0.1, 0.01], -100, 0.0, 1.0, reduction)
         torch.library.opcheck(label_rows.label_rows_forward.overload, (x, labels, weights, *options, torch.float32), test_utils=TESTS)
         out, saved, denominator = label_rows.label_rows_forward(x, labels, weights, *options, torch.float32)
-        arguments = (x, labels, weights, saved, denominator, torch.randn_like(out), *options)
+        arguments = (x, labels, weights, saved, denominator, torch.randn_like(out), [], *options)
         torch.library.opcheck(label_rows.label_rows_backward.overload, arguments, test_utils=TESTS)

@@ -21,12 +21,13 @@ from reference.cases import CASES
 from test_losses import ROUNDING
 from triton_losses import functional
 
-FUNCTIONS = {name: f for name, f in vars(functional).items() if inspect.isfunction(f)}
-MODULES = {name: c for name, c in vars(triton_losses).items() if inspect.isclass(c) and issubclass(c, torch.nn.Module)}
-TORCHS = [name for name in FUNCTIONS if hasattr(torch.nn.functional, name)]
-TORCHS_MODULES = [name for name in MODULES if hasattr(torch.nn, name)]
+FUNCTIONS = {name: f for name, f in vars(functional).items() if inspect.isfunction(f) and not name.endswith("log_probs")}
+MODULES = {n: c for n, c in vars(triton_losses).items() if isinstance(c, type) and issubclass(c, torch.nn.Module) and n[-4:] != "Head"}
+HEADS = [name for name in FUNCTIONS if name.startswith("linear_")]  # test_head.py compares them with torch's: a weight's owner is ...Head
+TORCHS = [name for name in FUNCTIONS if hasattr(torch.nn.functional, name) and name not in HEADS]
+TORCHS_MODULES = [name for name in MODULES if hasattr(torch.nn, name) and name != "LinearCrossEntropyLoss"]  # ours is given the weight
 WITH_LABELS = [name for name, f in FUNCTIONS.items() if "ignore_index" in inspect.signature(f).parameters]
-WITHOUT_LABELS = [name for name in TORCHS if name not in WITH_LABELS]
+WITHOUT_LABELS = [n for n in TORCHS if n not in (*WITH_LABELS, "binary_cross_entropy", "gaussian_nll_loss")]  # one dtype; three tensors
 PLAIN = [case for case in CASES if not case.note]
 FIRST = {case.name: case for case in reversed(PLAIN)}  # of each loss
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,14 +36,14 @@ MIXED = DTYPES[1:] if INTERPRET else DTYPES  # the interpreter makes zeros of a 
 
 def draw(name, device="cpu", shape=(6, 5), dtype=torch.float32, seed=0):
     """Input and target of the loss's first case."""
-    return FIRST[name].arguments(shape, dtype, device, seed)[0]
+    return FIRST[name].arguments(FIRST[name].shape(*shape) if len(shape) == 2 else shape, dtype, device, seed)[0]
 
 
 def prepared(case, device, module=functional, shape=(6, 5), dtype=torch.float32, **changes):
     """The case's loss as a function of the tensors it is differentiated by, and those tensors."""
-    tensors, options = case.arguments(shape, dtype, device)
+    tensors, options = case.arguments(case.shape(*shape), dtype, device)
     inputs, rest = [t.requires_grad_() for t in tensors[: case.differentiable]], tensors[case.differentiable :]
-    return lambda *inputs: getattr(module, case.name)(*inputs, *rest, **{**options, **changes}), inputs
+    return lambda *inputs: getattr(module, case.name)(*inputs, *rest, **{**options, **(changes if case.reduces else {})}), inputs
 
 
 def assert_begins_with(ours, torchs):
@@ -79,11 +80,11 @@ def widened(t):
 
 
 def value_and_gradients(loss, arguments, options):
-    """The loss and, for one fixed upstream gradient, the gradient of whatever requires one."""
+    """The loss and, for one fixed upstream gradient, the gradient of whatever requires and has one."""
     value = loss(*arguments, **options)
     leaves = [t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
     upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(value.device, value.dtype)
-    return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+    return [value.detach(), *(g for g in torch.autograd.grad(value, leaves, upstream, allow_unused=True) if g is not None)]
 
 
 def sizes_of_terms(loss, arguments, options, gradients):
@@ -110,7 +111,8 @@ def test_pytorchs_own_samples_give_what_torch_gives(name, dtype, device):
             arguments, options = [widened(t) for t in arguments], {k: widened(t) for k, t in options.items()}
             exact = value_and_gradients(op.op, arguments, options)
             for o, t, e, size in zip(ours, torchs, exact, sizes_of_terms(op.op, arguments, options, exact[1:]), strict=True):
-                assert o.dtype == t.dtype and o.shape == t.shape and torch.equal(o.isnan(), t.isnan())
+                finite = name in ("soft_margin_loss", "poisson_nll_loss")  # where torch overflows, or divides 0 by a count of 0
+                assert o.dtype == t.dtype and o.shape == t.shape and torch.equal(o.isnan(), t.isnan() & (not finite))
                 if o.numel() and not t.isnan().any():
                     budget = 2 * max((t - e).abs().max(), ROUNDING[dtype] * size)
                     assert (o - e).abs().max() <= budget, f"{sample}: {o} is not {e}"
@@ -151,7 +153,7 @@ def assert_torch_agrees(name, *tensors, **options):
 @pytest.mark.parametrize("name", WITHOUT_LABELS)
 def test_mixed_dtypes_and_scalars_give_torchs_dtype(name, device):
     shapes, targets = [((3,), (3,)), ((), ())], MIXED
-    if name != "binary_cross_entropy_with_logits":  # which takes neither integer targets nor other sizes
+    if name not in ("binary_cross_entropy_with_logits", "soft_margin_loss", "kl_div"):  # which refuse integer targets, or larger ones
         shapes, targets = [*shapes, ((3,), ()), ((), (3,)), ((2, 3), (3,))], [*MIXED, torch.int64, torch.uint8]
     for dtype, target_dtype, (shape, target_shape) in itertools.product(MIXED, targets, shapes):
         input, target = torch.randn(shape, device=device).to(dtype), torch.rand(target_shape, device=device).to(target_dtype)
@@ -180,7 +182,7 @@ def test_a_weight_gets_torchs_gradient(name, reduction, device):
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", TORCHS)
+@pytest.mark.parametrize("name", [name for name in TORCHS if name != "gaussian_nll_loss"])  # torch keeps that one narrow on a CPU
 def test_autocast_gives_torchs_dtype_and_gradients_of_the_inputs_own(name, autocast):
     for dtype, reduction in itertools.product(DTYPES, ("none", "mean")):
         input, target = draw(name, dtype=dtype)
@@ -212,8 +214,7 @@ def test_strides_and_blocks_do_not_matter(case, layout, device, monkeypatch):
     """Of inputs and of the upstream gradient; there are more numbers than one block of the CPU path takes."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # what the size of a block hangs on
     shape = (2, 3, 4, 5) if INTERPRET else (3, 5, 90, 70)
-    tensors, options = case.arguments(shape, torch.float32, device)
-    options["reduction"], results = "none", []
+    (tensors, options), results = case.arguments(shape, torch.float32, device, reduction="none"), []
     for module, arrange in ((functional, lambda t: t), (reference.losses, torch.Tensor.contiguous)):
         arranged = [arrange(layout(t)).detach().requires_grad_(i < case.differentiable) for i, t in enumerate(tensors)]
         value = getattr(module, case.name)(*arranged, **options)
@@ -282,13 +283,13 @@ def test_tensors_are_buffers_that_travel_with_the_module(name):
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_nothing_is_mutated_and_every_run_is_the_same(case, device):
     """Bit for bit: a second run, a second backward through the same graph, and every tensor that went in."""
-    tensors, options = case.arguments((6, 5), torch.float32, device)
-    inputs = [t.requires_grad_() for t in tensors[: case.differentiable]]
-    runs, upstream = [], torch.randn(FUNCTIONS[case.name](*tensors, **{**options, "reduction": "none"}).shape, device=device)
+    tensors, options = case.arguments(case.shape(6, 5), torch.float32, device, reduction="none")
+    inputs, loss_of = [t.requires_grad_() for t in tensors[: case.differentiable]], getattr(functional, case.name)
+    runs, upstream = [], torch.randn(loss_of(*tensors, **options).shape, device=device)
     passed = [t for t in (*tensors, *options.values(), upstream) if isinstance(t, torch.Tensor)]
     before = [(t._version, t.detach().clone()) for t in passed]
     for _ in range(2):
-        loss = FUNCTIONS[case.name](*tensors, **{**options, "reduction": "none"})
+        loss = loss_of(*tensors, **options)
         runs += [[loss, *torch.autograd.grad(loss, inputs, upstream, retain_graph=True)] for _ in range(2)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
     assert all(t._version == version and torch.equal(t, values) for t, (version, values) in zip(passed, before, strict=True))
@@ -356,14 +357,14 @@ def law(**more):
 @law()
 def test_the_mean_is_the_sum_over_the_number(rows, columns, seed):
     for name, loss in FUNCTIONS.items():
-        input, target = draw(name, "cpu", (rows, columns), torch.float64, seed)
-        number = (target != -100).sum() if name in WITH_LABELS else input.numel()
-        torch.testing.assert_close(loss(input, target, reduction="mean"), loss(input, target, reduction="sum") / number)
+        *inputs, target = draw(name, "cpu", (rows, columns), torch.float64, seed)
+        number = (target != -100).sum() if not target.is_floating_point() else loss(*inputs, target, reduction="none").numel()
+        torch.testing.assert_close(loss(*inputs, target, reduction="mean"), loss(*inputs, target, reduction="sum") / number)
 
 
 @law(more_rows=sizes)
 def test_the_loss_of_two_batches_is_the_sum_of_their_losses(rows, more_rows, columns, seed):
-    for name, loss in FUNCTIONS.items():
+    for name, loss in ((name, FUNCTIONS[name]) for name in FUNCTIONS if name not in HEADS):
         batches = [draw(name, "cpu", (n, columns), torch.float64, seed + n) for n in (rows, more_rows)]
         together = loss(*(torch.cat(pair) for pair in zip(*batches)), reduction="sum")
         torch.testing.assert_close(together, sum(loss(*batch, reduction="sum") for batch in batches))

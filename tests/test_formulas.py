@@ -19,13 +19,38 @@ ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of r
     "logistic": (2, ()),
     "weighted_logistic": (3, ()),
     "sigmoid_focal": (2, (0.75, -0.5, 1.7)),
+    "gaussian": (3, (0.0, 0.9)),
+    "poisson": (2, ()),
+    "poisson_of_rate": (2, (9.0,)),
+    "poisson_full": (2, (0.9,)),
+    "poisson_of_rate_full": (2, (9.0, 0.9)),
+    "pinball": (2, (0.15, 0.35)),
+    "pinball_of_each": (3, ()),
+    "cross_entropy_of_chances": (2, ()),
+    "hinge": (2, (0.7,)),
+    "squared_hinge": (2, (0.7,)),
+    "exponential": (2, ()),
+    "soft_margin": (2, ()),
+    "hinge_embedding": (2, (0.7,)),
+    "pointwise_divergence": (2, ()),
+    "pointwise_divergence_of_logs": (2, ()),
 }
 ROWS = {
+    "chosen_log_p": (),
+    "log_p_beside_entropy": (),
+    "row_entropy": (),
+    "along": (0.7, -0.4),
     "negative_log_likelihood": (),
     "cross_entropy_plain": (),
     "cross_entropy_with_z_loss": (0.1,),
     "cross_entropy_smoothed": (0.1, 0.2),
     "softmax_focal": (1.7, 0.3),
+}
+PAIRS = {  # of a pair of rows
+    "cross_entropy_of_probabilities": (0.1, 0.02),
+    "relative_entropy": (),
+    "jensen_shannon": (0.3, 0.7),
+    "total_variation": (),
 }
 
 
@@ -34,9 +59,14 @@ def operands_of(name):
     f = FORMULAS[name]
     if name in ELEMENTWISE:
         count, scalars = ELEMENTWISE[name]
-        return [torch.rand(50, dtype=torch.float64) if i else torch.randn(50, dtype=torch.float64) * 2 for i in range(count)], scalars
-    count = sum(slot > 0 for slot in slots_of(f))
-    return [-torch.rand(50, dtype=torch.float64) * 3 - 0.01 for _ in range(count)], ROWS[name]
+        operands = [torch.rand(50, dtype=torch.float64) if i else torch.randn(50, dtype=torch.float64) * 2 for i in range(count)]
+        if name.endswith("_of_chances"):
+            operands[0] = operands[0].sigmoid()
+        elif name.endswith("_full"):  # counts on both sides of 1, where Stirling's term begins
+            operands[1] = operands[1] * 3
+        return operands, scalars
+    count = 2 if name in PAIRS else sum(slot > 0 for slot in slots_of(f))
+    return [-torch.rand(50, dtype=torch.float64) * 3 - 0.01 for _ in range(count)], {**ROWS, **PAIRS}[name]
 
 
 def every_partial(f):
@@ -44,10 +74,10 @@ def every_partial(f):
 
 
 def test_every_formula_is_drawn_here():
-    assert set(FORMULAS) == set(ELEMENTWISE) | set(ROWS)
+    assert set(FORMULAS) == {*ELEMENTWISE, *ROWS, *PAIRS}
 
 
-@pytest.mark.parametrize("name", [*ELEMENTWISE, *ROWS])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *ROWS, *PAIRS])
 def test_partials_are_the_derivative_of_the_value(name):
     operands, scalars = operands_of(name)
     operands = [v.requires_grad_() for v in operands]
@@ -55,10 +85,12 @@ def test_partials_are_the_derivative_of_the_value(name):
     loss, partials = f.value(*operands, *scalars), every_partial(f)(*operands, *scalars)
     for operand, partial, parameter in zip(operands, partials, f.parameters):  # a row formula has none by its weight
         (derivative,) = torch.autograd.grad(loss.sum(), operand, retain_graph=True, allow_unused=True)
-        torch.testing.assert_close(partial.expand_as(operand), derivative, rtol=1e-10, atol=1e-12, msg=f"∂{name}/∂{parameter}")
+        derivative = torch.zeros_like(operand) if derivative is None else derivative
+        partial = torch.as_tensor(partial, dtype=torch.float64).expand_as(operand)
+        torch.testing.assert_close(partial, derivative, rtol=1e-10, atol=1e-12, msg=f"∂{name}/∂{parameter}")
 
 
-@pytest.mark.parametrize("name", [*ELEMENTWISE, *ROWS])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *ROWS, *PAIRS])
 def test_a_reading_cut_to_some_outputs_gives_those_outputs(name):
     operands, scalars = operands_of(name)
     f = FORMULAS[name]
@@ -66,7 +98,13 @@ def test_a_reading_cut_to_some_outputs_gives_those_outputs(name):
     assert torch.equal(f.value(*operands, *scalars), loss)
     for i, partial in enumerate(partials):
         wanted = tuple(k == i for k in range(len(partials)))
-        assert torch.equal(f.partials(wanted)(*operands, *scalars)[0], partial)
+        assert torch.equal(*(torch.as_tensor(v) for v in (f.partials(wanted)(*operands, *scalars)[0], partial)))
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_nan_stays_nan(name):
+    (input, *rest), scalars = operands_of(name)
+    assert FORMULAS[name].value(input * math.nan, *rest, *scalars).isnan().all()
 
 
 def test_a_reading_leaves_out_what_it_does_not_need():
@@ -96,6 +134,7 @@ EXACT = {
     "expm1": torch.expm1,
     "sign": torch.sign,
     "relu": torch.relu,
+    "step": lambda x: (x >= 0).to(x.dtype),
 }
 
 

@@ -4,16 +4,38 @@ Functions are in ``triton_losses.functional`` under torch.nn.functional's names,
 """
 
 from triton_losses import functional as functional
+from triton_losses.modules import BCELoss as BCELoss
 from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
 from triton_losses.modules import CrossEntropyLoss as CrossEntropyLoss
+from triton_losses.modules import DistillationLoss as DistillationLoss
+from triton_losses.modules import ExponentialLoss as ExponentialLoss
 from triton_losses.modules import FocalLoss as FocalLoss
+from triton_losses.modules import GaussianNLLLoss as GaussianNLLLoss
+from triton_losses.modules import HingeEmbeddingLoss as HingeEmbeddingLoss
+from triton_losses.modules import HingeLoss as HingeLoss
 from triton_losses.modules import HuberLoss as HuberLoss
+from triton_losses.modules import KLDivLoss as KLDivLoss
 from triton_losses.modules import L1Loss as L1Loss
+from triton_losses.modules import LinearCrossEntropyHead as LinearCrossEntropyHead
+from triton_losses.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from triton_losses.modules import LogCoshLoss as LogCoshLoss
 from triton_losses.modules import MSELoss as MSELoss
+from triton_losses.modules import MultiQuantileLoss as MultiQuantileLoss
 from triton_losses.modules import NLLLoss as NLLLoss
+from triton_losses.modules import PerceptronLoss as PerceptronLoss
+from triton_losses.modules import PoissonNLLLoss as PoissonNLLLoss
+from triton_losses.modules import QuantileLoss as QuantileLoss
 from triton_losses.modules import SigmoidFocalLoss as SigmoidFocalLoss
 from triton_losses.modules import SmoothL1Loss as SmoothL1Loss
+from triton_losses.modules import SoftMarginLoss as SoftMarginLoss
+from triton_losses.modules import SquaredHingeLoss as SquaredHingeLoss
+from triton_losses.preference import cpo_loss as cpo_loss
+from triton_losses.preference import dpo_loss as dpo_loss
+from triton_losses.preference import grpo_loss as grpo_loss
+from triton_losses.preference import kto_loss as kto_loss
+from triton_losses.preference import orpo_loss as orpo_loss
+from triton_losses.preference import sequence_log_probs as sequence_log_probs
+from triton_losses.preference import simpo_loss as simpo_loss
 from triton_losses.tuning import set_autotune as set_autotune
 from triton_losses.tuning import tune as tune
 

@@ -1,11 +1,13 @@
-"""Binary losses: one logit per independent yes/no question."""
+"""Binary losses: one logit, chance or score per independent yes/no question."""
 
 import torch
 
-from triton_losses.device_math import at_least_tiny, log1p_exp_minus_abs, power, quotient, relu, sigmoid
+from triton_losses.compiler import tl
+from triton_losses.device_math import at_least, at_least_tiny, exp, log1p, log1p_exp_minus_abs, power, quotient, relu, sigmoid, step
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.reduction import reduction_of
 from triton_losses.formula import formula
+from triton_losses.op import readable
 
 
 @formula
@@ -36,6 +38,47 @@ def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
     dx = alpha * (modulator * (p - y) + slope * p * q * (1.0 - 2.0 * y))
     dy = alpha_slope * modulator * entropy + alpha * (slope * (q - p) - modulator * x)
     return loss, dx, dy
+
+
+@formula
+def cross_entropy_of_chances(x, y):
+    yes = tl.log(x)
+    no = log1p(-x)
+    loss = (y - 1.0) * at_least(no, -100.0) - y * at_least(yes, -100.0)
+    return loss, quotient(x - y, at_least(x * (1.0 - x), 9.999999960041972e-13)), no - yes  # torch's 1e-12 is a float32
+
+
+@formula
+def hinge(x, y, margin):
+    slack = margin - x * y
+    return relu(slack), tl.where(slack >= 0.0, -y, 0.0), tl.where(slack >= 0.0, -x, 0.0)
+
+
+@formula
+def squared_hinge(x, y, margin):
+    slack = relu(margin - x * y)
+    return slack * slack, -2.0 * y * slack, -2.0 * x * slack
+
+
+@formula
+def exponential(x, y):
+    e = exp(-x * y)
+    return e, -y * e, -x * e
+
+
+@formula
+def soft_margin(x, y):
+    z = x * y
+    p = sigmoid(-z)
+    return relu(-z) + log1p_exp_minus_abs(z), -y * p, -x * p
+
+
+@formula
+def hinge_embedding(x, y, margin):
+    apart = margin - x
+    loss = tl.where(y == 1.0, x, relu(apart) + tl.where(y == -1.0, 0.0, x))
+    dx = tl.where(y == 1.0, 1.0, tl.where(y == -1.0, -step(apart), 1.0 - step(apart)))
+    return loss, dx, 0.0 * step(apart)
 
 
 def check_same_size(input, target):
@@ -101,3 +144,131 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none"):
         raise ValueError(f"alpha must be at most 1 (negative: no weighting), got {alpha}")
     alphas = (1.0, 0.0) if alpha < 0 else (1.0 - alpha, 2.0 * alpha - 1.0)
     return elementwise(sigmoid_focal, (inputs, targets), (*alphas, gamma), reduction_of(reduction))
+
+
+def check_chances(**tensors):
+    """Values in [0, 1], for CPU tensors only; NaN is refused as torch does."""
+    for name, t in tensors.items():
+        if readable(t) and t.numel():
+            low, high = t.detach().aminmax()
+            if not (low >= 0 and high <= 1):
+                raise RuntimeError(f"all elements of {name} should be between 0 and 1, got {low.item()} to {high.item()}")
+
+
+def binary_cross_entropy(input, target, weight=None, size_average=None, reduce=None, reduction="mean"):
+    """``-w (y log x + (1 - y) log(1 - x))``, each logarithm at least -100: binary cross entropy of chances.
+
+    input: chances, floating, any shape. target: chances, the input's size (else ValueError) and dtype; for CPU tensors, values
+    of either outside [0, 1] raise RuntimeError. weight: broadcasts to the input's shape; the mean divides by the number of
+    elements. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older spelling of it. By x the gradient
+    is ``(x - y) / max(x(1 - x), 1e-12)``. As ``torch.nn.functional.binary_cross_entropy``; for logits,
+    ``binary_cross_entropy_with_logits`` is the better one.
+
+    >>> binary_cross_entropy(torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0]), reduction="none")
+    tensor([  0.6931, 100.0000])
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    check_same_size(input, target)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input must be floating-point, got {input.dtype}")
+    check_broadcasts_into(input, weight=weight)
+    if target.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise RuntimeError(f"target must have the input's dtype {input.dtype}, got {target.dtype}")
+    if weight is not None and weight.requires_grad:
+        raise RuntimeError("binary_cross_entropy is not differentiable with respect to weight: it must not require grad")
+    check_chances(input=input, target=target)
+    return elementwise(cross_entropy_of_chances, (input, target), (), reduction, weight, input.dtype)
+
+
+def check_signs(input, target):
+    """Scores and labels of one size; labels -1 or +1, looked at for CPU tensors only."""
+    check_same_size(input, target)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input must be floating-point, got {input.dtype}")
+    if readable(target) and target.numel():
+        low, high = target.detach().abs().aminmax()
+        if not (low == 1 and high == 1):
+            wrong = target[target.abs() != 1]
+            raise ValueError(f"every label must be -1 or +1, got {wrong[0].item()}")
+
+
+def hinge_loss(input, target, margin=1.0, reduction="mean"):
+    """``max(0, m - y x)``: the hinge loss of support vector machines.
+
+    input: scores, floating, any shape. target: labels -1 or +1, floating or integers, the input's size (else ValueError; other
+    labels too, for CPU tensors). margin: m, in units of ``input``. Exactly at the margin the gradient is ``-y``, as inside it.
+    reduction: "mean", "sum" or "none". Cortes and Vapnik 1995, doi:10.1007/BF00994018.
+
+    >>> hinge_loss(torch.tensor([0.5, 3.0, 3.0]), torch.tensor([1.0, 1.0, -1.0]), reduction="none")
+    tensor([0.5000, 0.0000, 4.0000])
+    """
+    check_signs(input, target)
+    return elementwise(hinge, (input, target), (margin,), reduction_of(reduction))
+
+
+def squared_hinge_loss(input, target, margin=1.0, reduction="mean"):
+    """``max(0, m - y x)²``: the squared hinge loss, smooth at the margin.
+
+    input, target, margin, reduction: as in ``hinge_loss``.
+
+    >>> squared_hinge_loss(torch.tensor([0.5, 3.0, 3.0]), torch.tensor([1.0, 1.0, -1.0]), reduction="none")
+    tensor([ 0.2500,  0.0000, 16.0000])
+    """
+    check_signs(input, target)
+    return elementwise(squared_hinge, (input, target), (margin,), reduction_of(reduction))
+
+
+def perceptron_loss(input, target, reduction="mean"):
+    """``max(0, -y x)``: the perceptron's loss, a hinge without margin.
+
+    input, target, reduction: as in ``hinge_loss``. At x = 0 the gradient is ``-y``, so that learning may start there.
+    Rosenblatt 1958, doi:10.1037/h0042519.
+
+    >>> perceptron_loss(torch.tensor([0.5, -3.0]), torch.tensor([1.0, 1.0]), reduction="none")
+    tensor([0., 3.])
+    """
+    check_signs(input, target)
+    return elementwise(hinge, (input, target), (0.0,), reduction_of(reduction))
+
+
+def exponential_loss(input, target, reduction="mean"):
+    """``exp(-y x)``: the exponential loss that AdaBoost lowers.
+
+    input, target, reduction: as in ``hinge_loss``. Friedman, Hastie and Tibshirani 2000, doi:10.1214/aos/1016218223.
+
+    >>> exponential_loss(torch.tensor([0.0, 1.0]), torch.tensor([1.0, -1.0]), reduction="none")
+    tensor([1.0000, 2.7183])
+    """
+    check_signs(input, target)
+    return elementwise(exponential, (input, target), (), reduction_of(reduction))
+
+
+def soft_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
+    """``log(1 + exp(-y x))``: the logistic loss of labels -1 and +1, in a form that never overflows.
+
+    input: logits, floating, any shape. target: labels -1 or +1 (other numbers are multiplied in all the same), broadcasts to
+    the input's shape (else RuntimeError). reduction: "mean", "sum" or "none"; size_average and reduce are torch's older
+    spelling of it. As ``torch.nn.functional.soft_margin_loss``.
+
+    >>> soft_margin_loss(torch.tensor([0.0, -200.0]), torch.tensor([1.0, 1.0]), reduction="none")
+    tensor([  0.6931, 200.0000])
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be floating-point, got {input.dtype}")
+    check_broadcasts_into(input, target=target)
+    return elementwise(soft_margin, (input, target), (), reduction, None, input.dtype)
+
+
+def hinge_embedding_loss(input, target, margin=1.0, size_average=None, reduce=None, reduction="mean"):
+    """``x`` where ``y = 1``, ``max(0, m - x)`` where ``y = -1``: distances of pairs that are alike (1) or not (-1).
+
+    input: distances, floating. target: labels -1 or +1, broadcasts with input; any other number counts as both, as in torch.
+    margin: m, in units of ``input``; exactly there the gradient of y = -1 is -1. The target gets no gradient.
+    reduction, size_average, reduce: as in ``soft_margin_loss``. As ``torch.nn.functional.hinge_embedding_loss``.
+
+    >>> hinge_embedding_loss(torch.tensor([0.3, 0.3, 2.0]), torch.tensor([1.0, -1.0, -1.0]), reduction="none")
+    tensor([0.3000, 0.7000, 0.0000])
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    return elementwise(hinge_embedding, (input, target.detach()), (margin,), reduction, None, input.dtype)

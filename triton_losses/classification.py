@@ -4,39 +4,21 @@ import numbers
 
 import torch
 
-from triton_losses.compiler import runs_kernels
-from triton_losses.device_math import at_least_tiny, exp, expm1, power
+from triton_losses.compiler import runs_kernels, tl
+from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
-from triton_losses.families.reduction import DTYPES, reduction_of, result_dtype
+from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
+from triton_losses.row_formulas import cross_entropy_formula, negative_log_likelihood, softmax_focal
+
+SMALL = 1 << 15  # elements up to which, on a CPU, a call is all overhead: ATen's is a fifth of ours
 
 
 @formula
-def negative_log_likelihood(picked, weight):
-    return -weight * picked, -weight
-
-
-@formula
-def cross_entropy_plain(log_p, weight):
-    return -weight * log_p, -weight
-
-
-@formula
-def cross_entropy_with_z_loss(log_p, lse, weight, z_loss):
-    return z_loss * lse * lse - weight * log_p, -weight, 2.0 * z_loss * lse
-
-
-@formula
-def cross_entropy_smoothed(log_p, mean_log_p, lse, weight, smoothing, z_loss):
-    sharp = (1.0 - smoothing) * weight
-    return z_loss * lse * lse - sharp * log_p - smoothing * mean_log_p, -sharp, -smoothing + 0.0 * weight, 2.0 * z_loss * lse
-
-
-@formula
-def softmax_focal(log_p, weight, gamma, alpha):
-    miss = at_least_tiny(-expm1(log_p))  # 1 - p, without the difference
-    modulator = alpha * weight * power(miss, gamma)
-    return -modulator * log_p, modulator * (gamma * log_p * exp(log_p) / miss - 1.0)
+def cross_entropy_of_probabilities(p, log_q, smoothing, uniform):
+    kept = 1.0 - smoothing
+    target = kept * p + uniform
+    return tl.where(target == 0.0, target, -target * log_q), -kept * log_q, -target
 
 
 def check_types(input, target, ignore_index):
@@ -80,6 +62,23 @@ def check_labels(input, target, weight):
             raise RuntimeError("the loss is not differentiable with respect to weight: it must not require grad")
 
 
+def check_probabilities(input, target, weight, ignore_index):
+    """torch's rules for class probabilities, and torch's exception types."""
+    if not target.is_floating_point():
+        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
+    if target.shape != input.shape:
+        kind = ValueError if input.dim() > 1 and target.shape[:1] != input.shape[:1] else RuntimeError
+        raise kind(f"class probabilities must have the input's shape, {tuple(input.shape)}, got {tuple(target.shape)}")
+    if ignore_index >= 0:
+        raise RuntimeError(f"ignore_index is not supported for class probabilities: it must be negative, got {ignore_index}")
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, {name} on {tensor.device}")
+    classes = input.shape[min(input.dim() - 1, 1)]
+    if weight is not None and weight.shape != (classes,):
+        raise RuntimeError(f"weight must have shape ({classes},), one for each class, got {list(weight.shape)}")
+
+
 def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype=None):
     """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension where there are two."""
     check_logits(input)
@@ -96,6 +95,15 @@ def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, ou
     return losses.view(target.shape if input.dim() > 1 else ())  # unbatched, so is the loss, though the target may have size 1
 
 
+def by_aten(name, input, target, weight, **options):
+    """torch's function of that name, on a CPU; our errors."""
+    check_logits(input)
+    check_labels(input, target, weight)
+    weight = weight if weight is None else weight.to(input.dtype)
+    input, target = input.contiguous(), target.long()  # nll_loss' backward takes no other strides, nor images bytes
+    return getattr(torch.nn.functional, name)(input, target, weight, **options)
+
+
 def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
     """``-w_t x_t``: negative log likelihood, of log-probabilities x.
 
@@ -110,11 +118,7 @@ def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, r
     reduction = reduction_of(reduction, size_average, reduce)
     check_types(input, target, ignore_index)
     if input.device.type == "cpu" and not runs_kernels(input):  # a gather: nothing of ours is faster than ATen's own loop
-        check_logits(input)
-        check_labels(input, target, weight)
-        weight = weight if weight is None else weight.to(input.dtype)
-        input, target = input.contiguous(), target.long()  # its backward takes no other strides, nor images bytes
-        return torch.nn.functional.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
+        return by_aten("nll_loss", input, target, weight, ignore_index=ignore_index, reduction=reduction)
     return by_rows(negative_log_likelihood, input, target, weight, (), ignore_index, reduction)
 
 
@@ -137,32 +141,40 @@ def cross_entropy(
     """
     reduction = reduction_of(reduction, size_average, reduce)
     check_types(input, target, ignore_index)
-    if not 0 <= label_smoothing <= 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must be >= 0, got {z_loss}")
+    formula, scalars = cross_entropy_formula(label_smoothing, z_loss)
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
     if target.is_floating_point() or target.shape == input.shape:
         return probability_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, out_dtype)
-    if label_smoothing:
-        formula, scalars = cross_entropy_smoothed, (label_smoothing, z_loss)
-    elif z_loss:
-        formula, scalars = cross_entropy_with_z_loss, (z_loss,)
-    else:
-        formula, scalars = cross_entropy_plain, ()
+    native = input.device.type == "cpu" and input.element_size() >= 4 and not torch.compiler.is_compiling() and not runs_kernels(input)
+    if native and not z_loss and input.numel() <= SMALL:
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        loss = by_aten("cross_entropy", input, target, weight, **options)
+        return loss if out_dtype is None else loss.to(out_dtype)
     return by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype)
 
 
 def probability_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, out_dtype):
-    """Cross entropy against class probabilities, in plain torch; the mean divides by the number of rows."""
-    loss = torch.nn.functional.cross_entropy(
-        input, target, weight, ignore_index=ignore_index, reduction="none" if z_loss else reduction, label_smoothing=label_smoothing
-    )
-    if z_loss:
-        loss = loss + z_loss * input.logsumexp(min(input.dim() - 1, 1)) ** 2
-        loss = loss if reduction == "none" else getattr(loss, reduction)()
-    return loss.to(out_dtype or result_dtype(loss))
+    """Cross entropy against class probabilities, which need not sum to 1; the mean divides by the number of rows."""
+    check_logits(input)
+    check_probabilities(input, target, weight, ignore_index)
+    classes = input.shape[min(input.dim() - 1, 1)]
+    if input.dim() == 1:
+        q, p = input[None], target[None]
+    elif input.dim() == 2:
+        q, p = input, target
+    else:
+        q, p = (x.movedim(1, -1).flatten(0, -2) for x in (input, target))
+    dtype = promoted(input, target)
+    if weight is not None and weight.is_floating_point():
+        dtype = torch.promote_types(dtype, weight.dtype)
+    losses = distribution_rows(
+        cross_entropy_of_probabilities, p, q, (label_smoothing, label_smoothing / max(classes, 1)), given=True, one_read=True,
+        weight=weight, z_loss=z_loss, reduction=reduction, out_dtype=out_dtype or result_dtype(input, dtype),
+    )  # fmt: skip
+    if reduction == "none":
+        return losses.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
+    return losses if classes or reduction == "sum" else losses * float("nan")  # torch counts numbers, divided by the classes
 
 
 def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-100, reduction="mean"):

@@ -2,7 +2,7 @@
 
 Errors of the float32 forms against float64, in units of the last place of the result unless it says absolute: exp 2 near
 0 and |x|·2⁻²⁴ relative elsewhere, log1p_exp_minus_abs 3, quotient 2, sigmoid 4, power 2·|γ·log2 b| + 2γ + 3, tanh 4,
-log_cosh 9, expm1 4.
+log_cosh 9, expm1 4, log1p 4.
 float64 always takes an exact branch (log_cosh and tanh of tiny arguments: absolute 1e-16).
 """
 
@@ -91,6 +91,25 @@ def relu(x):
 def at_least_tiny(x):
     """Keeps a logarithm or a quotient finite; far below anything that shows in a float32 result."""
     return tl.maximum(x, TINY, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
+@twin(lambda x, low: torch.clamp(x, min=low))
+def at_least(x, low):
+    """The larger of the two; NaN stays NaN."""
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
+@twin(lambda x: (x >= 0).to(x.dtype))
+def step(x):
+    """1 from 0 on, else 0: the derivative of a hinge that counts its corner in."""
+    return tl.where(x >= 0, 1.0, 0.0).to(x.dtype)
+
+
+@twin(torch.log1p)
+def log1p(x):
+    """log(1 + x) (Kahan: the rounding of 1 + x cancels)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
 
 
 @twin(lambda x: torch.nn.functional.softplus(-x.abs(), threshold=50.0))  # from 50 on log1p(exp) is x in float64 too

@@ -41,23 +41,27 @@ class Formula:
         self.body = ast.parse(textwrap.dedent(inspect.getsource(fn))).body[0]
         partials = len(self.body.body[-1].value.elts) - 1
         self.value = self.reading((0,))
-        self.cuts = {  # made here, for torch.compile cannot trace how
-            wanted: self.reading(tuple(i + 1 for i, want in enumerate(wanted) if want), in_tuple=True)
-            for wanted in itertools.product((False, True), repeat=partials)
-            if any(wanted)
-        }
+        wishes = [wanted for wanted in itertools.product((False, True), repeat=partials) if any(wanted)]
+        outputs = {wanted: tuple(i + 1 for i, want in enumerate(wanted) if want) for wanted in wishes}
+        self.cuts = {wanted: self.reading(outputs[wanted], in_tuple=True) for wanted in wishes}  # now: torch.compile cannot trace it
+        self.needs = {wanted: self.lines_for(outputs[wanted])[1].intersection(self.parameters) for wanted in wishes}
+
+    def lines_for(self, outputs):
+        """The lines that these outputs need, and the names that they read."""
+        *lines, result = self.body.body
+        kept, names = [], names_in(*(result.value.elts[i] for i in outputs))
+        for line in reversed(lines):
+            if isinstance(line, ast.Assign) and names & names_in(*line.targets):
+                kept.insert(0, line)
+                names |= names_in(line.value)
+        return kept, names
 
     def reading(self, outputs, in_tuple=False):
         """The source cut down to what these outputs need, as a function that returns them; a lone one bare or in a tuple."""
-        *lines, result = self.body.body
-        found = [result.value.elts[i] for i in outputs]
-        kept = [ast.Return(ast.Tuple(found, ast.Load()) if len(found) > 1 or in_tuple else found[0])]
-        needed = names_in(kept[0])
-        for line in reversed(lines):
-            if isinstance(line, ast.Assign) and needed & names_in(*line.targets):
-                kept.insert(0, line)
-                needed |= names_in(line.value)
-        cut = ast.FunctionDef(self.name, self.body.args, kept, [], lineno=1, col_offset=0, type_params=[])
+        found = [self.body.body[-1].value.elts[i] for i in outputs]
+        result = ast.Return(ast.Tuple(found, ast.Load()) if len(found) > 1 or in_tuple else found[0])
+        lines = [*self.lines_for(outputs)[0], result]
+        cut = ast.FunctionDef(self.name, self.body.args, lines, [], lineno=1, col_offset=0, type_params=[])
         scope = dict(self.scope)
         exec(compile(ast.fix_missing_locations(ast.Module([cut], [])), f"<formula {self.name}>", "exec"), scope)
         return scope[self.name]

@@ -16,13 +16,16 @@ LEGACY = ("size_average", "reduce")
 class Loss(torch.nn.Module):
     """A module made from a loss function: what the function takes beside ``inputs`` is an option, given when it is made."""
 
-    def __init_subclass__(cls, function=None, inputs=2, without=(), **more):
-        """function: the loss. inputs: how many of its first parameters ``forward`` takes. without: parameters left out."""
+    def __init_subclass__(cls, function=None, inputs=2, without=(), reductions=(), keyword_only=False, **more):
+        """function: the loss. inputs: how many of its first parameters ``forward`` takes. without: parameters left out.
+        reductions: those it takes beside none, sum and mean. keyword_only: whether options go by their names alone."""
         super().__init_subclass__(**more)
         if function is None:  # a user's subclass
             return
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in without]
         inputs, options = parameters[:inputs], parameters[inputs:]
+        if keyword_only:
+            options = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
         cls.function, cls.__doc__ = staticmethod(function), function.__doc__
         cls.tensors = tuple(p.name for p in options if p.name in ("weight", "pos_weight"))
         cls.options = tuple(p.name for p in options if p.name not in LEGACY)
@@ -34,7 +37,7 @@ class Loss(torch.nn.Module):
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             values = bound.arguments
-            values["reduction"] = reduction_of(values["reduction"], values.get("size_average"), values.get("reduce"))
+            values["reduction"] = reduction_of(values["reduction"], values.get("size_average"), values.get("reduce"), reductions)
             for name in cls.options:
                 if name in cls.tensors:
                     self.register_buffer(name, values[name])
@@ -45,9 +48,13 @@ class Loss(torch.nn.Module):
         if cls.forward is Loss.forward:
 
             def forward(self, *tensors, **named):
-                return cls.function(*tensors, **named, **{name: getattr(self, name) for name in cls.options})
+                return cls.function(*tensors, **named, **self.given())
 
             forward.__signature__, cls.forward = inspect.Signature([self, *inputs]), forward
+
+    def given(self):
+        """The options, as they stand now."""
+        return {name: getattr(self, name) for name in self.options}
 
     def forward(self):
         raise NotImplementedError("Loss is made for subclasses that name a function")
@@ -71,10 +78,45 @@ class HuberLoss(Loss, function=F.huber_loss, without=("weight",)): ...
 class LogCoshLoss(Loss, function=F.log_cosh_loss): ...
 
 
+class GaussianNLLLoss(Loss, function=F.gaussian_nll_loss, inputs=3, keyword_only=True): ...
+
+
+class PoissonNLLLoss(Loss, function=F.poisson_nll_loss):
+    def forward(self, log_input, target):  # torch's names, though the option may say that it is no logarithm
+        return self.function(log_input, target, **self.given())
+
+
+class QuantileLoss(Loss, function=F.quantile_loss): ...
+
+
+class MultiQuantileLoss(Loss, function=F.multi_quantile_loss): ...
+
+
+class BCELoss(Loss, function=F.binary_cross_entropy): ...
+
+
 class BCEWithLogitsLoss(Loss, function=F.binary_cross_entropy_with_logits): ...
 
 
 class SigmoidFocalLoss(Loss, function=F.sigmoid_focal_loss): ...
+
+
+class HingeLoss(Loss, function=F.hinge_loss): ...
+
+
+class SquaredHingeLoss(Loss, function=F.squared_hinge_loss): ...
+
+
+class PerceptronLoss(Loss, function=F.perceptron_loss): ...
+
+
+class ExponentialLoss(Loss, function=F.exponential_loss): ...
+
+
+class SoftMarginLoss(Loss, function=F.soft_margin_loss): ...
+
+
+class HingeEmbeddingLoss(Loss, function=F.hinge_embedding_loss): ...
 
 
 class NLLLoss(Loss, function=F.nll_loss): ...
@@ -84,3 +126,36 @@ class CrossEntropyLoss(Loss, function=F.cross_entropy): ...
 
 
 class FocalLoss(Loss, function=F.focal_loss): ...
+
+
+class KLDivLoss(Loss, function=F.kl_div, reductions=("batchmean",)): ...
+
+
+class DistillationLoss(Loss, function=F.distillation_loss, without=("labels",)): ...
+
+
+class LinearCrossEntropyLoss(Loss, function=F.linear_cross_entropy, inputs=4, without=("token_weights", "kept_tokens", "options")):
+    def forward(self, input, linear_weight, target, linear_bias=None, *, token_weights=None, kept_tokens=0):
+        of_the_call = {"linear_bias": linear_bias, "token_weights": token_weights, "kept_tokens": kept_tokens}
+        return self.function(input, linear_weight, target, **of_the_call, **self.given())
+
+
+class LinearCrossEntropyHead(LinearCrossEntropyLoss):
+    """``LinearCrossEntropyLoss`` that owns its weight: a drop-in for ``torch.nn.LinearCrossEntropyLoss``, state_dict and all.
+
+    in_features, num_classes, bias, device, dtype: of ``linear``, a torch.nn.Linear. out_features: only (), one label a token.
+    options: torch's, for its chunked path; only None. loss: the options of ``LinearCrossEntropyLoss``.
+    """
+
+    def __init__(self, in_features, num_classes, *, out_features=(), bias=False, device=None, dtype=None, options=None, **loss):
+        if tuple(out_features):
+            raise NotImplementedError(f"out_features must be (): one label a token, got {out_features}")
+        if options is not None:
+            raise TypeError(f"options must be None: torch's chunking does not apply here, chunk_bytes does; got {options!r}")
+        super().__init__(**loss)
+        self.num_classes = num_classes
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input, target, *, token_weights=None, kept_tokens=0):
+        of_the_call = {"token_weights": token_weights, "kept_tokens": kept_tokens}
+        return super().forward(input, self.linear.weight, target, self.linear.bias, **of_the_call)

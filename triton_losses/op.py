@@ -63,6 +63,13 @@ def op(fn):
     return call
 
 
+def readable(*tensors):
+    """True where values may be looked at before a loss is computed: real tensors on a CPU, and nobody traces or transforms."""
+    if torch.compiler.is_compiling() or not all(t.device.type == "cpu" and type(t) in PLAIN for t in tensors):
+        return False
+    return not torch._C._len_torch_dispatch_stack() and not read_whole(*tensors)
+
+
 def read_whole(*tensors):
     """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms and autograd's batched ones."""
     if torch.compiler.is_compiling():

@@ -1,14 +1,16 @@
 """Regression losses: how far is a number from the number it should be?"""
 
+import math
 import warnings
 
 import torch
 
 from triton_losses.compiler import compute_dtype, tl
-from triton_losses.device_math import clamp, log_cosh, sign, tanh
+from triton_losses.device_math import at_least, clamp, exp, log_cosh, quotient, sign, tanh
 from triton_losses.families.elementwise import elementwise
-from triton_losses.families.reduction import reduction_of, result_dtype
+from triton_losses.families.reduction import promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
+from triton_losses.op import readable
 
 
 @formula
@@ -41,6 +43,60 @@ def huber(x, y, delta):
 def log_cosh_error(x, y):
     d = x - y
     return log_cosh(d), tanh(d), -tanh(d)
+
+
+@formula
+def gaussian(x, y, variance, least, constant):
+    v = at_least(variance, least)  # the derivative passes through it, as in torch
+    d = x - y
+    slope = quotient(d, v)
+    return 0.5 * (tl.log(v) + d * slope) + constant, slope, -slope, quotient(0.5 - 0.5 * d * slope, v)
+
+
+@formula
+def poisson(x, y):
+    rate = exp(x)
+    return rate - y * x, rate - y, -x
+
+
+@formula
+def poisson_of_rate(x, y, eps):
+    log_rate = tl.log(x + eps)
+    return x - y * log_rate, 1.0 - y / (x + eps), -log_rate
+
+
+@formula
+def poisson_full(x, y, half_log_tau):
+    rate = exp(x)
+    log_count = tl.log(at_least(y, 1.0))
+    stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # log y!
+    return rate - y * x + stirling, rate - y, tl.where(y <= 1.0, 0.0, log_count + 0.5 / at_least(y, 1.0)) - x
+
+
+@formula
+def poisson_of_rate_full(x, y, eps, half_log_tau):
+    log_rate = tl.log(x + eps)
+    log_count = tl.log(at_least(y, 1.0))
+    stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # log y!
+    dy = tl.where(y <= 1.0, 0.0, log_count + 0.5 / at_least(y, 1.0)) - log_rate
+    return x - y * log_rate + stirling, 1.0 - y / (x + eps), dy
+
+
+@formula
+def pinball(x, y, half_above, half_below):
+    d = y - x
+    slope = half_above * (1.0 + sign(d)) - half_below * (1.0 - sign(d))  # q above 0, q - 1 below, their mean at 0
+    return d * slope, -slope, slope
+
+
+@formula
+def pinball_of_each(x, y, q):
+    d = y - x
+    slope = 0.5 * (q * (1.0 + sign(d)) - (1.0 - q) * (1.0 - sign(d)))
+    return d * slope, -slope, slope, d
+
+
+HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 
 def in_one_shape(input, target, weight=None):
@@ -146,3 +202,97 @@ def log_cosh_loss(input, target, reduction="mean"):
     """
     input, target = in_one_shape(input, target)
     return elementwise(log_cosh_error, (input, target), (), reduction_of(reduction))
+
+
+def variance_of(input, var):
+    """var as a tensor that broadcasts to the input, by torch's rules."""
+    if not isinstance(var, torch.Tensor):
+        if var < 0:
+            raise ValueError(f"var must be >= 0, got {var}")
+        return input.new_full([1] * input.dim(), var, dtype=compute_dtype(input.dtype))
+    if readable(var) and (var < 0).any():
+        raise ValueError(f"var must be >= 0, got {var.min()}")
+    if var.size() == input.size():
+        return var
+    if var.size() == input.size()[:-1]:
+        return var.unsqueeze(-1)
+    if var.dim() == input.dim() and sum(v for v, i in zip(var.size(), input.size()) if v != i) == 1:
+        return var
+    raise ValueError(f"var must be of size {tuple(input.size())}, 1 in one dimension or without the last, got {tuple(var.size())}")
+
+
+def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"):
+    """``(log v + (x - y)²/v)/2``: negative log likelihood of a normal distribution with mean x and variance v.
+
+    input, target: floating, shapes that broadcast. var: >= 0 (else ValueError; looked at for CPU tensors only), a number or a
+    tensor of the input's size, or 1 in one dimension, or without the last one. eps: v is at least this; its gradient passes
+    through that bound unchanged, as in torch. full: add ``log(2π)/2``. reduction: "mean", "sum" or "none".
+    As ``torch.nn.functional.gaussian_nll_loss``.
+
+    >>> gaussian_nll_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]), reduction="none")
+    tensor([0.0000, 1.3466])
+    """
+    variance, dtype = variance_of(input, var), promoted(input, target)
+    if isinstance(var, torch.Tensor):
+        dtype = torch.promote_types(dtype, var.dtype)
+    operands, wide = (input, target, variance), compute_dtype(dtype)
+    shape = torch.broadcast_shapes(*(v.shape for v in operands))
+    operands = [v if v.shape == shape else v.to(wide) for v in operands]  # gradients that are summed are rounded once
+    return elementwise(gaussian, operands, (eps, HALF_LOG_TAU if full else 0.0), reduction_of(reduction), None, dtype)
+
+
+def poisson_nll_loss(input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None, reduction="mean"):
+    """``exp(x) - y x``: negative log likelihood of a count y that is Poisson distributed with the rate exp(x).
+
+    input: floating: the logarithm of the rate, or with log_input=False the rate itself, then ``x - y log(x + eps)``. target:
+    counts, floating or integers; broadcasts with input. full: add Stirling's ``log y!`` = ``y log y - y + log(2πy)/2``, where
+    y > 1. reduction, size_average, reduce: as in ``mse_loss``. As ``torch.nn.functional.poisson_nll_loss``.
+
+    >>> poisson_nll_loss(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 2.0]), reduction="none")
+    tensor([1.0000, 0.7183])
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    formula = (poisson_full if full else poisson) if log_input else (poisson_of_rate_full if full else poisson_of_rate)
+    scalars = (*(() if log_input else (eps,)), *((HALF_LOG_TAU,) if full else ()))
+    return elementwise(formula, (input, target), scalars, reduction)
+
+
+def check_quantile(quantile):
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"a quantile must be in [0, 1], got {quantile}")
+
+
+def quantile_loss(input, target, quantile=0.5, reduction="mean"):
+    """``max(q d, (q - 1) d)`` with ``d = y - x``: the pinball loss, least where x is the q-quantile of y.
+
+    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). quantile: in [0, 1] (else
+    ValueError), or a sequence of them, as in ``multi_quantile_loss``. By x the gradient at d = 0 is ``½ - q``, midway between
+    those on either side. reduction: "mean", "sum" or "none". Koenker and Bassett 1978, doi:10.2307/1913643.
+
+    >>> quantile_loss(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]), quantile=0.9, reduction="none")
+    tensor([0.9000, 0.1000])
+    """
+    if isinstance(quantile, (list, tuple)):
+        return multi_quantile_loss(input, target, quantile, reduction)
+    check_quantile(quantile)
+    input, target = in_one_shape(input, target)
+    return elementwise(pinball, (input, target), (0.5 * quantile, 0.5 * (1 - quantile)), reduction_of(reduction))
+
+
+def multi_quantile_loss(input, target, quantiles=(0.1, 0.5, 0.9), reduction="mean"):
+    """``max(q_k d_k, (q_k - 1) d_k)`` with ``d_k = y - x_k``: the pinball loss of several quantiles at once.
+
+    input: (..., K), floating, its last dimension the K quantiles in their order; target: (...) (else ValueError). quantiles:
+    each in [0, 1] (else ValueError). reduction: "mean" (over all K as well), "sum" or "none", which keeps K.
+    Gradient and source as in ``quantile_loss``.
+
+    >>> multi_quantile_loss(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([3.0]), reduction="none")
+    tensor([[0.2000, 0.5000, 0.1000]])
+    """
+    for quantile in quantiles:
+        check_quantile(quantile)
+    if input.shape != (*target.shape, len(quantiles)):
+        shapes = f"{tuple(input.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"input must be of the target's shape and {len(quantiles)} quantiles in a last dimension, got {shapes}")
+    q = torch.cat([input.new_full((1,), q, dtype=compute_dtype(input.dtype)) for q in quantiles])  # without a copy from the host
+    return elementwise(pinball_of_each, (input, target.unsqueeze(-1), q), (), reduction_of(reduction), None, promoted(input, target))

@@ -8,6 +8,7 @@ Nothing but the operands is saved between the two, so a second backward is simpl
 
 import torch
 
+from triton_losses.blocks import elements, share
 from triton_losses.compiler import runs_kernels, triton
 from triton_losses.device_math import as_scalars
 from triton_losses.families.reduction import promoted, result_dtype
@@ -47,32 +48,39 @@ def divisor_of(x, reduction):
 # PyTorch, in blocks that stay in a CPU's cache
 
 
-def block_elements():
-    return 32768 * torch.get_num_threads()  # torch gives a thread at least 32768 elements of an elementwise operation
-
-
 def blocks(tensors, most):
     """Slices of at most ``most`` elements of tensors of one shape; flat ones where every tensor is contiguous."""
     if all(t.is_contiguous() for t in tensors):
         tensors = [t.view(-1) for t in tensors]
-    shape = tensors[0].shape
-    if tensors[0].numel() <= most:
+    size, shape = tensors[0].numel(), tensors[0].shape
+    if size <= most:
         yield tensors
-    elif tensors[0].numel() // shape[0] > most:
+    elif size // shape[0] > most:
         for parts in zip(*(t.unbind(0) for t in tensors)):
             yield from blocks(parts, most)
     else:
-        yield from zip(*(t.split(most * shape[0] // tensors[0].numel()) for t in tensors))
+        yield from zip(*(t.split(most * shape[0] // size) for t in tensors))
 
 
 def forward_blocks(operands, formula, scalars, weighted, reduction, dtype):
     wide = widest(operands)
     if reduction == "none":
         out = operands[0].new_empty(operands[0].shape, dtype=dtype)
-        for *values, o in blocks([*operands, out], block_elements()):
+        parts = list(blocks([*operands, out], elements(wide)))
+
+        def write(i):
+            *values, o = parts[i]
             o.copy_(read_value(formula, [v.to(wide) for v in values], scalars, weighted))
+
+        share(write, len(parts))
         return out
-    sums = [read_value(formula, [v.to(wide) for v in values], scalars, weighted).sum() for values in blocks(operands, block_elements())]
+    parts = list(blocks(operands, elements(wide)))
+    sums = [None] * len(parts)
+
+    def add(i):
+        sums[i] = read_value(formula, [v.to(wide) for v in parts[i]], scalars, weighted).sum()
+
+    share(add, len(parts))
     total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
     return (total / operands[0].numel() if reduction == "mean" else total).to(dtype)
 
@@ -83,14 +91,18 @@ def backward_blocks(operands, dout, formula, scalars, weighted, wanted, reductio
     whole = reduction != "none"
     upstream = dout.to(wide) / divisor_of(operands[0], reduction) if whole else dout
     count = len(operands)
-    for parts in blocks([*operands, *grads, *(() if whole else (dout,))], block_elements()):
-        values = [v.to(wide) for v in parts[:count]]
-        factor = upstream if whole else parts[-1].to(wide)
-        for partial, grad in zip(read_partials(formula, values, scalars, weighted, wanted), parts[count:]):
+    parts = list(blocks([*operands, *grads, *(() if whole else (dout,))], elements(wide)))
+
+    def write(i):
+        values = [v.to(wide) for v in parts[i][:count]]
+        factor = upstream if whole else parts[i][-1].to(wide)
+        for partial, grad in zip(read_partials(formula, values, scalars, weighted, wanted), parts[i][count:]):
             if grad.dtype == wide:
                 torch.mul(partial, factor, out=grad)
             else:
                 grad.copy_(partial * factor)
+
+    share(write, len(parts))
     return grads
 
 

@@ -35,16 +35,24 @@ if triton is not None:
 MOST_PADDING = 64  # a row's stride may exceed its length by less than this; beyond it rows are copied
 
 
-def walk(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, **buffers):
-    """One pass over the rows, by kernels or in blocks: forward where ``losses`` (2, rows: losses and weights) and ``saved``
-    (4, rows) are to be written, backward where ``grad`` is (it may be ``logits``), both where both are.
+def walk(
+    logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
+    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False,
+):  # fmt: skip
+    """One pass over the rows, by kernels or in blocks.
+
+    forward: fill ``saved`` (4, rows) with what a backward needs, and return losses and weights (rows,); weights None: all 1.
+    entropy: fill saved[3] with the rows' entropies, whether the formula takes them or not.
+    grad: fill it, which may be ``logits``, with the gradient of Σ upstream · losses / denominator. Both may be asked for.
     """
-    formula = FORMULAS[formula]
+    arguments = (logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, softcap, scale)
     if not runs_kernels(logits):
-        return walk_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, **buffers)
+        return walk_blocks(*arguments, saved, forward, grad, upstream, denominator, operands, entropy)
     if logits.device.type == "cpu":
         counted(labels, None, logits.shape[1], ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
-    launch(logits, labels, class_weights, formula, slots_of(formula), scalars, ignore_index, softcap, scale, **buffers)
+    losses = saved.new_empty(2, logits.shape[0]) if forward else None
+    launch(*arguments, slots_of(FORMULAS[formula]), saved, losses, grad, upstream, denominator, operands, entropy)
+    return (None, None) if losses is None else losses.unbind(0)
 
 
 def readable(logits):
@@ -73,20 +81,21 @@ def label_rows_forward(
     if shapes_only():
         out = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
         return out, saved, saved.new_empty(() if reduction == "mean" else (0,))
-    losses = saved.new_empty(2, rows)
-    walk(readable(logits), labels, class_weights, formula, scalars, ignore_index, softcap, scale, losses=losses, saved=saved)
+    losses, weights = walk(readable(logits), labels, class_weights, formula, scalars, ignore_index, softcap, scale, saved, forward=True)
     if reduction == "none":
-        return losses[0].to(dtype, copy=True), saved, saved.new_empty(0)
-    total, weight = losses.sum(1)
+        return losses.to(dtype, copy=True), saved, saved.new_empty(0)
+    total = losses.sum()
     if reduction == "sum":
         return total.to(dtype, copy=True), saved, saved.new_empty(0)
-    return (total / weight).to(dtype), saved, weight.clone()
+    weight = saved.new_full((), rows) if weights is None else weights.sum()
+    return (total / weight).to(dtype), saved, weight
 
 
 @op
 def label_rows_backward(
     logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, saved: torch.Tensor, denominator: torch.Tensor,
-    dout: torch.Tensor, formula: str, scalars: list[float], ignore_index: int, softcap: float, scale: float, reduction: str,
+    dout: torch.Tensor, operands: list[torch.Tensor], formula: str, scalars: list[float], ignore_index: int, softcap: float,
+    scale: float, reduction: str,
 ) -> torch.Tensor:  # fmt: skip
     if shapes_only():
         return logits.new_empty(logits.shape)
@@ -94,7 +103,7 @@ def label_rows_backward(
     grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
     walk(
         logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-        saved=saved, grad=grad, upstream=dout, denominator=denominator if reduction == "mean" else None,
+        saved, grad=grad, upstream=dout, denominator=denominator if reduction == "mean" else None, operands=operands,
     )  # fmt: skip
     return grad
 
@@ -119,7 +128,7 @@ class LabelRows(torch.autograd.Function):
                 loss = reduced(*rows, ctx.reduction, ctx.dtype)
             grad = torch.autograd.grad(loss, logits, dout, create_graph=again)[0]
         else:
-            grad = label_rows_backward(logits, labels, class_weights, saved, denominator, dout, *ctx.options, ctx.reduction)
+            grad = label_rows_backward(logits, labels, class_weights, saved, denominator, dout, [], *ctx.options, ctx.reduction)
         return grad, *[None] * 9
 
 
@@ -135,3 +144,38 @@ def label_rows(
     if logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return reduced(*whole_losses(logits, labels, class_weights, formula, *options), reduction, dtype)
     return LabelRows.apply(logits, labels, class_weights, formula.name, *options, reduction, dtype)
+
+
+class RowStatistics(torch.autograd.Function):
+    """log_p and entropy of each row, differentiable both; 0 where ignored."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ignore_index, softcap, scale):
+        ctx.options = [], ignore_index, softcap, scale
+        options = *ctx.options, "none", compute_dtype(logits.dtype)
+        log_p, saved, denominator = label_rows_forward(logits, labels, None, "log_p_beside_entropy", *options)
+        ctx.save_for_backward(logits, labels, saved, denominator)
+        return log_p, torch.where(labels != ignore_index, saved[3], 0)
+
+    @staticmethod
+    def backward(ctx, d_log_p, d_entropy):
+        logits, labels, saved, denominator = ctx.saved_tensors
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        if again or read_whole(d_log_p, d_entropy):
+            with torch.enable_grad():
+                results = whole_row_statistics(logits, labels, *ctx.options)
+            return torch.autograd.grad(results, logits, (d_log_p, d_entropy), create_graph=again)[0], None, None, None, None
+        arguments = saved, denominator, torch.ones_like(d_log_p), [d_log_p, d_entropy], "along", *ctx.options, "none"
+        return label_rows_backward(logits, labels, None, *arguments), None, None, None, None
+
+
+def whole_row_statistics(logits, labels, *options):
+    return [whole_losses(logits, labels, None, FORMULAS[name], *options)[0] for name in ("chosen_log_p", "row_entropy")]
+
+
+def row_statistics(logits, labels, ignore_index=-100, softcap=0.0, temperature=1.0):
+    """log_p and entropy of every row of ``logits`` (rows, classes), float32 or wider; 0 where ignored."""
+    options = ignore_index, float(softcap), 1.0 / temperature
+    if logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+        return whole_row_statistics(logits, labels, [], *options)
+    return RowStatistics.apply(logits, labels, *options)

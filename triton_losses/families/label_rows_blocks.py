@@ -1,9 +1,11 @@
 """label_rows in PyTorch: whole, differentiable as often as one likes; and in blocks of rows that stay in a CPU's cache."""
 
 import functools
+import threading
 
 import torch
 
+from triton_losses.blocks import elements, share
 from triton_losses.compiler import compute_dtype
 
 STATISTICS = ("picked", "log_p", "mean_log_p", "lse", "entropy")
@@ -61,7 +63,7 @@ def counted(labels, class_weights, cols, ignore_index, dtype):
     """Which rows count (None: all), labels (rows, 1) that can index, and the rows' weights (None: all 1)."""
     kept = None
     if labels.numel():
-        low, high = torch.aminmax(labels)
+        low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= cols or low <= ignore_index <= high:
             kept = labels != ignore_index
             wrong = labels[kept & ((labels < 0) | (labels >= cols))]
@@ -78,95 +80,113 @@ def counted(labels, class_weights, cols, ignore_index, dtype):
     return kept, labels[:, None], weights
 
 
-def row_blocks(rows, cols):
-    """Runs of rows of at most 64k elements a thread; none where there are no columns."""
-    step = max(1, 65536 * torch.get_num_threads() // max(cols, 1))
+def row_blocks(rows, cols, dtype):
+    """Runs of rows, small enough for a cache where a row is; none where there are no columns."""
+    step = max(1, elements(dtype) // max(cols, 1))
     return [slice(start, start + step) for start in range(0, rows if cols else 0, step)]
-
-
-def read_block(x, label, class_weights, mean_weight, slots, out):
-    """What a backward needs of a few rows of transformed logits, log_p, and exp(x - max) (in ``out`` if there is one)."""
-    highest = x.amax(1, keepdim=True)
-    shifted = torch.sub(x, highest, out=out)
-    log_p = shifted.gather(1, label)[:, 0]
-    if slots[2]:
-        mean_log_p = shifted.mean(1) if class_weights is None else shifted.mv(class_weights).div_(x.shape[1])
-    bounded = shifted.clamp(min=LOWEST) if slots[4] else None
-    exponentials = shifted.exp_()
-    total = exponentials.sum(1)
-    log_total = total.log()
-    log_p -= log_total
-    mean_log_p = mean_log_p - log_total * mean_weight if slots[2] else log_total
-    entropy = log_total - bounded.mul_(exponentials).sum(1) / total if slots[4] else log_total
-    return (highest[:, 0], log_total, mean_log_p, entropy), log_p, exponentials
-
-
-def gradient_of_block(exponentials, x, label, saved, partials, class_weights, mean_weight, slots, softcap, scale):
-    """Turn exp(x - max) of a few rows into their gradient. x: the transformed logits, read where there is a softcap."""
-    _, log_total, _, entropy = saved
-    d_log_p, d_mean, d_lse, d_entropy = (d if scale == 1 else d * scale for d in partials)
-    g, slope = exponentials, d_lse - d_log_p
-    if slots[2]:
-        slope = slope - d_mean * mean_weight
-    if slots[4]:
-        log_p = g.log().sub_(log_total[:, None]).clamp_(min=LOWEST)
-        g.mul_(torch.exp(-log_total)[:, None]).mul_((slope - d_entropy * entropy)[:, None] - log_p.mul_(d_entropy[:, None]))
-    else:
-        g.mul_((slope * torch.exp(-log_total))[:, None])
-    if slots[2]:
-        uniform = (d_mean / g.shape[1]).expand(len(g))[:, None]
-        g.add_(uniform if class_weights is None else uniform * class_weights)
-    g.scatter_add_(1, label, d_log_p.expand(len(g))[:, None])
-    if softcap:
-        g.mul_(1 - (x / (softcap * scale)).square_())
 
 
 def walk_blocks(
     logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-    losses=None, saved=None, grad=None, upstream=None, denominator=None, operands=(),
+    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False,
 ):  # fmt: skip
-    """label_rows_kernels.launch, in PyTorch; the formula takes more than `picked`."""
+    """label_rows.walk, in PyTorch; the formula takes more than `picked`.
+
+    Blocks hold what is of the size of the logits; what is of the size of the rows, the formula itself, is done once.
+    """
     rows, cols = logits.shape
     wide, slots = saved.dtype, slots_of(formula)
     kept, labels, weights = counted(labels, class_weights, cols, ignore_index, wide)
-    mean_weight = 1.0
-    if class_weights is not None:
-        class_weights = class_weights.to(wide)
-        mean_weight = class_weights.mean()
-    if upstream is not None:
-        upstream = upstream.to(wide) if denominator is None else upstream.to(wide) / denominator
-        partials_of = formula.partials(tuple(True for slot in slots[:5] if slot))
-    for block in row_blocks(rows, cols):
-        x = transform(logits[block].to(wide), softcap, scale)
-        label, weight, values = labels[block], 1.0 if weights is None else weights[block], [v[block] for v in operands]
-        direct = grad is not None and grad.dtype == wide and not softcap
-        out = grad[block] if direct else None
-        if losses is None:
-            highest, log_total, mean_log_p, entropy = found = saved[:, block]
-            log_p = (x.gather(1, label)[:, 0] - highest) - log_total
-            exponentials = None
+    if slots[2]:
+        class_weights = class_weights if class_weights is None else class_weights.to(wide)
+        mean_weight = 1.0 if class_weights is None else class_weights.mean()
+    parts = row_blocks(rows, cols, wide)
+    transformed = softcap or scale != 1
+    direct = grad is not None and grad.dtype == wide and not softcap  # then blocks can be computed where they are to lie
+    highest, log_total, mean_log_p, entropies = saved
+    entropy = entropy or slots[4] > 0
+    buffers = {}  # a thread's own, for a row may be larger than what the allocator keeps
+
+    def part(i):
+        x = logits[parts[i]].to(wide)
+        return transform(x, softcap, scale) if transformed else x
+
+    def read(i):
+        x, out = part(i), None
+        if direct:
+            out = grad[parts[i]]
+        elif len(parts) > 1:
+            out = buffers.setdefault(threading.get_ident(), x.new_empty(0)).resize_(x.shape)
+        top = torch.amax(x, 1, out=highest[parts[i]])
+        shifted = torch.sub(x, top[:, None], out=out)
+        if slots[2]:
+            mean_log_p[parts[i]] = shifted.mean(1) if class_weights is None else shifted.mv(class_weights).div_(cols)
+        if entropy:
+            bounded = shifted.clamp(min=LOWEST)
+        exponentials = shifted.exp_()
+        total = torch.sum(exponentials, 1, out=log_total[parts[i]])
+        if entropy:
+            entropies[parts[i]] = bounded.mul_(exponentials).sum(1) / total
+
+    wanted, picked = tuple(True for slot in slots[:5] if slot), None
+    if forward or "log_p" in formula.needs[wanted]:  # before the gradient, which may lie where the logits do
+        picked = logits.gather(1, labels)[:, 0].to(wide) if cols else saved.new_zeros(rows)
+        picked = transform(picked, softcap, scale) if transformed else picked
+    if forward:
+        share(read, len(parts))
+        log_total.log_()
+        if slots[2]:
+            mean_log_p.sub_(log_total * mean_weight)
+        if entropy:
+            torch.sub(log_total, entropies, out=entropies)
+    log_p = None if picked is None else picked - highest - log_total
+    statistics = (None, log_p, mean_log_p, highest + log_total if slots[3] else None, entropies)
+    arguments = (*arguments_of(formula, statistics, 1.0 if weights is None else weights), *operands, *scalars)
+    losses = None
+    if forward:
+        losses = formula.value(*arguments)
+        losses = losses if kept is None else torch.where(kept, losses, 0)
+    if grad is None:
+        return losses, weights
+    factor = upstream.to(wide) if denominator is None else upstream.to(wide) / denominator
+    factor = factor if scale == 1 else factor * scale
+    found = formula.partials(wanted)(*arguments)
+    partials = [found[slot - 1] * factor if slot else 0.0 for slot in slots[1:5]]
+    if kept is not None:
+        partials = [torch.where(kept, d, 0) if slot else 0.0 for slot, d in zip(slots[1:5], partials)]
+    d_log_p, d_mean, d_lse, d_entropy = partials
+    slope = d_lse - d_log_p
+    if slots[2]:
+        slope = slope - d_mean * mean_weight
+        uniform = (d_mean / cols).expand(rows)[:, None]
+    if slots[4]:
+        slope = slope - d_entropy * entropies
+    slope = (slope * torch.exp(-log_total))[:, None]
+    at_label = d_log_p.expand(rows)[:, None] if slots[1] else None
+
+    def write(i):
+        block = parts[i]
+        x = part(i) if softcap or not (forward and direct) else None
+        if forward and direct:
+            g = grad[block]  # holds exp(x - max)
         else:
-            found, log_p, exponentials = read_block(x, label, class_weights, mean_weight, slots, out)
-            highest, log_total, mean_log_p, entropy = found
-            torch.stack(found, out=saved[:, block])
-        statistics = (None, log_p, mean_log_p, highest + log_total if slots[3] else None, entropy)
-        arguments = (*arguments_of(formula, statistics, weight), *values, *scalars)
-        if losses is not None:
-            losses[0, block] = formula.value(*arguments)
-        if grad is not None:
-            factor = upstream if upstream.dim() == 0 else upstream[block]
-            partials = partials_of(*arguments)
-            partials = [partials[slot - 1] * factor if slot else 0.0 for slot in slots[1:5]]
-            if kept is not None:
-                partials = [torch.where(kept[block], d, 0) for d in partials]
-            if exponentials is None:
-                exponentials = torch.sub(x, highest[:, None], out=out).exp_()
-            gradient_of_block(exponentials, x, label, found, partials, class_weights, mean_weight, slots, softcap, scale)
-            if not direct:
-                grad[block] = exponentials
-    if losses is not None:
-        losses[1] = 1.0 if weights is None else weights
-        if kept is not None or cols == 0:
-            losses[0] = torch.where(kept, losses[0], 0) if cols else 0
-    if grad is not None and kept is not None:  # whatever stood in those rows, nan too
+            g = torch.sub(x, highest[block][:, None], out=grad[block] if direct else None).exp_()
+        if slots[4]:
+            log_p = g.log().sub_(log_total[block][:, None]).clamp_(min=LOWEST)
+            log_p.mul_((d_entropy[block] * torch.exp(-log_total[block]))[:, None])
+            g.mul_(slope[block] - log_p)
+        else:
+            g.mul_(slope[block])
+        if slots[2]:
+            g.add_(uniform[block] if class_weights is None else uniform[block] * class_weights)
+        if slots[1]:
+            g.scatter_add_(1, labels[block], at_label[block])
+        if softcap:
+            g.mul_(1 - (x / (softcap * scale)).square_())
+        if not direct:
+            grad[block] = g
+
+    share(write, len(parts))
+    if kept is not None:  # whatever stood in those rows, nan too
         grad.index_fill_(0, (~kept).nonzero()[:, 0], 0)
+    return losses, weights

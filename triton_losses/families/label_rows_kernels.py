@@ -80,7 +80,7 @@ def transform(x, shape, CAPPED: tl.constexpr, SCALED: tl.constexpr):
 @triton.jit
 def row_statistics(
     logits, start, cols, pivot, class_weights, shape,
-    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EVICT: tl.constexpr, EDGE: tl.constexpr,
+    MEAN_LOG_P: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EVICT: tl.constexpr, EDGE: tl.constexpr,
     COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Of one row x, read once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), and the entropy of softmax(x)."""
@@ -98,9 +98,9 @@ def row_statistics(
         for u in tl.static_range(UNROLL):
             at = (v + u * LANES) * VEC + tile
             tiles += (transform(tl.load(first + at, eviction_policy=EVICT).to(COMPUTE), shape, CAPPED, SCALED),)
-            if SLOTS[2]:
+            if MEAN_LOG_P:
                 spread += tl.sum(weighted_sum(tiles[u], head + at, None, class_weights, pivot, WEIGHTED), 1)
-        if SLOTS[4]:
+        if ENTROPY:
             moment = take_moment(tiles, top, total, moment)
         top, total = take(tiles, top, total)
     for v in range(unmasked, vectors, LANES):
@@ -110,14 +110,14 @@ def row_statistics(
         x = transform(x, shape, CAPPED, SCALED)
         if CAPPED:
             x = tl.where(mask, x, -float("inf"))
-        if SLOTS[2]:
+        if MEAN_LOG_P:
             spread += tl.sum(weighted_sum(x, head + at, mask & (at >= 0), class_weights, pivot, WEIGHTED), 1)
-        if SLOTS[4]:
+        if ENTROPY:
             moment = take_moment((x,), top, total, moment)
         top, total = take((x,), top, total)
     highest = tl.max(top, 0)
     shrink = exp(top - highest)
-    if SLOTS[4]:
+    if ENTROPY:
         moment = tl.sum(shrink * (moment + tl.where(total > 0, (top - highest) * total, 0.0)), 0)
     total = tl.sum(total * shrink, 0)
     spread = tl.sum(spread, 0)
@@ -126,16 +126,16 @@ def row_statistics(
         x = transform(tl.load(logits + start + columns, mask=mask, other=0.0).to(COMPUTE), shape, CAPPED, SCALED)
         x = tl.where(mask, x, -float("inf"))
         higher = tl.maximum(highest, tl.max(x, 0))
-        if SLOTS[2]:
+        if MEAN_LOG_P:
             spread += tl.sum(weighted_sum(x, columns, mask, class_weights, pivot, WEIGHTED), 0)
-        if SLOTS[4]:
+        if ENTROPY:
             d = tl.maximum(x - higher, LOWEST)
             moment = exp(highest - higher) * (moment + tl.where(total > 0, (highest - higher) * total, 0.0)) + tl.sum(exp(d) * d, 0)
         total = total * exp(highest - higher) + tl.sum(exp(x - higher), 0)
         highest = higher
     log_total = tl.log(total)
     entropy = log_total
-    if SLOTS[4]:
+    if ENTROPY:
         entropy = log_total - moment / total
     return highest, log_total, spread, entropy
 
@@ -259,12 +259,12 @@ def rows_kernel(
     mean_weight,  # () where WEIGHTED
     operands,  # pointers to (rows,)
     losses,  # (2, rows): losses and weights; written where FORWARD
-    saved,  # (4, rows): max, log Σ exp(x - max), mean_log_p, entropy, where the formula needs them; written where FORWARD, else read
+    saved,  # (4, rows): max, log Σ exp(x - max), mean_log_p where the formula takes it, entropy where ENTROPY; written where FORWARD, else read
     grad,  # (rows, cols), row r at r * stride; may be logits: each element is read, then written, by one thread
     upstream,  # of row r at r * upstream_stride
     denominator,  # () where MEAN
     rows, cols, stride, upstream_stride, ignore_index, scalars, shape,
-    FORMULA: tl.constexpr, SLOTS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, MEAN: tl.constexpr,
+    FORMULA: tl.constexpr, SLOTS: tl.constexpr, ENTROPY: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, MEAN: tl.constexpr,
     WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
     VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -286,7 +286,7 @@ def rows_kernel(
         if SOFTMAX and FORWARD:
             pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
             highest, log_total, spread, entropy = row_statistics(
-                logits, start, cols, pivot, class_weights, shape, SLOTS, WEIGHTED, CAPPED, SCALED,
+                logits, start, cols, pivot, class_weights, shape, SLOTS[2] > 0, ENTROPY, WEIGHTED, CAPPED, SCALED,
                 "evict_last" if BACKWARD else "evict_first", EDGE, COMPUTE, VEC, LANES, UNROLL,
             )  # fmt: skip
             if SLOTS[2]:
@@ -299,7 +299,7 @@ def rows_kernel(
             log_total += tl.load(saved + rows + row)
             if SLOTS[2]:
                 mean_log_p += tl.load(saved + 2 * rows + row)
-            if SLOTS[4]:
+            if ENTROPY:
                 entropy += tl.load(saved + 3 * rows + row)
         values = ()
         for i in tl.static_range(len(operands)):
@@ -332,13 +332,12 @@ def rows_kernel(
             tl.store(saved + rows + row, log_total)
         if SLOTS[2]:
             tl.store(saved + 2 * rows + row, mean_log_p)
-        if SLOTS[4]:
+        if ENTROPY:
             tl.store(saved + 3 * rows + row, entropy)
 
 
 def launch(
-    logits, labels, class_weights, formula, slots, scalars, ignore_index, softcap, scale,
-    losses=None, saved=None, grad=None, upstream=None, denominator=None, operands=(),
+    logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, slots, saved, losses, grad, upstream, denominator, operands, entropy
 ):  # fmt: skip
     """One pass over the rows: forward where there are losses to write, backward where there is a gradient, both where both."""
     rows, cols = logits.shape
@@ -353,7 +352,7 @@ def launch(
         upstream=saved if upstream is None else upstream, denominator=saved if denominator is None else denominator,
         rows=rows, cols=cols, stride=stride, upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
         ignore_index=ignore_index, scalars=as_scalars(scalars, wide), shape=as_scalars((softcap, scale), wide),
-        FORMULA=formula.kernel, SLOTS=slots, FORWARD=losses is not None, BACKWARD=grad is not None, MEAN=denominator is not None,
+        FORMULA=formula.kernel, SLOTS=slots, ENTROPY=entropy or slots[4] > 0, FORWARD=losses is not None, BACKWARD=grad is not None, MEAN=denominator is not None,
         WEIGHTED=weighted, CAPPED=softcap > 0, SCALED=scale != 1, EDGE=cols % vec != 0 or stride % vec != 0,
         COMPUTE=triton_type(wide), VEC=vec,
     )  # fmt: skip
@@ -364,7 +363,7 @@ SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
 
 def key(args):
     x = args["logits"]
-    flags = tuple(args[name] for name in ("FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED", "EDGE"))
+    flags = tuple(args[name] for name in ("ENTROPY", "FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED", "EDGE"))
     return args["FORMULA"].__name__, args["cols"], str(x.dtype), *flags, x.data_ptr() % 16 == 0
 
 

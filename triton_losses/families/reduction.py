@@ -8,12 +8,12 @@ REDUCTIONS = ("none", "mean", "sum")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def reduction_of(reduction, size_average=None, reduce=None):
-    """The reduction's name; `size_average` and `reduce` win where they are given, as in torch."""
+def reduction_of(reduction, size_average=None, reduce=None, more=()):
+    """The reduction's name; `size_average` and `reduce` win where they are given, as in torch. more: what else a loss takes."""
     if size_average is not None or reduce is not None:
         return torch.nn._reduction.legacy_get_string(size_average, reduce)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction: it must be one of {REDUCTIONS}")
+    if reduction not in (*REDUCTIONS, *more):
+        raise ValueError(f"{reduction} is not a valid value for reduction: it must be one of {(*REDUCTIONS, *more)}")
     return reduction
 
 
@@ -31,6 +31,8 @@ def promoted(a, b):
     if b.dtype != dtype:
         dtypes = [v.dtype for v in (a, b) if v.dim() > 0 or a.dim() == b.dim() == 0]
         dtype = functools.reduce(torch.promote_types, dtypes)  # torch.result_type would break torch.compile's graph
+        if not dtype.is_floating_point:  # a floating scalar does widen integers
+            dtype = torch.promote_types(a.dtype, b.dtype)
     if not dtype.is_floating_point:
         raise NotImplementedError(f"a loss takes floating-point tensors, got {a.dtype} and {b.dtype}")
     return dtype

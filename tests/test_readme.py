@@ -1,0 +1,67 @@
+"""The README says what is true: its table of losses, its numbers, its commands, its example."""
+
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import triton_losses
+from triton_losses import functional
+
+pytestmark = pytest.mark.not_interpreted
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def section(name):
+    return README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
+
+
+def table_of_losses():
+    """A line for each public function: its name, its modules, its first docstring line."""
+    modules = {}
+    for name, value in vars(triton_losses).items():
+        if inspect.isclass(value) and issubclass(value, torch.nn.Module) and hasattr(value, "function"):
+            modules.setdefault(value.function.__name__, []).append(f"`{name}`")
+    lines = ["| function | module | |", "|---|---|---|"]
+    functions = [f for f in vars(functional).values() if inspect.isfunction(f)]
+    preference = [f for f in vars(triton_losses).values() if inspect.isfunction(f) and f.__module__ == "triton_losses.preference"]
+    for function in sorted(functions, key=lambda f: (f.__module__, f.__name__)) + preference:
+        words = function.__doc__.splitlines()[0].replace("|", "\\|")
+        lines.append(f"| `{function.__name__}` | {', '.join(modules.get(function.__name__, []))} | {words} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_losses_is_what_the_package_has():
+    assert section("losses") == table_of_losses(), f"between its markers README.md should have:\n{table_of_losses()}"
+
+
+def test_every_time_in_the_readme_stands_in_the_committed_report():
+    report = (ROOT / "bench/results/cpu/report.md").read_text().splitlines()
+    rows = [line for line in section("speed").splitlines() if line.startswith("|")]
+    assert len(rows) > 5 and all(row in report for row in rows)
+
+
+def test_the_conditions_in_the_readme_are_those_of_the_report():
+    report = (ROOT / "bench/results/cpu/report.md").read_text()
+    conditions = re.search(r"^- (.* cores, .*)$", report, re.M)[1].split(", load")[0]
+    assert conditions in section("speed")
+
+
+def test_pictures_and_files_that_the_readme_names_exist():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_two_lines_do_all_the_set_up():
+    lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert [line.rsplit(" ", 1)[1] for line in lines] == ["bench", "pytest"]
+
+
+def test_the_example_runs():
+    example = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    subprocess.run([sys.executable, "-c", example], cwd=ROOT, check=True)

@@ -1,0 +1,61 @@
+"""Work on a CPU in blocks that stay in its cache, shared among threads of our own.
+
+torch would split each operation on each block among its OpenMP threads, and wait for all of them after every one. Where
+another process holds a core, each of those thousands of waits lasts until the system schedules the last thread: milliseconds.
+Ours run whole blocks, and meet once, at the end.
+"""
+
+import concurrent.futures
+import os
+import threading
+
+import torch
+
+BYTES = 256 << 10  # of a block: a few of them fit a core's cache, and the allocator keeps rather than returns them
+RUN = 16  # blocks that a thread takes at a time
+MOST_THREADS = 16  # beyond it Python's lock, taken once an operation, is what they wait for
+
+pools = {}  # by number of threads
+making = threading.Lock()
+os.register_at_fork(after_in_child=pools.clear)  # threads do not survive a fork
+
+
+def elements(dtype):
+    """How many elements a block has."""
+    return BYTES // dtype.itemsize
+
+
+def pool(threads):
+    """Threads in each of which torch's operations stay."""
+    with making:
+        if threads not in pools:
+            before = torch.get_num_threads()
+            made = pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "triton_losses", torch_stays_here)
+            started = threading.Barrier(threads)
+            list(made.map(lambda _: started.wait(), range(threads)))
+            torch.set_num_threads(before)  # of this thread and of those still to come; set in each of ours
+        return pools[threads]
+
+
+def torch_stays_here():
+    torch.get_num_threads()  # or the first operation would set the number anew
+    torch.set_num_threads(1)
+
+
+def share(work, count):
+    """``work(i)`` for every i below ``count``, in no order."""
+    threads = min(torch.get_num_threads(), MOST_THREADS, -(-count // RUN))
+    if threads < 2:
+        for i in range(count):
+            work(i)
+        return
+    runs, inference = iter(range(0, count, RUN)), torch.is_inference_mode_enabled()
+
+    def take():
+        with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
+            for start in runs:
+                for i in range(start, min(start + RUN, count)):
+                    work(i)
+
+    for taken in [pool(threads).submit(take) for _ in range(threads)]:
+        taken.result()

@@ -1,0 +1,146 @@
+"""Divergences: how far is one distribution from another?"""
+
+import numbers
+import warnings
+
+import torch
+
+from triton_losses.compiler import compute_dtype, tl
+from triton_losses.device_math import exp, log2, relu, sign
+from triton_losses.families.distribution_rows import distribution_rows
+from triton_losses.families.elementwise import elementwise
+from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
+from triton_losses.formula import formula
+
+
+@formula
+def pointwise_divergence(x, y):
+    slope = tl.log(y) - x
+    return tl.where(y == 0.0, y, y * slope), -y, tl.where(y == 0.0, y, slope + 1.0)
+
+
+@formula
+def pointwise_divergence_of_logs(x, y):
+    p = exp(y)
+    value = tl.where(p == 0.0, p, p * (y - x))
+    return value, -p, value + p
+
+
+@formula
+def relative_entropy(log_p, log_q):
+    p = exp(log_p)
+    value = tl.where(p == 0.0, p, p * (log_p - log_q))
+    return value, value + p, -p
+
+
+@formula
+def jensen_shannon(log_p, log_q, beta, rest):
+    p, q = exp(log_p), exp(log_q)
+    d = log_q - log_p
+    q_above, p_above = relu(d), relu(-d)
+    log_mean = log2(beta * exp(-q_above) + rest * exp(-p_above)) * 0.6931471805599453  # log m, less the larger of log p and log q
+    d_p = tl.where(p == 0.0, p, -beta * p * (log_mean + q_above))
+    d_q = tl.where(q == 0.0, q, -rest * q * (log_mean + p_above))
+    return d_p + d_q, d_p, d_q
+
+
+@formula
+def total_variation(log_p, log_q):
+    p, q = exp(log_p), exp(log_q)
+    side = 0.5 * sign(p - q)
+    return side * (p - q), side * p, -side * q
+
+
+def kl_div(input, target, size_average=None, reduce=None, reduction="mean", log_target=False):
+    """``y (log y - x)``, of log-probabilities x and probabilities y; ``e^y (y - x)`` where log_target: Kullback-Leibler divergence.
+
+    input: log-probabilities, target: probabilities, or log-probabilities where log_target; floating, any shapes that broadcast.
+    Where the target is 0 so is the loss, even at ``x = -inf``, and its gradient to the target, where torch has nan. reduction:
+    "batchmean" divides the sum by input's first size and is the divergence; "mean" divides by the number of elements, with
+    torch's warning; "sum", "none"; size_average and reduce are torch's older spelling of it. As ``torch.nn.functional.kl_div``.
+    Kullback and Leibler 1951, doi:10.1214/aoms/1177729694.
+
+    >>> kl_div(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]), reduction="batchmean")
+    tensor(0.6931)
+    """
+    if size_average is None and reduce is None and reduction == "mean" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+            stacklevel=2,
+        )
+    reduction = reduction_of(reduction, size_average, reduce, ("batchmean",))
+    for name, tensor in (("input", input), ("target", target)):
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"kl_div: Integral inputs not supported, nor complex ones: {name} is {tensor.dtype}")
+    chosen = pointwise_divergence_of_logs if log_target else pointwise_divergence
+    if reduction != "batchmean":
+        return elementwise(chosen, (input, target), (), reduction)
+    dtype = result_dtype(input, promoted(input, target))
+    total = elementwise(chosen, (input, target), (), "sum", dtype=compute_dtype(dtype))
+    return (total / input.shape[0] if input.dim() else total).to(dtype)  # rounded once
+
+
+DIRECTIONS = ("forward", "reverse", "jsd", "tv")
+
+
+def distillation_loss(
+    student_logits, teacher_logits, temperature=1.0, direction="forward", beta=0.5, reduction="mean",
+    *, labels=None, ignore_index=-100, temperature_squared=False, out_dtype=None,
+):  # fmt: skip
+    """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(teacher / T)``, ``q = softmax(student / T)``: what a student has yet to learn.
+
+    direction: "forward" KL(p‖q), as above, covers all that the teacher says; "reverse" KL(q‖p) keeps to what it says most; "jsd"
+    ``β KL(p‖m) + (1-β) KL(q‖m)`` with ``m = β p + (1-β) q``, the generalised Jensen-Shannon divergence of GKD; "tv"
+    ``½ Σ_j |p_j - q_j|``, with gradient 0 where they are equal. beta: of "jsd" alone, 0 < β < 1, else ValueError (divided by β
+    it tends to the forward divergence as β → 0, by 1-β to the reverse one as β → 1: choose those by name).
+    student_logits, teacher_logits: (..., C), floating; gradients reach the teacher too if it requires them. temperature: T > 0,
+    else ValueError. temperature_squared: multiply by T², which keeps gradients as large as at T = 1 (Hinton et al. do, language
+    models' trainers do not). labels: (...), integers; rows with ignore_index cost nothing, other values do not matter.
+    reduction: "mean" over the rows that count (nan when there are none), "sum", "none": (...). out_dtype: of the result.
+    Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
+
+    >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor(0.3278)
+    """
+    reduction = reduction_of(reduction)
+    for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {value!r}")
+        if value.dtype not in DTYPES or not value.dim():
+            raise ValueError(f"{name} must be one of {DTYPES}, with a dimension of classes; got {value.dtype} {tuple(value.shape)}")
+    if student_logits.shape != teacher_logits.shape:
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
+    for name, value in (("teacher_logits", teacher_logits), ("labels", labels)):
+        if value is not None and value.device != student_logits.device:
+            found = f"{student_logits.device}, and {name} on {value.device}"
+            raise RuntimeError(f"expected all tensors to be on the same device, but found student_logits on {found}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    if direction == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must be > 0 and < 1, got {beta}")
+    if out_dtype not in (None, *DTYPES):
+        raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if labels is not None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.shape != student_logits.shape[:-1]:
+            raise ValueError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
+        labels = labels.reshape(-1)
+    q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (student_logits, teacher_logits))
+    if direction == "reverse":
+        p, q = q, p
+    chosen, scalars = {"jsd": (jensen_shannon, (beta, 1.0 - beta)), "tv": (total_variation, ())}.get(direction, (relative_entropy, ()))
+    losses = distribution_rows(
+        chosen, p, q, scalars, temperature=temperature, one_read=chosen is relative_entropy, labels=labels, ignore_index=int(ignore_index),
+        reduction=reduction, out_dtype=out_dtype,
+    )  # fmt: skip
+    if temperature_squared:
+        losses = losses * temperature**2
+    return losses.view(student_logits.shape[:-1]) if reduction == "none" else losses

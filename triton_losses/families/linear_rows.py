@@ -1,0 +1,289 @@
+"""Row losses of logits that are never whole: logits = hidden @ weight.T + bias, a chunk of rows at a time.
+
+    forward    per chunk: one GEMM, one read of the chunk; losses, and what a backward needs of each row
+    backward   per chunk: one GEMM, the chunk becomes its own gradient G in place, then
+               dhidden = G weight,   dweight += Gᵀ hidden,   dbias += Σ_r G_r     (sums in float32)
+
+    LinearRows  a loss for each row, with any upstream gradient. Four GEMMs: the backward makes the logits again.
+    LinearSum   Σ_r u_r L_r with its gradient made in the forward. Three GEMMs. What it saves are gradients of the plain sum,
+                in float32, that never change: the backward multiplies them out of place, so that it may run as often as one
+                likes, and 1/N never meets float16.
+
+Rows whose label is `ignore_index` are dropped before the GEMMs: on a CPU always; on a GPU, where counting them would be a
+synchronisation, as far as the caller knows an upper bound of those that are left (`kept_tokens`).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from triton_losses.compiler import compute_dtype, runs_kernels
+from triton_losses.families.label_rows import walk
+from triton_losses.families.label_rows_blocks import whole_losses
+from triton_losses.formula import FORMULAS
+from triton_losses.op import op, read_whole, shapes_only
+
+ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
+
+
+def rows_of_chunk(classes, dtype, device, chunk_bytes):
+    """GPU: about 4096 rows, for then the traffic of dweight is small beside its GEMM; CPU: at most 64 MB, and 1024 rows."""
+    most_bytes, most_rows = (64 << 20, 1024) if device.type == "cpu" else (1 << 30, 4096)
+    rows = (chunk_bytes or most_bytes) // (-(-classes // ALIGNMENT) * ALIGNMENT * dtype.itemsize)
+    return max(1, rows if rows < 64 else min(most_rows, rows // 64 * 64))
+
+
+def parts_of(labels, ignore_index, chunk, kept_tokens):
+    """Which rows make up each chunk: slices where all count, else indices of those that do."""
+    rows = len(labels)
+    if not runs_kernels(labels):
+        kept = (labels != ignore_index).nonzero()[:, 0]
+        if len(kept) < rows:
+            return kept.split(chunk) if len(kept) else ()
+    elif 0 < kept_tokens < rows:
+        ignored = labels == ignore_index
+        torch._assert_async((~ignored).sum() <= kept_tokens)  # more of them than kept_tokens: some would silently not count
+        return ignored.to(torch.int8).argsort(stable=True)[:kept_tokens].split(chunk)
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+
+
+def chunks(hidden, weight, bias, labels, ignore_index, chunk_bytes, kept_tokens):
+    """(rows, their hidden states, their labels, their logits) of each chunk; the logits of all share one buffer."""
+    classes = weight.shape[0]
+    chunk = rows_of_chunk(classes, hidden.dtype, hidden.device, chunk_bytes)
+    buffer = hidden.new_empty(min(chunk, len(hidden)), -(-classes // ALIGNMENT) * ALIGNMENT)
+    for part in parts_of(labels, ignore_index, chunk, kept_tokens):
+        x = hidden[part]
+        logits = buffer[: len(x), :classes]
+        if bias is None:
+            torch.mm(x, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, weight.t(), out=logits)
+        yield part, x, labels[part], logits
+
+
+def add_product(total, a, b, first):
+    """total (float32 or wider) = a @ b, then += a @ b, with no rounding in between."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)  # beta 0: what total held is not read
+    elif a.is_cuda:
+        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+def in_dtype(dtype, *tensors):
+    return [t if t is None else t.to(dtype) for t in tensors]
+
+
+@op
+def linear_rows_forward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, class_weights: torch.Tensor | None,
+    upstream: torch.Tensor | None, wanted: list[bool], formula: str, scalars: list[float], ignore_index: int, softcap: float,
+    scale: float, chunk_bytes: int, kept_tokens: int, dtype: torch.dtype, stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Losses, weights (0 where ignored), what a backward needs of each row, and the likeliest class of each where stats are
+    asked for (-1 where ignored; else empty); then, where wanted, the gradients of Σ upstream · loss by hidden, weight and
+    bias (else empty)."""
+    rows, wide = hidden.shape[0], compute_dtype(dtype)
+    losses, weights, saved = (hidden.new_zeros(shape, dtype=wide) for shape in ((rows,), (rows,), (4, rows)))
+    likeliest = labels.new_full((rows if stats else 0,), -1, dtype=torch.int64)
+    grads = gradients_of(hidden, weight, bias, wanted, wide)
+    if not shapes_only():
+        options = formula, scalars, ignore_index, softcap, scale
+        first = True
+        x, w, b = in_dtype(dtype, hidden, weight, bias)
+        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
+            kept = saved.new_empty(4, len(label))
+            if stats:  # now: the chunk may become its gradient
+                likeliest[part] = logits.argmax(1)
+            making = {"grad": logits, "upstream": upstream[part]} if any(wanted) else {}
+            losses[part], some = walk(logits, label, class_weights, *options, kept, forward=True, entropy=stats, **making)
+            weights[part] = 1.0 if some is None else some
+            saved[:, part] = kept
+            if any(wanted):
+                add_gradients(grads, part, x, w, logits, wanted, first)
+                first = False
+        if first and wanted[1]:
+            grads[1].zero_()
+    if stats:
+        likeliest.masked_fill_(labels == ignore_index, -1)
+    return losses, weights, saved, likeliest, *grads
+
+
+@op
+def linear_rows_backward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, class_weights: torch.Tensor | None,
+    saved: torch.Tensor, upstream: torch.Tensor, operands: list[torch.Tensor], wanted: list[bool], formula: str, scalars: list[float],
+    ignore_index: int, softcap: float, scale: float, chunk_bytes: int, kept_tokens: int, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted (else empty)."""
+    grads = gradients_of(hidden, weight, bias, wanted, saved.dtype)
+    if not shapes_only():
+        first = True
+        x, w, b = in_dtype(dtype, hidden, weight, bias)
+        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
+            some = [v[part] for v in operands]
+            walk(
+                logits, label, class_weights, formula, scalars, ignore_index, softcap, scale, saved[:, part].contiguous(),
+                grad=logits, upstream=upstream[part], operands=some,
+            )  # fmt: skip
+            add_gradients(grads, part, x, w, logits, wanted, first)
+            first = False
+        if first and wanted[1]:
+            grads[1].zero_()
+    return grads
+
+
+def gradients_of(hidden, weight, bias, wanted, wide):
+    """Room for them; that of ``weight`` is filled by its first chunk."""
+    return (
+        hidden.new_zeros(hidden.shape if wanted[0] else (0,), dtype=wide),
+        weight.new_empty(weight.shape if wanted[1] else (0,), dtype=wide),
+        weight.new_zeros(weight.shape[:1] if wanted[2] else (0,), dtype=wide),
+    )
+
+
+def add_gradients(grads, part, x, weight, logits, wanted, first):
+    """From a chunk whose logits have become their gradient."""
+    d_hidden, d_weight, d_bias = grads
+    if wanted[0]:
+        d_hidden[part] = (logits @ weight).to(d_hidden.dtype)
+    if wanted[1]:
+        add_product(d_weight, logits.t(), x, first)
+    if wanted[2]:
+        d_bias += logits.sum(0, dtype=d_bias.dtype)
+
+
+def whole(hidden, weight, bias, labels, class_weights, operands, formula, scalars, ignore_index, softcap, scale, dtype):
+    """Losses and weights in plain torch, all logits at once."""
+    logits = torch.nn.functional.linear(*in_dtype(dtype, hidden, weight, bias))
+    return whole_losses(logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, softcap, scale, operands)
+
+
+def again():
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class LinearRows(torch.autograd.Function):
+    """losses, entropies (where the formula saves them), weights, saved, likeliest: the first two are differentiable."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, class_weights, formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype, stats):
+        ctx.options = formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype
+        found = linear_rows_forward(hidden, weight, bias, labels, class_weights, None, [False] * 3, *ctx.options, stats)
+        losses, weights, saved, likeliest, *_ = found
+        entropy = torch.where(labels != ignore_index, saved[3], 0) if formula == BESIDE_ENTROPY else saved.new_empty(0)
+        ctx.mark_non_differentiable(weights, saved, likeliest)
+        ctx.save_for_backward(hidden, weight, bias, labels, class_weights, saved)
+        return losses, entropy, weights, saved, likeliest
+
+    @staticmethod
+    def backward(ctx, dout, d_entropy, *_):
+        hidden, weight, bias, labels, class_weights, saved = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        formula, *options = ctx.options
+        if again() or read_whole(dout):
+            grads = differentiable_gradients(ctx, dout, wanted, d_entropy=d_entropy if formula == BESIDE_ENTROPY else None)
+        else:
+            operands = []
+            if formula == BESIDE_ENTROPY:
+                formula, operands, dout = "along", [dout, d_entropy], torch.ones_like(dout)
+            grads = linear_rows_backward(
+                hidden, weight, bias, labels, class_weights, saved, dout.contiguous(), operands, wanted, formula, *options
+            )
+        return *cast(grads, (hidden, weight, bias), wanted), *[None] * 11
+
+
+BESIDE_ENTROPY = "log_p_beside_entropy"
+
+
+def differentiable_gradients(ctx, dout, wanted, upstream=None, d_entropy=None):
+    """By autograd, of all logits at once: for second derivatives."""
+    *tensors, labels, class_weights = ctx.saved_tensors[:5]
+    formula, *options, _, _, dtype = ctx.options
+    with torch.enable_grad():
+        losses = whole(*tensors, labels, class_weights, (), formula, *options, dtype)[0]
+        results, douts = [losses if upstream is None else (losses * upstream).sum()], [dout]
+        if d_entropy is not None:
+            results.append(whole(*tensors, labels, None, (), "row_entropy", *options, dtype)[0])
+            douts.append(d_entropy)
+    leaves = [t for t, want in zip((*tensors, upstream), wanted) if want]
+    found = iter(torch.autograd.grad(results, leaves, douts, create_graph=again()))
+    return [next(found) if want else None for want in wanted]
+
+
+def cast(grads, tensors, wanted, factor=None):
+    return [(g if factor is None else g * factor).to(t.dtype) if want else None for g, t, want in zip(grads, tensors, wanted)]
+
+
+class LinearSum(torch.autograd.Function):
+    """Σ upstream · losses, losses, weights, saved, likeliest: the first is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, labels, class_weights, upstream, wanted, formula, scalars, ignore_index, softcap, scale, chunk_bytes,
+        kept, dtype, stats,
+    ):  # fmt: skip
+        ctx.options = formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype
+        found = linear_rows_forward(hidden, weight, bias, labels, class_weights, upstream, wanted, *ctx.options, stats)
+        losses, weights, saved, likeliest, *grads = found
+        ctx.mark_non_differentiable(losses, weights, saved, likeliest)
+        ctx.save_for_backward(hidden, weight, bias, labels, class_weights, upstream, losses, *grads)
+        return (losses * upstream).sum(), losses, weights, saved, likeliest
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        hidden, weight, bias, _, _, upstream, losses, *grads = ctx.saved_tensors
+        wanted, upstream_wanted, factor = ctx.needs_input_grad[:3], ctx.needs_input_grad[5], dout
+        if again() or read_whole(dout):
+            *grads, d_upstream = differentiable_gradients(ctx, dout, [*wanted, upstream_wanted], upstream)
+            factor = None
+        else:
+            d_upstream = losses * dout if upstream_wanted else None
+        return *cast(grads, (hidden, weight, bias), wanted, factor), None, None, d_upstream, *[None] * 10
+
+
+class Rows(NamedTuple):
+    """What linear_rows returns: `total` or else `losses` and `entropy` are differentiable."""
+
+    total: torch.Tensor | None
+    losses: torch.Tensor
+    entropy: torch.Tensor | None
+    weights: torch.Tensor
+    saved: torch.Tensor | None = None
+    likeliest: torch.Tensor | None = None
+
+
+def linear_rows(
+    formula, hidden, weight, labels, *, bias=None, class_weights=None, upstream=None, scalars=(), ignore_index=-100, softcap=0.0,
+    temperature=1.0, total=False, chunk_bytes=0, kept_tokens=0, stats=False,
+):  # fmt: skip
+    """``formula`` of each row of logits, as Rows; ``total``: Σ upstream · losses, which takes one product less.
+
+    hidden: (rows, features). weight: (classes, features). labels: (rows,). The logits are made in hidden's dtype, or
+    autocast's. stats: have saved[3] hold entropies, and likeliest the likeliest classes, in any case.
+    """
+    device = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
+    options = formula.name, [float(s) for s in scalars], ignore_index, float(softcap), 1.0 / temperature
+    if total:
+        ones = hidden.new_ones(hidden.shape[0], dtype=compute_dtype(dtype))
+        upstream = ones if upstream is None else upstream.to(compute_dtype(dtype))
+    if device not in ("cpu", "cuda", "xpu") or read_whole():
+        if stats:
+            raise NotImplementedError("stats of the rows are for plain calls on a CPU or GPU, not for torch.func's transforms")
+        losses, weights = whole(hidden, weight, bias, labels, class_weights, (), *options, dtype)
+        entropy = whole(hidden, weight, bias, labels, None, (), "row_entropy", *options[1:], dtype)[0] if formula.name == BESIDE_ENTROPY else None
+        return Rows((losses * upstream).sum() if total else None, losses, entropy, weights)
+    if not total:
+        return Rows(None, *LinearRows.apply(hidden, weight, bias, labels, class_weights, *options, chunk_bytes, kept_tokens, dtype, stats))
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
+    found = LinearSum.apply(
+        hidden, weight, bias, labels, class_weights, upstream, wanted, *options, chunk_bytes, kept_tokens, dtype, stats
+    )  # fmt: skip
+    return Rows(found[0], found[1], None, *found[2:])
