@@ -52,7 +52,9 @@ def entropy(dtype, columns, rows=3):
 
 def head_entropy(dtype, columns, rows=3):
     hidden, weight = torch.zeros(rows, 4, dtype=dtype, requires_grad=True), torch.zeros(columns, 4, dtype=dtype)
-    sum(functional.linear_log_probs(hidden, weight, torch.zeros(rows, dtype=torch.int64), temperature=0.7, return_entropy=True)).sum().backward()
+    sum(
+        functional.linear_log_probs(hidden, weight, torch.zeros(rows, dtype=torch.int64), temperature=0.7, return_entropy=True)
+    ).sum().backward()
 
 
 def head_statistics(dtype, columns, rows=3):

@@ -62,6 +62,7 @@ def test_two_lines_do_all_the_set_up():
     assert [line.rsplit(" ", 1)[1] for line in lines] == ["bench", "pytest"]
 
 
-def test_the_example_runs():
-    example = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    subprocess.run([sys.executable, "-c", example], cwd=ROOT, check=True)
+def test_the_examples_run_one_after_another():
+    examples = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    assert len(examples) == 2  # the third, indented, shows how a loss is written
+    subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=ROOT, check=True)

@@ -51,7 +51,7 @@ def cross_entropy_of_chances(x, y):
 @formula
 def hinge(x, y, margin):
     slack = margin - x * y
-    return relu(slack), tl.where(slack >= 0.0, -y, 0.0), tl.where(slack >= 0.0, -x, 0.0)
+    return relu(slack), -y * step(slack), tl.where(slack >= 0.0, -x, 0.0)
 
 
 @formula

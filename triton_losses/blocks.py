@@ -29,6 +29,9 @@ def pool(threads):
     """Threads in each of which torch's operations stay."""
     with making:
         if threads not in pools:
+            # glibc hands memory back to the system, page by page, once more is free at its end than twice the largest piece
+            # it has seen freed: blocks would be faulted in anew all the time. Nothing is written to these 31 MB.
+            torch.empty(31 << 20, dtype=torch.uint8)
             before = torch.get_num_threads()
             made = pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "triton_losses", torch_stays_here)
             started = threading.Barrier(threads)
