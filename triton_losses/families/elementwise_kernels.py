@@ -136,10 +136,16 @@ def config(block, threads, **more):  # in threads, for 8 elements a thread are 1
     return {**more, "BLOCK": block, "num_warps": threads // WARP}
 
 
+def forward_rule(args):
+    if args["COMPUTE"] == tl.float64:
+        return config(1024, 256, SPAN=SPAN)
+    return config(2048, 128, SPAN=SPAN) if args["WEIGHTED"] else config(2048, 256, SPAN=SPAN)  # else some weighted losses spill
+
+
 forward_launch = Tuned(
     forward_kernel,
     configs=lambda args: [config(*c, SPAN=SPAN) for c in ((1024, 128), (2048, 128), (2048, 256), (4096, 256))],
-    rule=lambda args: config(1024 if args["COMPUTE"] == tl.float64 else 2048, 256, SPAN=SPAN),
+    rule=forward_rule,
     key=key,
     programs=lambda args, config: -(-args["n"] // SPAN),
     sample=sample,
