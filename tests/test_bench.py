@@ -16,7 +16,8 @@ from bench.providers import PROVIDERS, Provider, providers_of
 from bench.report import frame_of
 from bench.timing import Budget, take_turns
 from reference import cases
-from reference.cases import Case, logits_and_labels, numbers
+from reference.cases.case import Case
+from reference.cases.draws import logits_and_labels, numbers
 
 pytestmark = pytest.mark.not_interpreted
 CPU = torch.device("cpu")

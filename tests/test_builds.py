@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="kernels need Triton, which is not installe
 
 from offline_build import TARGETS, accesses, building, loops_of, machine_loops, spills_in_loops
 
-from reference.cases import CASES, logits_and_probabilities
+from reference.cases import CASES
+from reference.cases.classification import logits_and_probabilities
 from triton_losses import functional
 
 pytestmark = [

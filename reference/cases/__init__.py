@@ -1,0 +1,11 @@
+"""The table: every loss with its options and inputs. Tests and bench both walk it, so a loss that stands here is tested,
+compiled, built for GPUs and timed.
+
+A draw makes a loss's tensors, the differentiated ones first. An option whose value is a function is drawn too: it is
+called with the input, or with something of the shape of a head's logits.
+"""
+
+from reference.cases import binary, classification, divergence, language, regression
+from reference.cases.case import Case as Case
+
+CASES = [case for theme in (regression, binary, classification, divergence, language) for case in theme.CASES]

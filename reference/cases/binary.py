@@ -1,0 +1,73 @@
+"""The binary losses of the table."""
+
+import torch
+
+from reference.cases.case import TIMED, TIMED_LESS, Case
+from reference.cases.draws import like_input, per_column, with_nan
+
+
+def chances_and_chances(shape, dtype):
+    return torch.rand(shape, dtype=torch.float64).clamp(0.01, 0.99).to(dtype), torch.rand(shape, dtype=dtype)
+
+
+def certain_chances(shape, dtype):
+    """Chances of exactly 0 and 1 and of almost, for bits."""
+    return torch.tensor([0.0, 1.0, 1e-7, 0.999, 0.5], dtype=dtype)[torch.randint(5, shape)], torch.randint(2, shape).to(dtype)
+
+
+def numbers_and_signs(shape, dtype):
+    return torch.randn(shape, dtype=dtype) * 2, torch.randint(2, shape).to(dtype) * 2 - 1
+
+
+def margins(shape, dtype):
+    """Exactly at the margin, at 0, nan and infinite."""
+    spots = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 9.0, float("inf"), -float("inf"), float("nan")], dtype=dtype)
+    return spots[torch.randint(len(spots), shape)], numbers_and_signs(shape, dtype)[1]
+
+
+def logits_and_chances(shape, dtype):
+    return torch.randn(shape, dtype=dtype) * 3, torch.rand(shape, dtype=dtype)
+
+
+def logits_and_bits(shape, dtype):
+    return torch.randn(shape, dtype=dtype) * 3, torch.randint(2, shape).to(dtype)
+
+
+def huge_logits_and_bits(shape, dtype):
+    return torch.randn(shape, dtype=dtype) * 1e4, torch.randint(2, shape).to(dtype)
+
+
+SCORES = ("hinge_loss", "squared_hinge_loss", "perceptron_loss", "exponential_loss", "soft_margin_loss", "hinge_embedding_loss")
+
+
+def scores(name, options=(), draw=numbers_and_signs, **more):
+    return Case(name, draw, dict(options), **more)
+
+
+def binary(name, options=(), draw=logits_and_chances, **more):
+    return Case(name, draw, dict(options), differentiable=2, **more)
+
+
+CASES = [
+    binary("binary_cross_entropy", (), chances_and_chances, bench=TIMED_LESS),
+    binary("binary_cross_entropy", {"weight": like_input}, chances_and_chances),
+    binary("binary_cross_entropy", {"weight": per_column}, chances_and_chances),
+    binary("binary_cross_entropy", (), certain_chances, note="certain chances", shapes=((9, 7),)),
+    *(scores(name, bench=TIMED_LESS) for name in ("hinge_loss", "squared_hinge_loss", "perceptron_loss", "exponential_loss")),
+    scores("hinge_loss", {"margin": 0.3}),
+    scores("squared_hinge_loss", {"margin": 2.0}),
+    scores("soft_margin_loss", differentiable=2, bench=TIMED_LESS),
+    scores("soft_margin_loss", (), huge_logits_and_bits, note="huge logits", differentiable=2),
+    scores("hinge_embedding_loss", bench=TIMED_LESS),
+    scores("hinge_embedding_loss", {"margin": 0.3}, logits_and_bits),
+    *(scores(name, (), margins, note="margins", shapes=((9, 7),)) for name in SCORES),
+    binary("binary_cross_entropy_with_logits", bench=TIMED, headline=True),
+    binary("binary_cross_entropy_with_logits", {"weight": like_input}),
+    binary("binary_cross_entropy_with_logits", {"weight": per_column, "pos_weight": per_column}, bench={"full": ((1 << 18, 64),)}),
+    binary("binary_cross_entropy_with_logits", {"pos_weight": per_column}, huge_logits_and_bits, note="huge logits"),
+    binary("binary_cross_entropy_with_logits", (), with_nan, note="with nan"),
+    binary("sigmoid_focal_loss", {"reduction": "mean"}, logits_and_bits, bench=TIMED, headline=True),
+    binary("sigmoid_focal_loss", {"alpha": 0.6, "gamma": 1.5}),
+    binary("sigmoid_focal_loss", {"alpha": -1.0, "gamma": 0.0}, logits_and_bits),
+    binary("sigmoid_focal_loss", {"gamma": 0.5}, huge_logits_and_bits, note="huge logits"),
+]

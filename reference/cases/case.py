@@ -1,0 +1,47 @@
+"""One line of the table, and the shapes that lines share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str  # of the function, in reference.losses and in triton_losses.functional
+    draw: Callable  # (shape, dtype, device) -> tensors: input, target
+    options: Mapping = field(default_factory=dict)
+    note: str = ""  # what is hard about the inputs; such a case is tested, not timed
+    differentiable: int = 1  # how many of the leading tensors take a gradient
+    shapes: tuple = ((7, 130), (1, 1), (3, 5, 4), (3, 3001))  # for tests: ragged, one element, more dimensions, more than a block
+    bench: Mapping = field(default_factory=dict)  # preset -> shapes; none: not timed
+    headline: bool = False  # the quick preset compiles these alone
+    features: int = 0  # of a head's hidden states: its shapes are (rows, features, classes), its tensors hidden states, weight, target
+    reduces: bool = True  # whether it takes a reduction
+
+    def __str__(self):
+        return "-".join([self.name, *([self.note.replace(" ", "_")] if self.note else []), *self.option_words()])
+
+    def option_words(self):
+        return [f"{name}={value.__name__ if callable(value) else value}" for name, value in self.options.items()]
+
+    def shape(self, rows, columns):
+        return (rows, self.features, columns) if self.features else (rows, columns)
+
+    def arguments(self, shape, dtype=torch.float32, device="cpu", seed=0, reduction=None):
+        """Tensors and options, the same for the same seed on every device; with the reduction, where it takes one."""
+        torch.manual_seed(seed)
+        tensors = tuple(t.to(device) for t in self.draw(shape, dtype))
+        like = tensors[0][..., :1].expand(*shape[:-2], shape[-1]) if self.features else tensors[0]
+        options = {name: value(like) if callable(value) else value for name, value in self.options.items()}
+        return tensors, options | ({"reduction": reduction} if reduction and self.reduces else {})
+
+
+TIMED = {"quick": ((64, 10), (1 << 24,)), "full": ((64, 10), (1 << 20,), (1 << 24,), (1 << 27,))}
+TIMED_LESS = {"quick": ((1 << 22,),), "full": TIMED["full"]}  # quick is three minutes in all
+TIMED_ROWS = {"quick": ((64, 10), (1024, 32000)), "full": ((64, 10), (8192, 1000), (1024, 32000), (8192, 128256))}
+TIMED_PAIRS = {"quick": ((64, 10), (1024, 32000)), "full": ((64, 10), (1024, 32000), (4096, 128256))}
+ROWS = ((7, 130), (5, 1), (1, 33), (6,), (2, 3, 4, 5), (3, 2071))  # ragged, one class, one row, unbatched, more dimensions, many blocks
+HARD = ((9, 70),)

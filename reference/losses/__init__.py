@@ -1,0 +1,32 @@
+"""Each loss in the plainest PyTorch that is right in any dtype: the definition of correct, and the bench's baseline.
+
+PyTorch's own function where it has one. Signatures are those of triton_losses.functional.
+"""
+
+from torch.nn.functional import binary_cross_entropy as binary_cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from torch.nn.functional import gaussian_nll_loss as gaussian_nll_loss
+from torch.nn.functional import hinge_embedding_loss as hinge_embedding_loss
+from torch.nn.functional import huber_loss as huber_loss
+from torch.nn.functional import l1_loss as l1_loss
+from torch.nn.functional import mse_loss as mse_loss
+from torch.nn.functional import nll_loss as nll_loss
+from torch.nn.functional import poisson_nll_loss as poisson_nll_loss
+from torch.nn.functional import smooth_l1_loss as smooth_l1_loss
+
+from reference.losses.binary import exponential_loss as exponential_loss
+from reference.losses.binary import hinge_loss as hinge_loss
+from reference.losses.binary import perceptron_loss as perceptron_loss
+from reference.losses.binary import sigmoid_focal_loss as sigmoid_focal_loss
+from reference.losses.binary import soft_margin_loss as soft_margin_loss
+from reference.losses.binary import squared_hinge_loss as squared_hinge_loss
+from reference.losses.classification import cross_entropy as cross_entropy
+from reference.losses.classification import focal_loss as focal_loss
+from reference.losses.divergence import distillation_loss as distillation_loss
+from reference.losses.divergence import kl_div as kl_div
+from reference.losses.language import linear_cross_entropy as linear_cross_entropy
+from reference.losses.language import linear_log_probs as linear_log_probs
+from reference.losses.language import log_probs as log_probs
+from reference.losses.regression import log_cosh_loss as log_cosh_loss
+from reference.losses.regression import multi_quantile_loss as multi_quantile_loss
+from reference.losses.regression import quantile_loss as quantile_loss

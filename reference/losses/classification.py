@@ -1,0 +1,31 @@
+"""The classification losses in plain PyTorch."""
+
+import torch
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+
+from reference.losses.shared import power, reduced
+
+
+def cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0,
+    *, z_loss=0.0, out_dtype=None,
+):  # fmt: skip
+    losses = torch_cross_entropy(input, target, weight, None, ignore_index, None, "none", label_smoothing)
+    dim = min(input.dim() - 1, 1)
+    kept = target != ignore_index if not target.is_floating_point() else torch.ones_like(losses, dtype=torch.bool)
+    if z_loss:
+        losses = losses + z_loss * torch.where(kept, input.logsumexp(dim) ** 2, 0)
+    if reduction != "mean":
+        return reduced(losses, reduction)
+    weights = kept.to(input.dtype)
+    if weight is not None and not target.is_floating_point():
+        weights = torch.where(kept, weight[torch.where(kept, target, 0)], 0)
+    return losses.sum() / weights.sum()
+
+
+def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-100, reduction="mean"):
+    nll = torch_cross_entropy(input, target, None, None, ignore_index, None, "none")
+    kept = target != ignore_index
+    weights = torch.where(kept, 1 if weight is None else weight[torch.where(kept, target, 0)], 0).to(input.dtype)
+    losses = alpha * weights * power(-torch.expm1(-nll), gamma) * nll
+    return losses.sum() / weights.sum() if reduction == "mean" else reduced(losses, reduction)
