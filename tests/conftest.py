@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 
-from triton_losses import classification
+from triton_losses import blocks
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and not INTERPRET else [])
@@ -55,9 +55,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def small_calls_are_ours(monkeypatch):
+def calls_are_ours(monkeypatch):
     """Tests use small tensors, which on a CPU would go to ATen: they are to test what large ones meet."""
-    monkeypatch.setattr(classification, "SMALL", 0)
+    monkeypatch.setattr(blocks, "ATEN", False)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 import reference.losses
 from conftest import INTERPRET
 from reference.cases import CASES
-from triton_losses import classification, functional
+from triton_losses import blocks, functional
 
 WIDE, NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 # the interpreter takes seconds for what the CPU path takes milliseconds for, and truncates to bfloat16
@@ -99,12 +99,13 @@ def test_strides_do_not_matter(case, device):
         torch.testing.assert_close(o, s, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name == "cross_entropy"], ids=str)
-def test_small_calls_that_go_to_aten_give_the_same(case, device, monkeypatch):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_calls_that_go_to_aten_give_the_same(case, device, monkeypatch):
+    """Small ones on a CPU, where ATen has the loss."""
     tensors, options = case.arguments(case.shapes[0], torch.float32, device)
-    ours = value_and_gradients(functional.cross_entropy, case, tensors, options)
-    monkeypatch.setattr(classification, "SMALL", 1 << 15)
-    for small, large in zip(value_and_gradients(functional.cross_entropy, case, tensors, options), ours, strict=True):
+    ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
+    monkeypatch.setattr(blocks, "ATEN", True)
+    for small, large in zip(value_and_gradients(getattr(functional, case.name), case, tensors, options), ours, strict=True):
         torch.testing.assert_close(small, large, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 

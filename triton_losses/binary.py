@@ -2,6 +2,7 @@
 
 import torch
 
+from triton_losses.blocks import aten_is_best
 from triton_losses.compiler import tl
 from triton_losses.device_math import at_least, at_least_tiny, exp, log1p, log1p_exp_minus_abs, power, quotient, relu, sigmoid, step
 from triton_losses.families.elementwise import elementwise
@@ -119,6 +120,8 @@ def binary_cross_entropy_with_logits(
     check_broadcasts_into(input, weight=weight, pos_weight=pos_weight)
     if weight is not None and weight.requires_grad:
         raise RuntimeError("binary_cross_entropy_with_logits is not differentiable with respect to weight: it must not require grad")
+    if weight is None and pos_weight is None and aten_is_best(input, target):
+        return torch.nn.functional.binary_cross_entropy_with_logits(input, target, reduction=reduction)
     if pos_weight is None:
         return elementwise(logistic, (input, target), (), reduction, weight, target.dtype)  # in torch the target's decides
     return elementwise(weighted_logistic, (input, target, pos_weight), (), reduction, weight, target.dtype)

@@ -4,14 +4,13 @@ import numbers
 
 import torch
 
-from triton_losses.compiler import runs_kernels, tl
+from triton_losses.blocks import aten_is_best
+from triton_losses.compiler import compute_dtype, runs_kernels, tl
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
 from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
-from triton_losses.row_formulas import cross_entropy_formula, negative_log_likelihood, softmax_focal
-
-SMALL = 1 << 15  # elements up to which, on a CPU, a call is all overhead: ATen's is a fifth of ours
+from triton_losses.row_formulas import check_shape_of_logits, cross_entropy_formula, negative_log_likelihood, softmax_focal
 
 
 @formula
@@ -79,7 +78,7 @@ def check_probabilities(input, target, weight, ignore_index):
         raise RuntimeError(f"weight must have shape ({classes},), one for each class, got {list(weight.shape)}")
 
 
-def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype=None):
+def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype=None, softcap=0.0, temperature=1.0):
     """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension where there are two."""
     check_logits(input)
     check_labels(input, target, weight)
@@ -89,7 +88,8 @@ def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, ou
         logits = input
     else:
         logits = input.movedim(1, -1).reshape(-1, input.shape[1])
-    losses = label_rows(formula, logits, target.reshape(-1), weight, scalars, int(ignore_index), reduction, out_dtype)
+    options = scalars, int(ignore_index), reduction, out_dtype, softcap, temperature
+    losses = label_rows(formula, logits, target.reshape(-1), weight, *options)
     if reduction != "none":
         return losses
     return losses.view(target.shape if input.dim() > 1 else ())  # unbatched, so is the loss, though the target may have size 1
@@ -124,7 +124,7 @@ def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, r
 
 def cross_entropy(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0,
-    *, z_loss=0.0, out_dtype=None,
+    *, z_loss=0.0, softcap=0.0, temperature=1.0, out_dtype=None,
 ):  # fmt: skip
     """``-(1-ε) w_t log p_t - ε/C Σ_j w_j log p_j + z lse²``, ``p = softmax(x)``: cross entropy, smoothed by ε, with a z-loss.
 
@@ -133,7 +133,9 @@ def cross_entropy(
     probabilities: floating, of the input's shape. weight: (C,). reduction: "mean" divides by the sum of the targets' weights
     (nan when all are ignored), "sum", "none"; size_average and reduce are torch's older spelling of it. label_smoothing: ε in
     [0, 1], else RuntimeError. z_loss: factor of the squared log-sum-exp that keeps logits from drifting (PaLM,
-    arXiv:2204.02311), >= 0, else ValueError. out_dtype: of the result; torch.float32 keeps what bfloat16 would round away.
+    arXiv:2204.02311), >= 0, else ValueError. softcap: s > 0 makes x of the logits by ``s tanh(logit / s)`` (Gemma 2,
+    arXiv:2408.00118), 0 leaves them; temperature: T > 0, x is then divided by it; else ValueError. out_dtype: of the result;
+    torch.float32 keeps what bfloat16 would round away.
     As ``torch.nn.functional.cross_entropy``. Label smoothing: arXiv:1512.00567.
 
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
@@ -142,19 +144,22 @@ def cross_entropy(
     reduction = reduction_of(reduction, size_average, reduce)
     check_types(input, target, ignore_index)
     formula, scalars = cross_entropy_formula(label_smoothing, z_loss)
+    check_shape_of_logits(temperature, softcap)
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
     if target.is_floating_point() or target.shape == input.shape:
-        return probability_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, out_dtype)
-    native = input.device.type == "cpu" and input.element_size() >= 4 and not torch.compiler.is_compiling() and not runs_kernels(input)
-    if native and not z_loss and input.numel() <= SMALL:
+        options = ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, out_dtype
+        return probability_cross_entropy(input, target, weight, *options)
+    if aten_is_best(input) and not (z_loss or softcap) and temperature == 1:
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         loss = by_aten("cross_entropy", input, target, weight, **options)
         return loss if out_dtype is None else loss.to(out_dtype)
-    return by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype)
+    return by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype, softcap, temperature)
 
 
-def probability_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, out_dtype):
+def probability_cross_entropy(
+    input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, out_dtype
+):  # fmt: skip
     """Cross entropy against class probabilities, which need not sum to 1; the mean divides by the number of rows."""
     check_logits(input)
     check_probabilities(input, target, weight, ignore_index)
@@ -168,9 +173,12 @@ def probability_cross_entropy(input, target, weight, ignore_index, reduction, la
     dtype = promoted(input, target)
     if weight is not None and weight.is_floating_point():
         dtype = torch.promote_types(dtype, weight.dtype)
+    result = out_dtype or result_dtype(input, dtype)
+    if softcap:
+        q = softcap * torch.tanh(q.to(compute_dtype(q.dtype)) / softcap)
     losses = distribution_rows(
         cross_entropy_of_probabilities, p, q, (label_smoothing, label_smoothing / max(classes, 1)), given=True, one_read=True,
-        weight=weight, z_loss=z_loss, reduction=reduction, out_dtype=out_dtype or result_dtype(input, dtype),
+        temperature=temperature, weight=weight, z_loss=z_loss, reduction=reduction, out_dtype=result,
     )  # fmt: skip
     if reduction == "none":
         return losses.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())

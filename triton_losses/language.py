@@ -8,7 +8,7 @@ from triton_losses.compiler import compute_dtype
 from triton_losses.families.label_rows import label_rows, row_statistics
 from triton_losses.families.linear_rows import linear_rows
 from triton_losses.families.reduction import reduction_of
-from triton_losses.row_formulas import chosen_log_p, cross_entropy_formula, log_p_beside_entropy
+from triton_losses.row_formulas import check_shape_of_logits, chosen_log_p, cross_entropy_formula, log_p_beside_entropy
 
 
 def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "linear_bias")):
@@ -28,13 +28,6 @@ def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "l
     for tensor in (weight, target, bias):
         if tensor is not None and tensor.device != hidden.device:
             raise RuntimeError(f"expected all tensors to be on the same device, but found {hidden.device} and {tensor.device}")
-
-
-def check_shape_of_logits(temperature, softcap):
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    if not 0 <= softcap < float("inf"):
-        raise ValueError(f"softcap must be >= 0 (0: none), got {softcap}")
 
 
 def next_tokens(target, ignore_index):

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from triton_losses.blocks import aten_is_best
 from triton_losses.compiler import compute_dtype, tl
 from triton_losses.device_math import at_least, clamp, exp, log_cosh, quotient, sign, tanh
 from triton_losses.families.elementwise import elementwise
@@ -42,7 +43,8 @@ def huber(x, y, delta):
 @formula
 def log_cosh_error(x, y):
     d = x - y
-    return log_cosh(d), tanh(d), -tanh(d)
+    slope = tanh(d)
+    return log_cosh(d), slope, -slope
 
 
 @formula
@@ -137,7 +139,10 @@ def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", we
     tensor(2.)
     """
     input, target = in_one_shape(input, target, weight)
-    return mean_by_weight(squared_error, input, target, reduction_of(reduction, size_average, reduce), weight)
+    reduction = reduction_of(reduction, size_average, reduce)
+    if weight is None and aten_is_best(input, target):
+        return torch.nn.functional.mse_loss(input, target, reduction=reduction)
+    return mean_by_weight(squared_error, input, target, reduction, weight)
 
 
 def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
@@ -151,7 +156,10 @@ def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", wei
     tensor(2.)
     """
     input, target = in_one_shape(input, target, weight)
-    return mean_by_weight(absolute_error, input, target, reduction_of(reduction, size_average, reduce), weight)
+    reduction = reduction_of(reduction, size_average, reduce)
+    if weight is None and aten_is_best(input, target):
+        return torch.nn.functional.l1_loss(input, target, reduction=reduction)
+    return mean_by_weight(absolute_error, input, target, reduction, weight)
 
 
 def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mean", beta=1.0):
@@ -168,6 +176,8 @@ def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mea
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta: beta must be >= 0, got {beta}")
     reduction = reduction_of(reduction, size_average, reduce)
+    if aten_is_best(input, target):
+        return torch.nn.functional.smooth_l1_loss(input, target, reduction=reduction, beta=beta)
     if beta < 1e-37:  # 1 / beta would overflow in float32
         return elementwise(absolute_error, (input, target), (), reduction)
     beta = min(beta, 1e37)  # infinity · 0 would be NaN
@@ -187,8 +197,11 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     input, target = in_one_shape(input, target, weight)
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta: delta must be > 0, got {delta}")
+    reduction = reduction_of(reduction)
+    if weight is None and aten_is_best(input, target, most=math.inf):  # no slower than blocks, and without their scratch
+        return torch.nn.functional.huber_loss(input, target, reduction=reduction, delta=delta)
     dtype = input.dtype if weight is None else torch.promote_types(input.dtype, weight.dtype)  # torch asks nothing of the target
-    return elementwise(huber, (input, target), (delta,), reduction_of(reduction), weight, dtype)
+    return elementwise(huber, (input, target), (delta,), reduction, weight, dtype)
 
 
 def log_cosh_loss(input, target, reduction="mean"):

@@ -61,3 +61,10 @@ def cross_entropy_formula(label_smoothing, z_loss):
     if label_smoothing:
         return cross_entropy_smoothed, (label_smoothing, z_loss)
     return (cross_entropy_with_z_loss, (z_loss,)) if z_loss else (cross_entropy_plain, ())
+
+
+def check_shape_of_logits(temperature, softcap):
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be >= 0 (0: none), got {softcap}")

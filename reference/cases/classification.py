@@ -86,6 +86,8 @@ def per_class(input):
     return torch.rand(input.shape[min(input.dim() - 1, 1)], dtype=input.dtype).to(input.device) + 0.5
 
 
+SHAPED = {"softcap": 2.0, "temperature": 1.5, "z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class, "ignore_index": 0}
+
 CASES = [
     rows("nll_loss", (), log_probabilities_and_labels, bench=TIMED_ROWS),
     rows("nll_loss", {"weight": per_class, "ignore_index": 0}, log_probabilities_and_all_labels),
@@ -96,7 +98,10 @@ CASES = [
     rows("cross_entropy", {"label_smoothing": 0.1, "weight": per_class}),
     rows("cross_entropy", {"z_loss": 1e-2}),
     rows("cross_entropy", {"z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class, "ignore_index": 0}, logits_and_all_labels),
+    rows("cross_entropy", {"softcap": 3.0, "temperature": 0.7}),
+    rows("cross_entropy", SHAPED, logits_and_all_labels),
     rows("cross_entropy", {"label_smoothing": 0.2, "weight": per_class}, logits_and_probabilities),
+    rows("cross_entropy", {"softcap": 3.0, "temperature": 0.5, "z_loss": 1e-2}, logits_and_probabilities, differentiable=2),
     rows("cross_entropy", {"z_loss": 1e-2}, logits_and_probabilities, bench={"full": ((1024, 32000),)}),
     rows("cross_entropy", {"label_smoothing": 0.1, "weight": per_class}, logits_and_soft_labels, differentiable=2),
     rows("cross_entropy", {"z_loss": 1e-2}, logits_and_soft_labels, differentiable=2),
@@ -107,6 +112,7 @@ CASES = [
     hard_rows("cross_entropy", offset_logits, {"label_smoothing": 0.1, "weight": per_class}),
     hard_rows("cross_entropy", all_ignored, {"label_smoothing": 0.1}),
     hard_rows("cross_entropy", masked_vocabulary, {"z_loss": 1e-2}),
+    hard_rows("cross_entropy", masked_vocabulary, {"softcap": 3.0, "temperature": 0.7}),
     rows("focal_loss", bench=TIMED_ROWS),
     rows("focal_loss", {"gamma": 0.0, "weight": per_class, "ignore_index": 0}, logits_and_all_labels),
     rows("focal_loss", {"gamma": 0.5, "alpha": 0.25, "weight": per_class}),

@@ -3,12 +3,7 @@
 import torch
 
 from reference.losses.classification import cross_entropy
-from reference.losses.shared import wider
-
-
-def shaped(logits, softcap, temperature):
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    return logits if temperature == 1 else logits / temperature
+from reference.losses.shared import shaped, wider
 
 
 def entropy(logits, kept):
