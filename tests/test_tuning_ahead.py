@@ -1,12 +1,12 @@
 """`tune` measures ahead of time what a loss launches, and `set_autotune` switches measuring on and off."""
-# ruff: noqa: F811  (pytest passes fixtures by their names)
+# ruff: noqa: F401, F811  (pytest passes fixtures by their names)
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from test_tuning import FAST, SLOW, Kernel, arguments, deterministic, gpu, make
+from test_tuning import Kernel, arguments, deterministic, gpu, make
 
 from triton_losses import tuning
 
