@@ -17,22 +17,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+ORDER = ["language", "classification", "segmentation", "regression", "binary", "divergence", "preference"]
+
+
 def section(name):
     return README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
 
 
 def table_of_losses():
-    """A line for each public function: its name, its modules, its first docstring line."""
-    modules = {}
+    """A heading for each theme, and a line for each of its functions: name, modules, first docstring line."""
+    modules, themes = {}, {}
     for name, value in vars(triton_losses).items():
         if inspect.isclass(value) and issubclass(value, torch.nn.Module) and hasattr(value, "function"):
             modules.setdefault(value.function.__name__, []).append(f"`{name}`")
-    lines = ["| function | module | |", "|---|---|---|"]
-    functions = [f for f in vars(functional).values() if inspect.isfunction(f)]
     preference = [f for f in vars(triton_losses).values() if inspect.isfunction(f) and f.__module__ == "triton_losses.preference"]
-    for function in sorted(functions, key=lambda f: (f.__module__, f.__name__)) + preference:
-        words = function.__doc__.splitlines()[0].replace("|", "\\|")
-        lines.append(f"| `{function.__name__}` | {', '.join(modules.get(function.__name__, []))} | {words} |")
+    for f in [*vars(functional).values(), *preference]:
+        if inspect.isfunction(f):
+            themes.setdefault(f.__module__, []).append(f)
+    lines = ["| function | module | |", "|---|---|---|"]
+    for theme, functions in sorted(themes.items(), key=lambda item: (ORDER.index(item[0].rsplit(".")[-1]), item[0])):
+        heading, words = inspect.getdoc(sys.modules[theme]).splitlines()[0].split(": ", 1)
+        lines.append(f"| **{heading}** | | {words} |")
+        for f in sorted(functions, key=lambda f: f.__name__):
+            formula = f.__doc__.splitlines()[0].replace("|", "\\|")
+            lines.append(f"| `{f.__name__}` | {', '.join(modules.get(f.__name__, []))} | {formula} |")
     return "\n".join(lines)
 
 
