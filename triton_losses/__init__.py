@@ -6,6 +6,9 @@ Functions are in ``triton_losses.functional`` under torch.nn.functional's names,
 from triton_losses import functional as functional
 from triton_losses.modules import BCELoss as BCELoss
 from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
+from triton_losses.modules import ContrastiveLoss as ContrastiveLoss
+from triton_losses.modules import CosineEmbeddingLoss as CosineEmbeddingLoss
+from triton_losses.modules import CosineSimilarityLoss as CosineSimilarityLoss
 from triton_losses.modules import CrossEntropyLoss as CrossEntropyLoss
 from triton_losses.modules import DistillationLoss as DistillationLoss
 from triton_losses.modules import ExponentialLoss as ExponentialLoss
@@ -20,6 +23,7 @@ from triton_losses.modules import LinearCrossEntropyHead as LinearCrossEntropyHe
 from triton_losses.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from triton_losses.modules import LogCoshLoss as LogCoshLoss
 from triton_losses.modules import MSELoss as MSELoss
+from triton_losses.modules import MarginRankingLoss as MarginRankingLoss
 from triton_losses.modules import MultiQuantileLoss as MultiQuantileLoss
 from triton_losses.modules import NLLLoss as NLLLoss
 from triton_losses.modules import PerceptronLoss as PerceptronLoss
@@ -29,6 +33,8 @@ from triton_losses.modules import SigmoidFocalLoss as SigmoidFocalLoss
 from triton_losses.modules import SmoothL1Loss as SmoothL1Loss
 from triton_losses.modules import SoftMarginLoss as SoftMarginLoss
 from triton_losses.modules import SquaredHingeLoss as SquaredHingeLoss
+from triton_losses.modules import TripletMarginLoss as TripletMarginLoss
+from triton_losses.modules import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
 from triton_losses.preference import cpo_loss as cpo_loss
 from triton_losses.preference import dpo_loss as dpo_loss
 from triton_losses.preference import grpo_loss as grpo_loss

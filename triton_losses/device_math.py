@@ -148,6 +148,40 @@ def power(base, exponent):
     return result
 
 
+def root_eager(x, p):
+    zero = x == 0
+    return x.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)  # or the second derivative at 0 were nan
+
+
+@twin(root_eager)
+def root(x, p):
+    """x ** (1 / p) for x >= 0 and p >= 1."""
+    if p == 2.0:  # a scalar of the launch, as in `power`
+        result = tl.sqrt(x)
+    elif p == 1.0:
+        result = x
+    else:
+        result = tl.exp2(tl.log2(x) / p)
+    return result
+
+
+def root_slope_eager(x, p):
+    zero = (x == 0) & (p > 1)
+    return x.masked_fill(zero, 1).pow(1 / p - 1).div(p).masked_fill(zero, 0)
+
+
+@twin(root_slope_eager)
+def root_slope(x, p):
+    """The derivative of `root`; at 0, where it is infinite unless p = 1, 0."""
+    if p == 2.0:
+        slope = 0.5 / tl.sqrt(x)
+    elif p == 1.0:
+        slope = tl.zeros_like(x) + 1.0
+    else:
+        slope = tl.exp2(tl.log2(x) * (1.0 / p - 1.0)) / p
+    return tl.where((x == 0.0) & (p > 1.0), 0.0, slope)
+
+
 @twin(torch.expm1)
 def expm1(x):
     """exp(x) - 1 (Kahan: the error of y - 1 is that of log y, and cancels)."""

@@ -17,6 +17,12 @@ from triton_losses.divergence import kl_div as kl_div
 from triton_losses.language import linear_cross_entropy as linear_cross_entropy
 from triton_losses.language import linear_log_probs as linear_log_probs
 from triton_losses.language import log_probs as log_probs
+from triton_losses.metric import contrastive_loss as contrastive_loss
+from triton_losses.metric import cosine_embedding_loss as cosine_embedding_loss
+from triton_losses.metric import cosine_similarity_loss as cosine_similarity_loss
+from triton_losses.metric import margin_ranking_loss as margin_ranking_loss
+from triton_losses.metric import triplet_margin_loss as triplet_margin_loss
+from triton_losses.metric import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
 from triton_losses.regression import gaussian_nll_loss as gaussian_nll_loss
 from triton_losses.regression import huber_loss as huber_loss
 from triton_losses.regression import l1_loss as l1_loss
