@@ -174,12 +174,12 @@ def root_slope_eager(x, p):
 def root_slope(x, p):
     """The derivative of `root`; at 0, where it is infinite unless p = 1, 0."""
     if p == 2.0:
-        slope = 0.5 / tl.sqrt(x)
+        slope = tl.where(x == 0.0, 0.0, 0.5 / tl.sqrt(x))
     elif p == 1.0:
         slope = tl.zeros_like(x) + 1.0
     else:
-        slope = tl.exp2(tl.log2(x) * (1.0 / p - 1.0)) / p
-    return tl.where((x == 0.0) & (p > 1.0), 0.0, slope)
+        slope = tl.where(x == 0.0, 0.0, tl.exp2(tl.log2(x) * (1.0 / p - 1.0)) / p)
+    return slope
 
 
 @twin(torch.expm1)

@@ -59,8 +59,8 @@ def triplet_swapped(near, far, beyond, margin, p):  # and positive and negative
 
 @formula
 def cosine_embedding(ab, aa, bb, y, margin):
-    square_a = aa + 1e-12
-    square_b = bb + 1e-12
+    square_a = aa + 9.999999960041972e-13  # torch's 1e-12 is a float32
+    square_b = bb + 9.999999960041972e-13
     scale = 1.0 / (tl.sqrt(square_a) * tl.sqrt(square_b))  # the product of the squares would overflow
     cosine = ab * scale
     beyond = cosine - margin

@@ -5,7 +5,7 @@ A draw makes a loss's tensors, the differentiated ones first. An option whose va
 called with the input, or with something of the shape of a head's logits.
 """
 
-from reference.cases import binary, classification, divergence, language, regression
+from reference.cases import binary, classification, divergence, language, metric, regression
 from reference.cases.case import Case as Case
 
-CASES = [case for theme in (regression, binary, classification, divergence, language) for case in theme.CASES]
+CASES = [case for theme in (regression, binary, classification, divergence, language, metric) for case in theme.CASES]

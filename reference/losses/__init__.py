@@ -5,14 +5,18 @@ PyTorch's own function where it has one. Signatures are those of triton_losses.f
 
 from torch.nn.functional import binary_cross_entropy as binary_cross_entropy
 from torch.nn.functional import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from torch.nn.functional import cosine_embedding_loss as cosine_embedding_loss
 from torch.nn.functional import gaussian_nll_loss as gaussian_nll_loss
 from torch.nn.functional import hinge_embedding_loss as hinge_embedding_loss
 from torch.nn.functional import huber_loss as huber_loss
 from torch.nn.functional import l1_loss as l1_loss
+from torch.nn.functional import margin_ranking_loss as margin_ranking_loss
 from torch.nn.functional import mse_loss as mse_loss
 from torch.nn.functional import nll_loss as nll_loss
 from torch.nn.functional import poisson_nll_loss as poisson_nll_loss
 from torch.nn.functional import smooth_l1_loss as smooth_l1_loss
+from torch.nn.functional import triplet_margin_loss as triplet_margin_loss
+from torch.nn.functional import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
 
 from reference.losses.binary import exponential_loss as exponential_loss
 from reference.losses.binary import hinge_loss as hinge_loss
@@ -27,6 +31,8 @@ from reference.losses.divergence import kl_div as kl_div
 from reference.losses.language import linear_cross_entropy as linear_cross_entropy
 from reference.losses.language import linear_log_probs as linear_log_probs
 from reference.losses.language import log_probs as log_probs
+from reference.losses.metric import contrastive_loss as contrastive_loss
+from reference.losses.metric import cosine_similarity_loss as cosine_similarity_loss
 from reference.losses.regression import log_cosh_loss as log_cosh_loss
 from reference.losses.regression import multi_quantile_loss as multi_quantile_loss
 from reference.losses.regression import quantile_loss as quantile_loss
