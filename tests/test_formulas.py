@@ -34,6 +34,16 @@ ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of r
     "hinge_embedding": (2, (0.7,)),
     "pointwise_divergence": (2, ()),
     "pointwise_divergence_of_logs": (2, ()),
+    "margin_ranking": (3, (0.7,)),
+    "product": (2, ()),
+    "squared_difference": (2, (0.1,)),
+    "absolute_difference": (2, (0.1,)),
+    "power_of_difference": (2, (0.1, 2.7)),
+    "triplet": (2, (0.7, 2.5)),
+    "triplet_swapped": (3, (0.7, 2.0)),
+    "contrastive": (2, (1.9,)),
+    "cosine_embedding": (4, (0.1,)),
+    "squared_cosine_error": (4, (0.6,)),
 }
 ROWS = {
     "chosen_log_p": (),
@@ -64,6 +74,10 @@ def operands_of(name):
             operands[0] = operands[0].sigmoid()
         elif name.endswith("_full"):  # counts on both sides of 1, where Stirling's term begins
             operands[1] = operands[1] * 3
+        elif name in ("triplet", "triplet_swapped", "contrastive"):  # sums of squares
+            operands[0] = operands[0].abs()
+        elif name == "cosine_embedding":
+            operands[3] = operands[3].round() * 2 - 1
         return operands, scalars
     count = 2 if name in PAIRS else sum(slot > 0 for slot in slots_of(f))
     return [-torch.rand(50, dtype=torch.float64) * 3 - 0.01 for _ in range(count)], {**ROWS, **PAIRS}[name]
