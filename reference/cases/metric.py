@@ -98,8 +98,8 @@ def triplets(options=(), draw=three_vectors, **more):
     return Case("triplet_margin_loss", draw, dict(options), **{"differentiable": 3, **more})
 
 
-def city_block(like):
-    return lambda a, b: (a - b).abs().sum(-1)
+def cosine_distance(like):
+    return lambda a, b: 1 - torch.nn.functional.cosine_similarity(a, b, -1)
 
 
 CASES = [
@@ -116,12 +116,12 @@ CASES = [
         for options in ({"swap": True}, {"p": 1.0, "swap": True}, {"p": 1.5}, {"eps": 0.0})
     ),
     Case("triplet_margin_with_distance_loss", three_vectors, differentiable=3, bench={"full": ((4096, 1024),)}),
-    Case("triplet_margin_with_distance_loss", three_vectors, {"swap": True, "distance_function": city_block}, differentiable=3),
+    Case("triplet_margin_with_distance_loss", three_vectors, {"swap": True, "distance_function": cosine_distance}, differentiable=3),
     Case("cosine_embedding_loss", two_vectors_and_signs, differentiable=2, bench=TIMED_VECTORS, headline=True),
     Case("cosine_embedding_loss", two_vectors_and_signs, {"margin": 0.05}, differentiable=2),
     Case("cosine_embedding_loss", hard_embeddings, note="hard embeddings", differentiable=2, shapes=HARD),
     Case("cosine_similarity_loss", two_vectors_and_cosines, differentiable=3, bench=TIMED_VECTORS),
-    Case("cosine_similarity_loss", two_vectors_and_cosines, {"eps": 9.0}, differentiable=2),
+    Case("cosine_similarity_loss", two_vectors_and_cosines, {"eps": 1.0}, "some shorter than eps", differentiable=2, shapes=HARD),
     Case("cosine_similarity_loss", hard_cosines, note="hard cosines", differentiable=3, shapes=HARD),
     Case("contrastive_loss", near_vectors_and_bits, differentiable=2, bench=TIMED_VECTORS),
     Case("contrastive_loss", near_vectors_and_chances, {"margin": 1.5}, differentiable=3),
