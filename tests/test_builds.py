@@ -25,7 +25,8 @@ pytestmark = [
 COLUMNS = (128256, 50257)  # rows of whole 16-byte vectors, and rows that start anywhere
 COUNTS = (2**31 + 1, 2**31 + 16)  # Triton compiles another kernel for multiples of 16
 PARKED = {True: 32, False: 16}  # bytes stored and loaded (AMD: registers): at times a compiler parks a few registers outside the loops
-KERNEL_CASES = [case for case in CASES if not case.note and case.draw is not logits_and_probabilities]  # those run plain torch
+PLAIN_TORCH = [case for case in CASES if case.draw is logits_and_probabilities or "distance_function" in case.options]
+KERNEL_CASES = [case for case in CASES if not case.note and case not in PLAIN_TORCH]
 
 
 def call(case, rows, columns, dtype):
@@ -44,6 +45,19 @@ def huber(dtype, n=9999):
 def cross_entropy(dtype, columns=1000, rows=3):
     logits = torch.zeros(rows, columns, dtype=dtype, requires_grad=True)
     functional.cross_entropy(logits, torch.zeros(rows, dtype=torch.int64)).backward()
+
+
+def triplet(dtype, columns=1000, rows=3):
+    vectors = [torch.zeros(rows, columns, dtype=dtype, requires_grad=True) for _ in range(3)]
+    functional.triplet_margin_loss(*vectors).backward()
+
+
+def cosine(dtype, columns, rows=3):
+    vectors = [torch.zeros(rows, columns, dtype=dtype, requires_grad=True) for _ in range(2)]
+    functional.cosine_embedding_loss(*vectors, torch.ones(rows)).backward()
+
+
+OF_SUMS = ("forward", "forward", "backward", "backward")  # of pairs of vectors, and of what is made of them
 
 
 def entropy(dtype, columns, rows=3):
@@ -87,6 +101,7 @@ def forward_and_backward(name, call, *args, passes=("forward", "backward"), **op
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_every_loss_builds_forward_and_backward_without_spills(case, dtype):
     passes = ("both",) if case.features and case.reduces else ("forward", "backward")  # the gradient is made beside a reduced loss
+    passes = OF_SUMS if case.draw.__module__.endswith("metric") and case.name != "margin_ranking_loss" else passes
     forward_and_backward("sm_90", call, case, 60, 1001, dtype, passes=passes)
 
 
@@ -126,6 +141,47 @@ def test_rows_are_built_with_16_byte_accesses_in_every_loop(columns, dtype, name
         loops = [accesses(loop) for loop in loops_of(build.lines)]
         assert {bits for loop in loops for _, bits in loop} == {128}, f"{build}: {loops}"
         assert main in [[kind for kind, _ in loop] for loop in loops], f"{build}: {loops}"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("loss", [triplet, cosine])
+def test_pairs_of_vectors_are_built_with_16_byte_accesses_and_no_spills(loss, dtype, name):
+    """Also where rows are no multiple of 16 numbers, and in a last block that they do not fill."""
+    for columns in (1000, 8192):
+        forward, _, _, backward = forward_and_backward(name, loss, dtype, columns, passes=OF_SUMS)
+        for build in (forward, backward):
+            looped = columns > build.config["BLOCK"]
+            found = [access for loop in loops_of(build.lines) for access in accesses(loop)] if looped else accesses(build.lines)
+            kept = [access for access in found if looped or access not in (("load", 32), ("store", 32))]  # of one row's sums
+            assert {bits for _, bits in kept} == {128}, f"{build}: {found}"
+            assert ("store", 128) in kept or build is forward, f"{build}: {found}"
+
+
+def test_rows_of_pairs_beyond_2_31_elements_are_built_with_64_bit_offsets():
+    small = [b for b in forward_and_backward("sm_90", triplet, torch.bfloat16, 8192, passes=OF_SUMS) if "pair_sums" in b.kernel.name]
+
+    def large():
+        for build in small:
+            build.launch.launch({**build.arguments, "rows": 1 << 20}, build.config)
+
+    for build in built("sm_90", large):
+        for pointer in ("%vectors", "%vectors_0", "%vectors_1", "%grads"):
+            assert offsets_of(build, pointer) <= {"i64"}, build
+        assert "i64" in offsets_of(build), build
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_configuration_of_pairs_builds_without_spills(name):
+    by_rule = [b for b in forward_and_backward(name, triplet, torch.bfloat16, 8192, passes=OF_SUMS) if "pair_sums" in b.kernel.name]
+
+    def all_others():
+        for build in by_rule:
+            for config in build.launch.configs(build.arguments):
+                if config != build.config:
+                    build.launch.launch(build.arguments, config)
+
+    assert len(built(name, all_others)) > 8
 
 
 @pytest.mark.parametrize("name", ["sm_90", "gfx942"])
