@@ -1,4 +1,4 @@
-"""Imports point down only: modules → functional → themes → families → (tuning, op, formula, device_math) → compiler."""
+"""Imports point down only: objectives → modules → functional → themes → families → (tuning, op, formula, device_math) → compiler."""
 
 import ast
 import doctest
@@ -24,7 +24,7 @@ def layer_of(name):
         return 9
     if parts[1] == "families":
         return 3 if len(parts) == 3 and (parts[2].endswith("_kernels") or parts[2] == "reduction") else 4
-    return {**CORE, "row_formulas": 4.5, "functional": 6, "modules": 7}.get(parts[1], 5)
+    return {**CORE, "row_formulas": 4.5, "functional": 6, "modules": 7, "objectives": 8}.get(parts[1], 5)
 
 
 def imports_of(path):
@@ -76,7 +76,7 @@ torch.testing.assert_close(triton_losses.HuberLoss()(x, x.detach() + 1), torch.t
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("theme", ["regression", "binary", "classification", "divergence", "language", "metric", "preference", "tuning"])
+@pytest.mark.parametrize("theme", ["regression", "binary", "classification", "divergence", "language", "metric", "objectives", "preference", "tuning"])
 def test_the_examples_in_docstrings_are_true(theme):
     module = importlib.import_module(f"triton_losses.{theme}")
     scope = {**vars(module), "torch": torch}

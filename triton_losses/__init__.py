@@ -35,6 +35,9 @@ from triton_losses.modules import SoftMarginLoss as SoftMarginLoss
 from triton_losses.modules import SquaredHingeLoss as SquaredHingeLoss
 from triton_losses.modules import TripletMarginLoss as TripletMarginLoss
 from triton_losses.modules import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
+from triton_losses.objectives import MultiOutputLoss as MultiOutputLoss
+from triton_losses.objectives import ParameterPenalty as ParameterPenalty
+from triton_losses.objectives import WeightedSum as WeightedSum
 from triton_losses.preference import cpo_loss as cpo_loss
 from triton_losses.preference import dpo_loss as dpo_loss
 from triton_losses.preference import grpo_loss as grpo_loss

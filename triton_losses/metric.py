@@ -5,13 +5,15 @@ import math
 
 import torch
 
-from triton_losses.compiler import tl
+from triton_losses.compiler import runs_kernels, tl
 from triton_losses.device_math import at_least, at_least_tiny, power, relu, root, root_slope, sign, step
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.pairs import pair_sums
 from triton_losses.families.reduction import DTYPES, reduction_of
 from triton_losses.formula import formula
 from triton_losses.op import readable
+
+SMALL = 1 << 19  # numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
 
 # of one coordinate of each of two vectors
 
@@ -103,6 +105,13 @@ def are_real(*tensors):
     return all(t.dtype in DTYPES for t in tensors)
 
 
+def are_atens(*tensors):
+    """Few numbers on a CPU, and of a type that ATen computes in without rounding in between."""
+    x = tensors[0]
+    few = x.device.type == "cpu" and x.numel() <= SMALL and all(t.element_size() >= 4 for t in tensors)
+    return few and not torch.compiler.is_compiling() and not runs_kernels(x)
+
+
 def promoted(*tensors):
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
@@ -163,7 +172,7 @@ def triplet_margin_loss(
     check_triplet(anchor, positive, negative)
     vectors = anchor, positive, negative
     ours = are_real(*vectors) and 1 <= p < math.inf and anchor.dim() and len({v.shape[-1] for v in vectors}) == 1
-    if not ours:  # a last dimension that broadcasts counts in one distance once, in another often
+    if not ours or are_atens(*vectors):  # a last dimension that broadcasts counts in one distance once, in another often
         return torch.nn.functional.triplet_margin_loss(*vectors, margin, p, eps, swap, reduction=reduction)
     if p == 2:
         sums = pair_sums(squared_difference, vectors, SWAPPED if swap else TRIPLET, (eps,))
@@ -216,7 +225,7 @@ def cosine_embedding_loss(input1, input2, target, margin=0, size_average=None, r
     """
     reduction = reduction_of(reduction, size_average, reduce)
     plain = input1.dim() == input2.dim() == target.dim() + 1 <= 2 and input1.shape[-1] == input2.shape[-1]
-    if not plain or not are_real(input1, input2):  # most of it refused
+    if not plain or not are_real(input1, input2) or are_atens(input1, input2):  # what is not plain is refused as a rule
         return torch.nn.functional.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
     sums = pair_sums(product, (input1, input2), COSINE)
     return elementwise(cosine_embedding, (*sums, target.detach()), (margin,), reduction, None, promoted(input1, input2))
