@@ -12,7 +12,7 @@ import torch
 
 import triton_losses
 from reference.cases import CASES
-from test_drop_in import FIRST, prepared
+from test_drop_in import FIRST, TORCHS, operators, prepared
 from triton_losses import functional
 
 torch.manual_seed(0)
@@ -202,6 +202,15 @@ def test_refuses_what_torch_refuses_and_says_what_it_got(call, named, name, sent
         assert isinstance(error, type(torchs)), f"torch: {torchs!r}, ours: {error!r}"
     else:
         assert isinstance(error, (ValueError, RuntimeError, IndexError, TypeError)) and not isinstance(error, torch.AcceleratorError)
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_pytorchs_own_error_samples_are_refused_as_torch_refuses_them(name):
+    for op in (op for op in operators(name) if op.error_inputs_func):
+        for error in op.error_inputs("cpu"):
+            sample = error.sample_input
+            with pytest.raises(error.error_type):
+                getattr(functional, name)(sample.input, *sample.args, **sample.kwargs)
 
 
 OURS = [
