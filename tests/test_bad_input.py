@@ -22,6 +22,7 @@ IMAGE, IMAGE_LABELS = torch.randn(2, 5, 3, 4), torch.ones(2, 3, 4).long()
 PASSED = (NUMBERS, OTHERS, CHANCES, LABELS, BYTES, IMAGE, IMAGE_LABELS)
 COPIES = [t.clone() for t in PASSED]
 REGRESSIONS = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "log_cosh_loss", "quantile_loss"]
+VECTORS = ["margin_ranking_loss", "triplet_margin_loss", "triplet_margin_with_distance_loss", "cosine_embedding_loss"]
 SIGNED = ["hinge_loss", "squared_hinge_loss", "perceptron_loss", "exponential_loss"]
 ELEMENTWISE = [*REGRESSIONS, "binary_cross_entropy_with_logits", "sigmoid_focal_loss"]
 ROWS = ["nll_loss", "cross_entropy", "focal_loss"]
@@ -106,6 +107,22 @@ def remaining_refusals(name):
     yield "unknown option", "colour", of(name, NUMBERS, CHANCES, *more, colour="red")
 
 
+def vector_refusals(name):
+    third = LABELS if name == "cosine_embedding_loss" else OTHERS
+    yield "sizes that do not broadcast", "7", of(name, NUMBERS, torch.randn(7, 5), third)
+    yield "vectors of other lengths", "3", of(name, NUMBERS, torch.randn(4, 3), third)
+    yield "other dimensions", "", of(name, NUMBERS, OTHERS[0], third)
+    yield "other dimensions of the third", "", of(name, NUMBERS, OTHERS, IMAGE)
+    yield "unknown reduction", "average", of(name, NUMBERS, OTHERS, third, reduction="average")
+    yield "no reduction", "None", of(name, NUMBERS, OTHERS, third, reduction=None)
+    yield "vectors on another device", "meta", of(name, NUMBERS, ELSEWHERE, third)
+    yield "the third on another device", "meta", of(name, NUMBERS, OTHERS, third.to("meta"))
+    yield "unknown option", "colour", of(name, NUMBERS, OTHERS, third, colour="red")
+    if "triplet" in name:
+        for margin in (0.0, -1.0):
+            yield f"margin {margin}", str(margin), of(name, NUMBERS, OTHERS, third, margin=margin)
+
+
 def row_refusals(name):
     yield "fewer labels than rows", "(3)", of(name, NUMBERS, LABELS[:3])
     yield "more labels than rows", "(6)", of(name, NUMBERS, labelled(0, 1, 2, 3, 4, 0))
@@ -160,6 +177,7 @@ def refusals():
         (["mse_loss", "l1_loss", "huber_loss"], weighted_refusals), (SIGNED, signed_refusals),
         (["binary_cross_entropy"], chance_refusals),
         (["gaussian_nll_loss", "poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss"], remaining_refusals),
+        (VECTORS, vector_refusals),
     ]:  # fmt: skip
         yield from ((name, *refusal) for name in names for refusal in kinds(name))
     for value in (0, -1.5, NAN):
