@@ -133,7 +133,8 @@ def test_pytorchs_own_module_samples_give_what_torch_gives(name, device):
         make, call = sample.constructor_input, sample.forward_input
         if INTERPRET and call.args[1].numel() > 60:
             continue
-        results = [module(*make.args, **make.kwargs).to(device)(*call.args, **call.kwargs) for module in (MODULES[name], getattr(torch.nn, name))]
+        modules = MODULES[name], getattr(torch.nn, name)
+        results = [module(*make.args, **make.kwargs).to(device)(*call.args, **call.kwargs) for module in modules]
         torch.testing.assert_close(*results, equal_nan=True)
 
 

@@ -49,7 +49,9 @@ def test_every_norm_is_torchs(p, device):
     assert_torch_agrees("triplet_margin_loss", leaves((4, 7), (4, 7), (4, 7), device=device), p=p, swap=True, margin=3.0)
 
 
-@pytest.mark.parametrize("one, other, target", [((7,), (7,), ()), ((5, 7), (1, 7), (5,)), ((1, 7), (5, 7), (1,)), ((1, 7), (1, 7), (5,))], ids=str)
+@pytest.mark.parametrize(
+    "one, other, target", [((7,), (7,), ()), ((5, 7), (1, 7), (5,)), ((1, 7), (5, 7), (1,)), ((1, 7), (1, 7), (5,))], ids=str
+)
 def test_cosines_broadcast_as_in_torch(one, other, target, device):
     y = SIGNS[: math.prod(target)].view(target).to(device)
     assert_torch_agrees("cosine_embedding_loss", [*leaves(one, other, device=device), y], reduction="none", margin=-0.5)
@@ -80,7 +82,11 @@ def test_two_equal_distances_get_half_the_gradient_each(device):
     """Positive and negative lie on either side of the anchor, or the positive is the anchor."""
     anchor, negative = leaves((3, 7), (3, 7), device=device)
     for positive in (anchor.detach().clone(), -anchor.detach()):
-        triplet = [anchor, positive.requires_grad_(), negative if positive.equal(anchor) else torch.zeros_like(negative, requires_grad=True)]
+        triplet = [
+            anchor,
+            positive.requires_grad_(),
+            negative if positive.equal(anchor) else torch.zeros_like(negative, requires_grad=True),
+        ]
         assert_torch_agrees("triplet_margin_loss", triplet, swap=True, margin=99.0, eps=0.0)
 
 
@@ -142,7 +148,9 @@ def test_rows_of_many_blocks_are_exact_and_the_same_every_time():
     torch.testing.assert_close([t.double() for t in ours[0]], exact, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("formula, scalars, of", [("product", [], [0, 1, 0, 0, 1, 1]), ("squared_difference", [0.1], [0, 1, 0, 2])], ids=str)
+@pytest.mark.parametrize(
+    "formula, scalars, of", [("product", [], [0, 1, 0, 0, 1, 1]), ("squared_difference", [0.1], [0, 1, 0, 2])], ids=str
+)
 def test_the_pair_ops_are_well_behaved(formula, scalars, of, device):
     vectors = [torch.randn(5, 70, device=device) for _ in range(1 + max(of))]
     tests = ("test_schema", "test_faketensor")
@@ -169,7 +177,10 @@ def test_laws_of_vectors(rows, columns, seed, factor):
         (functional.contrastive_loss(a, b, bits), functional.contrastive_loss(b + factor, a + factor, bits)),
         (triplet(a, b, c, eps=0.0, **none), triplet(a + factor, b + factor, c + factor, eps=0.0, **none)),
         (triplet(a, b, c, eps=0.0, swap=True, **none), triplet(b, a, c, eps=0.0, swap=True, **none)),
-        (factor * triplet(a, b, c, margin=0.5, **none), triplet(factor * a, factor * b, factor * c, 0.5 * factor, eps=1e-6 * factor, **none)),
+        (
+            factor * triplet(a, b, c, margin=0.5, **none),
+            triplet(factor * a, factor * b, factor * c, 0.5 * factor, eps=1e-6 * factor, **none),
+        ),
     ]
     for one, other in same:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -170,7 +170,9 @@ def test_a_weight_that_is_a_tensor_changes_without_compiling_anew():
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(weights=strategies.dictionaries(strategies.sampled_from("abcd"), strategies.floats(-10, 10), min_size=1), scale=strategies.floats(-3, 3))
+@given(
+    weights=strategies.dictionaries(strategies.sampled_from("abcd"), strategies.floats(-10, 10), min_size=1), scale=strategies.floats(-3, 3)
+)
 def test_a_total_is_linear_in_its_weights_and_a_penalty_grows_as_its_parameters_do(weights, scale):
     losses = {name: functools.partial(huber_loss, delta=1.0 + i) for i, name in enumerate("abcd")}
     total, parts = WeightedSum(losses, weights)(INPUT, TARGET, return_parts=True)

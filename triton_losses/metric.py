@@ -144,7 +144,9 @@ def check_margin(margin):
 def check_triplet(anchor, positive, negative):
     if not anchor.dim() == positive.dim() == negative.dim():
         found = f"anchor {anchor.dim()}D, positive {positive.dim()}D, and negative {negative.dim()}D inputs"
-        raise RuntimeError(f"The anchor, positive, and negative tensors are expected to have the same number of dimensions, but got: {found}")
+        raise RuntimeError(
+            f"The anchor, positive, and negative tensors are expected to have the same number of dimensions, but got: {found}"
+        )
 
 
 TRIPLET = (0, 1), (0, 2)

@@ -21,7 +21,7 @@ def two_scores_and_signs(shape, dtype):
 
 def scores_at_the_margin(shape, dtype):
     """Differences of exactly -1, -½, 0, ½, 1, nan and infinite scores."""
-    first, second, target = two_scores_and_signs(shape, dtype)
+    _, second, target = two_scores_and_signs(shape, dtype)
     spots = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, float("inf"), -float("inf"), float("nan")], dtype=dtype)
     second = second.round()
     return second + spots[torch.randint(len(spots), shape)], second, target

@@ -125,9 +125,9 @@ def row_arguments(vectors, formula, scalars, pairs, wide):
 
 
 def key(args):
-    vectors = args["vectors"]
-    aligned = all(v.data_ptr() % VECTOR == 0 for v in vectors)
-    return (args["FORMULA"].__name__, args["PAIRS"], args["cols"], *(str(v.dtype) for v in vectors), args["VEC"], aligned, args.get("WANTED"))
+    aligned = all(v.data_ptr() % VECTOR == 0 for v in args["vectors"])
+    dtypes = tuple(str(v.dtype) for v in args["vectors"])
+    return (args["FORMULA"].__name__, args["cols"], *dtypes, aligned, *(args.get(name) for name in ("PAIRS", "VEC", "WANTED")))
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
