@@ -43,7 +43,7 @@ ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of r
     "triplet_swapped": (3, (0.7, 2.0)),
     "contrastive": (2, (1.9,)),
     "cosine_embedding": (4, (0.1,)),
-    "squared_cosine_error": (4, (0.6,)),
+    "squared_cosine_error": (4, (1e-8,)),
 }
 ROWS = {
     "chosen_log_p": (),
