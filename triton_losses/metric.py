@@ -5,7 +5,8 @@ import math
 
 import torch
 
-from triton_losses.compiler import runs_kernels, tl
+from triton_losses.blocks import aten_is_best
+from triton_losses.compiler import tl
 from triton_losses.device_math import at_least, at_least_tiny, power, relu, root, root_slope, sign, step
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.pairs import pair_sums
@@ -13,7 +14,7 @@ from triton_losses.families.reduction import DTYPES, reduction_of
 from triton_losses.formula import formula
 from triton_losses.op import readable
 
-SMALL = 1 << 19  # numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
+FEW = 1 << 19  # numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
 
 # of one coordinate of each of two vectors
 
@@ -107,9 +108,7 @@ def are_real(*tensors):
 
 def are_atens(*tensors):
     """Few numbers on a CPU, and of a type that ATen computes in without rounding in between."""
-    x = tensors[0]
-    few = x.device.type == "cpu" and x.numel() <= SMALL and all(t.element_size() >= 4 for t in tensors)
-    return few and not torch.compiler.is_compiling() and not runs_kernels(x)
+    return aten_is_best(tensors[0], most=FEW) and all(t.element_size() >= 4 for t in tensors)
 
 
 def promoted(*tensors):
