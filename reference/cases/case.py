@@ -19,7 +19,9 @@ class Case:
     bench: Mapping = field(default_factory=dict)  # preset -> shapes; none: not timed
     headline: bool = False  # the quick preset compiles these alone
     features: int = 0  # of a head's hidden states: its shapes are (rows, features, classes), its tensors hidden states, weight, target
+    steps: int = 0  # of a sequence: its shapes are (steps, rows, classes)
     reduces: bool = True  # whether it takes a reduction
+    baseline: Callable | None = None  # what the bench compares with, where the reference is written to be right and not fast
 
     def __str__(self):
         return "-".join([self.name, *([self.note.replace(" ", "_")] if self.note else []), *self.option_words()])
@@ -28,6 +30,8 @@ class Case:
         return [f"{name}={value.__name__ if callable(value) else value}" for name, value in self.options.items()]
 
     def shape(self, rows, columns):
+        if self.steps:
+            return (self.steps, rows, columns)
         return (rows, self.features, columns) if self.features else (rows, columns)
 
     def arguments(self, shape, dtype=torch.float32, device="cpu", seed=0, reduction=None):

@@ -36,3 +36,5 @@ from reference.losses.metric import cosine_similarity_loss as cosine_similarity_
 from reference.losses.regression import log_cosh_loss as log_cosh_loss
 from reference.losses.regression import multi_quantile_loss as multi_quantile_loss
 from reference.losses.regression import quantile_loss as quantile_loss
+from reference.losses.sequence import ctc_loss as ctc_loss
+from reference.losses.sequence import ctc_loss_with_logits as ctc_loss_with_logits
