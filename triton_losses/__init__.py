@@ -10,6 +10,7 @@ from triton_losses.modules import ContrastiveLoss as ContrastiveLoss
 from triton_losses.modules import CosineEmbeddingLoss as CosineEmbeddingLoss
 from triton_losses.modules import CosineSimilarityLoss as CosineSimilarityLoss
 from triton_losses.modules import CrossEntropyLoss as CrossEntropyLoss
+from triton_losses.modules import CTCLoss as CTCLoss
 from triton_losses.modules import DistillationLoss as DistillationLoss
 from triton_losses.modules import ExponentialLoss as ExponentialLoss
 from triton_losses.modules import FocalLoss as FocalLoss

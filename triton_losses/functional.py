@@ -32,3 +32,5 @@ from triton_losses.regression import multi_quantile_loss as multi_quantile_loss
 from triton_losses.regression import poisson_nll_loss as poisson_nll_loss
 from triton_losses.regression import quantile_loss as quantile_loss
 from triton_losses.regression import smooth_l1_loss as smooth_l1_loss
+from triton_losses.sequence import ctc_loss as ctc_loss
+from triton_losses.sequence import ctc_loss_with_logits as ctc_loss_with_logits

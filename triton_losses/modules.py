@@ -152,6 +152,27 @@ class CosineSimilarityLoss(Loss, function=F.cosine_similarity_loss, inputs=3): .
 class ContrastiveLoss(Loss, function=F.contrastive_loss, inputs=3): ...
 
 
+class OptionsOfCTC(Loss, function=F.ctc_loss, inputs=4): ...
+
+
+class CTCLoss(OptionsOfCTC):
+    """``ctc_loss``, or ``ctc_loss_with_logits`` where from_logits, whose gradient is the exact one anyway."""
+
+    def __init__(self, blank=0, reduction="mean", zero_infinity=False, *, from_logits=False, exact_gradient=False):
+        super().__init__(blank, reduction, zero_infinity, exact_gradient=exact_gradient)
+        self.from_logits = from_logits
+
+    def forward(self, log_probs, targets, input_lengths, target_lengths):
+        tensors, options = (log_probs, targets, input_lengths, target_lengths), self.given()
+        if not self.from_logits:
+            return F.ctc_loss(*tensors, **options)
+        del options["exact_gradient"]
+        return F.ctc_loss_with_logits(*tensors, **options)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, from_logits={self.from_logits!r}"
+
+
 class LinearCrossEntropyLoss(Loss, function=F.linear_cross_entropy, inputs=4, without=("token_weights", "kept_tokens", "options")):
     def forward(self, input, linear_weight, target, linear_bias=None, *, token_weights=None, kept_tokens=0):
         of_the_call = {"linear_bias": linear_bias, "token_weights": token_weights, "kept_tokens": kept_tokens}

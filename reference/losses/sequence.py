@@ -34,14 +34,14 @@ def alignments(log_probs, labels, input_lengths, target_lengths, blank):
         ways = torch.stack([alpha, moved[:, 1:-1], torch.where(may_skip, moved[:, :-2], -float("inf"))])
         highest = ways.amax(0).detach().clamp(min=-1e300 if alpha.dtype == torch.float64 else -1e38)
         total = (ways - highest).exp().sum(0)
-        sums = torch.where(total > 0, highest + total.clamp(min=1e-37).log(), -float("inf"))
+        sums = torch.where(total == 0, -float("inf"), highest + total.clamp(min=1e-37).log())
         alpha = torch.where((t < input_lengths)[:, None], sums + log_probs[t].gather(1, states), alpha)
     last = (where == 2 * target_lengths[:, None]) | (where == 2 * target_lengths[:, None] - 1)
     return -torch.where(last, alpha, -float("inf")).logsumexp(1)
 
 
 class CTC(torch.autograd.Function):
-    """(N,) losses, whose gradient is p - posterior, or -posterior where it is to be exact; nan where there is no alignment."""
+    """(N,) losses, whose gradient is p - posterior, or -posterior where it is to be exact; nan of a loss that is no number."""
 
     @staticmethod
     def forward(ctx, log_probs, labels, input_lengths, target_lengths, blank, zero_infinity, exact_gradient):
@@ -52,7 +52,8 @@ class CTC(torch.autograd.Function):
             (derivative,) = torch.autograd.grad(losses[~losses.isinf()].sum(), log_p, allow_unused=True)
         derivative = torch.zeros_like(log_p) if derivative is None else derivative
         gradient = derivative if exact_gradient else derivative + log_probs.exp()
-        gradient = torch.where(losses.isinf()[:, None], 0.0 if zero_infinity else float("nan"), gradient)
+        gradient = torch.where(losses.isfinite()[:, None], gradient, float("nan"))
+        gradient = torch.where(losses.isinf()[:, None] & zero_infinity, 0, gradient)
         active = torch.arange(len(log_probs), device=log_probs.device)[:, None] < input_lengths
         ctx.save_for_backward(torch.where(active[..., None], gradient, 0))
         return torch.where(losses.isinf() & zero_infinity, 0, losses).detach()
