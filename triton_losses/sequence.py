@@ -27,7 +27,7 @@ def lengths_of(name, value, samples, most):
     for length in known or ():
         if not 0 <= length <= most:
             raise RuntimeError(f"Expected {name} to have values of at least 0 and at most {most}, but got value {length}")
-    return value.reshape(-1).long(), None if known is None else max([*known, 0])
+    return value.reshape(-1).long().contiguous(), None if known is None else max([*known, 0])
 
 
 def check_labels(targets, target_lengths, longest, classes):

@@ -41,7 +41,7 @@ def few_alignments(shape, dtype):
     input, targets, *_ = numbers_and_targets(shape, dtype)
     targets[0], targets[1] = 1, 1 + torch.arange(targets.shape[1]) % 2
     steps = shape[0]
-    return input, targets, torch.tensor([steps, steps, steps, 0, 0, steps]), torch.tensor([steps // 2 + 1, steps, 0, 0, 2, 3])
+    return input, targets, torch.tensor([steps, steps, steps, 0, 0]), torch.tensor([steps // 2 + 1, steps, 0, 0, 2])
 
 
 def masked_classes(shape, dtype):
@@ -49,7 +49,7 @@ def masked_classes(shape, dtype):
     input, targets, *_ = numbers_and_targets(shape, dtype)
     targets = 1 + targets % 3
     input[:, :, 4], input[1:3, 0, 1], input[:, 1, 1:], input[::2, 2, 0] = -float("inf"), -float("inf"), -float("inf"), -float("inf")
-    return input, targets, torch.full(shape[1:2], shape[0]), torch.tensor([2, 3, 4, 3, 2, 1])
+    return input, targets, torch.full(shape[1:2], shape[0]), torch.tensor([2, 2, 3, 2, 0])
 
 
 def offset_steps(shape, dtype):
@@ -64,9 +64,9 @@ def huge_steps(shape, dtype):
 
 
 def confident_blanks(shape, dtype):
-    """All but certain that nothing is said: what a model goes through first. Every step of a label costs e^-25."""
+    """All but certain that nothing is said: what a model goes through first. Every label costs about e^-20."""
     input, targets, *lengths = numbers_and_targets(shape, dtype)
-    input[..., 0] += 30
+    input[..., 0] += 20
     return input, targets, *lengths
 
 
@@ -75,7 +75,7 @@ def some_nan(shape, dtype):
     input, targets, *_ = numbers_and_targets(shape, dtype)
     targets = 1 + targets % 2
     input[2, 0, 1], input[1, 1, 4] = float("nan"), float("nan")
-    return input, targets, torch.full(shape[1:2], shape[0]), torch.tensor([2, 3, 0, 3, 2, 1])
+    return input, targets, torch.full(shape[1:2], shape[0]), torch.tensor([2, 1, 0, 2, 3])
 
 
 def torch_ctc_loss(log_probs, targets, input_lengths, target_lengths, **options):
@@ -87,10 +87,10 @@ def torch_ctc_loss_with_logits(logits, targets, input_lengths, target_lengths, *
     return torch.nn.functional.ctc_loss(logits.log_softmax(-1), targets, input_lengths, target_lengths, **options)
 
 
-SEQUENCES = ((9, 3, 5), (1, 1, 2), (6, 4), (12, 2, 133))  # ragged, one step, unbatched, several vectors of classes
+SEQUENCES = ((7, 3, 5), (1, 1, 2), (5, 4), (6, 2, 133))  # ragged, one step, unbatched, several vectors of classes
 BASELINES = {"ctc_loss": torch_ctc_loss, "ctc_loss_with_logits": torch_ctc_loss_with_logits}
 TIMED_SEQUENCES = {"quick": ((150, 16, 500),), "full": ((50, 16, 32), (150, 16, 500), (1000, 64, 32), (1000, 64, 5000))}
-HARD_SEQUENCES = ((7, 6, 5),)
+HARD_SEQUENCES = ((4, 5, 5),)
 
 
 def sequence(name, options=(), draw=numbers_and_targets, **more):

@@ -29,15 +29,19 @@ def alignments(log_probs, labels, input_lengths, target_lengths, blank):
     may_skip[:, 3::2] = labels[:, 1:] != labels[:, :-1]
     where = torch.arange(states.shape[1], device=labels.device)
     alpha = torch.where(where == 0, 0.0, -float("inf")).to(log_probs.dtype).expand(states.shape)  # before the first step
+    total = torch.zeros_like(log_probs[:1, :, :1].sum(0))
     for t in range(steps):
         moved = torch.cat([nothing, alpha], 1)
         ways = torch.stack([alpha, moved[:, 1:-1], torch.where(may_skip, moved[:, :-2], -float("inf"))])
         highest = ways.amax(0).detach().clamp(min=-1e300 if alpha.dtype == torch.float64 else -1e38)
-        total = (ways - highest).exp().sum(0)
-        sums = torch.where(total == 0, -float("inf"), highest + total.clamp(min=1e-37).log())
-        alpha = torch.where((t < input_lengths)[:, None], sums + log_probs[t].gather(1, states), alpha)
+        likelihood = (ways - highest).exp().sum(0)
+        sums = torch.where(likelihood == 0, -float("inf"), highest + likelihood.clamp(min=1e-37).log())
+        reached = sums + log_probs[t].gather(1, states)
+        highest = reached.amax(1, keepdim=True).detach().clamp(min=-1e30)  # taken out, so that what is left keeps its digits
+        active = (t < input_lengths)[:, None]
+        alpha, total = torch.where(active, reached - highest, alpha), torch.where(active, total + highest, total)
     last = (where == 2 * target_lengths[:, None]) | (where == 2 * target_lengths[:, None] - 1)
-    return -torch.where(last, alpha, -float("inf")).logsumexp(1)
+    return -(total[:, 0] + torch.where(last, alpha, -float("inf")).logsumexp(1))
 
 
 class CTC(torch.autograd.Function):

@@ -217,7 +217,7 @@ def within_segment(value, segment, next_value, next_segment):
 def occupancy_kernel(
     states,  # (samples, steps, 2, width): how likely each blank and each label is at each step
     order, segments,  # (samples, width): blank and labels sorted by class; at each place of that order, which of its classes it is
-    out,  # (samples, steps, 2, width): for each of the classes, the sum over its states; its second half stays as it is
+    out,  # (samples, steps, width): for each of its classes, the sum over the states
     input_lengths, target_lengths, steps, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a sample and step. The sums are taken in a fixed order, and over all classes they are 1."""
@@ -234,7 +234,7 @@ def occupancy_kernel(
         segment = tl.load(segments + n * width + k, mask=k < width, other=BLOCK)
         following = tl.load(segments + n * width + k + 1, mask=k + 1 < width, other=BLOCK)
         sums, _ = tl.associative_scan((values / tl.sum(values, 0), segment), 0, within_segment)
-        tl.store(out + program * 2 * width + segment, sums, mask=(k < width) & (segment != following))
+        tl.store(out + program * width + segment, sums, mask=(k < width) & (segment != following))
 
 
 @triton.jit(repr=lambda spec: "ctc_forward_statistics", do_not_specialize=["steps", "samples"])
@@ -273,7 +273,10 @@ def load_inputs(pointers, mask, PROBABILITIES: tl.constexpr, COMPUTE: tl.constex
 
 @triton.jit
 def gradient_at(x, slots, occupancies, mask, highest, log_total, factor, PROBABILITIES: tl.constexpr):
-    slot = tl.load(slots, mask=mask, other=-1).to(tl.int32)
+    if mask is None:
+        slot = tl.load(slots).to(tl.int32)
+    else:
+        slot = tl.load(slots, mask=mask, other=-1).to(tl.int32)
     g = -tl.load(occupancies + tl.maximum(slot, 0), mask=slot >= 0, other=0.0)
     if PROBABILITIES:
         g += tl.exp2(((x - highest) - log_total) * LOG2E)
@@ -318,7 +321,7 @@ def gradient_kernel(
     grad,  # the same
     statistics,  # (2, steps, samples) where FROM_LOGITS
     slots,  # (samples, cols): where the class stands among a sample's own, -1 where it does not
-    occupancies,  # (samples, steps, 2, width)
+    occupancies,  # (samples, steps, width)
     losses,  # (samples,)
     upstream,  # (samples,), at n * upstream_stride
     input_lengths,
@@ -344,7 +347,7 @@ def gradient_kernel(
             highest += tl.load(statistics + program)
             log_total += tl.load(statistics + steps.to(tl.int64) * samples + program)
         write_gradient(
-            inputs, grad, start, cols, slots + n * cols, occupancies + (n * steps + t) * 2 * width, highest, log_total, factor,
+            inputs, grad, start, cols, slots + n * cols, occupancies + (n * steps + t) * width, highest, log_total, factor,
             PROBABILITIES, EDGE, COMPUTE, VEC, LANES, UNROLL,
         )  # fmt: skip
     else:
