@@ -68,18 +68,6 @@ def transition(state, k, skip):
 
 
 @triton.jit
-def emission(fetched, FROM_LOGITS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Of one step, as mantissas and powers: the probabilities of blank and of the labels, over that of the likeliest class."""
-    labels = fetched[0].to(COMPUTE)
-    blank = fetched[1].to(COMPUTE)
-    if FROM_LOGITS:
-        highest = fetched[2]
-        labels -= highest
-        blank -= highest
-    return power_of(blank) + power_of(labels)
-
-
-@triton.jit
 def load_states(mantissas, powers, at, k, length, width, reverse):
     """Of one step: blanks and labels in the direction's own order, as mantissas and powers."""
     blank = at + tl.where(reverse, length - k, k)
@@ -162,8 +150,8 @@ def walk_kernel(
     if APART:  # before the first step all is as if a blank had been
         first = tl.where(k == 0, 1.0, 0.0).to(COMPUTE)
         nothing = tl.full((BLOCK,), NEVER, COMPUTE)
-        state = (first, tl.where(k == 0, 0.0, NEVER).to(COMPUTE), tl.zeros((BLOCK,), COMPUTE), nothing)
-        begin = tl.zeros_like(middle)
+        state = (first, tl.where(k == 0, 0.0, NEVER).to(COMPUTE), tl.full((BLOCK,), 0.0, COMPUTE), nothing)
+        begin = middle - middle
         end = middle
     else:
         state = load_states(carried_mantissas, carried_powers, carried, k, length, width, reverse)
@@ -185,7 +173,13 @@ def walk_kernel(
         for i in range(begin, end):
             t = tl.where(reverse, last - 1 - i, i).to(tl.int64)
             at = (n * steps + t) * 2 * width
-            blank_mantissa, blank_power, label_mantissa, label_power = emission(queue[:3], FROM_LOGITS, COMPUTE)
+            of_labels = queue[0].to(COMPUTE)
+            of_blank = queue[1].to(COMPUTE)
+            if FROM_LOGITS:  # over the likeliest class's
+                of_labels -= queue[2]
+                of_blank -= queue[2]
+            blank_mantissa, blank_power = power_of(of_blank)
+            label_mantissa, label_power = power_of(of_labels)
             ahead = tl.where(reverse, t - DEPTH, t + DEPTH)
             queue = queue[3:] + fetch(
                 inputs, highest, ahead, samples, step_stride, blank, own, k, length, i + DEPTH < end, FROM_LOGITS
@@ -249,8 +243,8 @@ def statistics_kernel(
     program = tl.program_id(0).to(tl.int64)
     t = program // samples
     n = program % samples
-    highest = tl.zeros((), COMPUTE)
-    log_total = tl.zeros((), COMPUTE)
+    highest = tl.full((), 0.0, COMPUTE)
+    log_total = tl.full((), 0.0, COMPUTE)
     if t < tl.load(input_lengths + n):
         start = t * step_stride + n * sample_stride
         highest, log_total, _, _ = row_statistics(
@@ -264,7 +258,7 @@ def statistics_kernel(
 def load_inputs(pointers, mask, PROBABILITIES: tl.constexpr, COMPUTE: tl.constexpr):
     """Nothing is read of what is not needed."""
     if not PROBABILITIES:
-        return tl.zeros(pointers.shape, COMPUTE)
+        return tl.full(pointers.shape, 0.0, COMPUTE)
     elif mask is None:
         return tl.load(pointers, eviction_policy="evict_first").to(COMPUTE)
     else:
@@ -341,8 +335,8 @@ def gradient_kernel(
     if active:
         factor = tl.load(upstream + n * upstream_stride).to(COMPUTE)
         factor = tl.where(tl.abs(loss) < float("inf"), factor, float("nan")).to(COMPUTE)
-        highest = tl.zeros((), COMPUTE)
-        log_total = tl.zeros((), COMPUTE)
+        highest = tl.full((), 0.0, COMPUTE)
+        log_total = tl.full((), 0.0, COMPUTE)
         if FROM_LOGITS:
             highest += tl.load(statistics + program)
             log_total += tl.load(statistics + steps.to(tl.int64) * samples + program)
