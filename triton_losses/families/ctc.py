@@ -22,7 +22,7 @@ import math
 import torch
 
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
-from triton_losses.families.ctc_blocks import gradient_blocks, statistics_blocks, walk_blocks
+from triton_losses.families.ctc_blocks import gradient_blocks, statistics_blocks, walk_by_aten
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
@@ -43,16 +43,24 @@ def labels_of(targets, target_lengths, width):
     return targets[places.clamp(0, targets.shape[0] - 1)].long()
 
 
-def classes_of(labels, target_lengths, blank, classes):
-    """(N, width): blank and the target's labels, sorted by class; and where they stood, blank at 0."""
+def classes_of(labels, target_lengths, blank, classes, merged):
+    """(N, width): blank (-1) and the target's labels, sorted by class, and where they stood, blank at 0.
+
+    merged: a label that is blank's class, if there is such nonsense, counts as blank. What stands after a target's end does anyway.
+    """
     within = torch.arange(labels.shape[1], device=labels.device) < target_lengths[:, None]
-    labels = torch.where(within, labels.clamp(0, classes - 1), blank)
-    return torch.cat([labels.new_full((labels.shape[0], 1), blank), labels], 1).sort(dim=1, stable=True)
+    labels = torch.where(within & (labels != blank) if merged else within, labels.clamp(0, classes - 1), -1)
+    return torch.cat([labels.new_full((labels.shape[0], 1), -1), labels], 1).sort(dim=1, stable=True)
 
 
-def segments_of(found):
-    """(N, width): which of its different classes, counted from 0, stands at each place."""
+def slots_of(found):
+    """(N, width): at each place, which of a sample's different classes stands there, counted from 0, which is blank."""
     return torch.nn.functional.pad((found[:, 1:] != found[:, :-1]).cumsum(1), (1, 0))
+
+
+def classes_of_slots(found, slots, blank):
+    """(N, width): the class of each slot; blank of those that are none."""
+    return torch.full_like(found, blank).scatter_(1, slots, torch.where(found < 0, blank, found))
 
 
 # PyTorch, whole: differentiable as often as one likes
@@ -96,8 +104,8 @@ def readable(inputs):
     return inputs if inputs.is_contiguous() or inputs.transpose(0, 1).is_contiguous() else inputs.contiguous()
 
 
-def walk(inputs, highest, labels, input_lengths, target_lengths, blank, occupancies, order, found):
-    """The likelihood (2, N), mantissa and power, by kernels; and the occupancies (N, T, width), where they are asked for."""
+def walk(inputs, highest, labels, input_lengths, target_lengths, blank, occupancies, order, slots):
+    """Losses (N,) in float64, by kernels; fills the occupancies (N, T, width), where they are asked for."""
     steps, samples, _ = inputs.shape
     width, store = labels.shape[1] + 1, occupancies is not None
     mantissas, powers = inputs.new_empty(2, samples, steps if store else 0, 2, width, dtype=compute_dtype(inputs.dtype)).unbind(0)
@@ -112,10 +120,11 @@ def walk(inputs, highest, labels, input_lengths, target_lengths, blank, occupanc
         )  # fmt: skip
     if store:
         occupancy_launch(
-            states=mantissas, order=order.int(), segments=segments_of(found).int(), out=occupancies, input_lengths=input_lengths,
+            states=mantissas, order=order.int(), slots=slots.int(), out=occupancies, input_lengths=input_lengths,
             target_lengths=target_lengths, steps=steps, width=width, **size,
         )  # fmt: skip
-    return likelihood
+    mantissa, power = likelihood.double()
+    return 0.0 - (power + mantissa.log2()) * math.log(2)
 
 
 @op
@@ -132,42 +141,44 @@ def ctc_forward(
     found = inputs.new_empty(samples, width, dtype=torch.int64)
     if shapes_only():
         return losses, statistics, occupancies, found
-    inputs = readable(inputs)
-    labels = labels_of(targets, target_lengths, width)
-    found, order = classes_of(labels, target_lengths, blank, classes)
+    inputs, labels = readable(inputs), labels_of(targets, target_lengths, width)
+    highest, taken = statistics[0] if from_logits else None, occupancies if store else None
     kernels = runs_kernels(inputs)
-    if from_logits and kernels:
-        statistics_launch(logits=inputs, input_lengths=input_lengths, out=statistics, **row_arguments(inputs))
-    elif from_logits:
-        statistics_blocks(inputs, input_lengths, statistics)
-    arguments = inputs, statistics[0] if from_logits else None, labels, input_lengths, target_lengths, blank
-    likelihood = (walk if kernels else walk_blocks)(*arguments, occupancies if store else None, order, found)
-    mantissa, power = likelihood.double()
-    constant = statistics[1].sum(0, dtype=torch.float64)
-    return (constant - (power + mantissa.log2()) * math.log(2)).to(wide), statistics, occupancies, found
+    found, order = classes_of(labels, target_lengths, blank, classes, merged=kernels)
+    slots = slots_of(found)
+    if kernels:
+        if from_logits:
+            statistics_launch(logits=inputs, input_lengths=input_lengths, out=statistics, **row_arguments(inputs))
+        exact = walk(inputs, highest, labels, input_lengths, target_lengths, blank, taken, order, slots)
+    else:
+        if from_logits:
+            statistics_blocks(inputs, input_lengths, statistics)
+        places = torch.empty_like(slots).scatter_(1, order, slots)
+        of_slot = classes_of_slots(found, slots, blank)
+        exact = walk_by_aten(inputs, highest, input_lengths, target_lengths, places, of_slot, taken)
+    return (exact + statistics[1].sum(0, dtype=torch.float64)).to(wide), statistics, occupancies, found
 
 
 @op
 def ctc_backward(
     inputs: torch.Tensor, statistics: torch.Tensor, occupancies: torch.Tensor, found: torch.Tensor, losses: torch.Tensor,
-    input_lengths: torch.Tensor, dout: torch.Tensor, from_logits: bool, exact: bool, zero_infinity: bool,
+    input_lengths: torch.Tensor, dout: torch.Tensor, blank: int, from_logits: bool, exact: bool, zero_infinity: bool,
 ) -> torch.Tensor:  # fmt: skip
     if shapes_only():
         return inputs.new_empty(inputs.shape)
-    inputs = readable(inputs)
+    inputs, slots = readable(inputs), slots_of(found)
     grad = torch.empty_like(inputs)
-    segments = segments_of(found)
     probabilities = from_logits or not exact
     if not runs_kernels(inputs):
-        options = from_logits, probabilities, zero_infinity
-        gradient_blocks(inputs, grad, statistics, occupancies, found, segments, losses, dout, input_lengths, *options)
+        of_slot, options = classes_of_slots(found, slots, blank), (from_logits, probabilities, zero_infinity)
+        gradient_blocks(inputs, grad, statistics, occupancies, of_slot, losses, dout, input_lengths, *options)
         return grad
-    samples, width = found.shape
-    slots = found.new_full((samples, inputs.shape[2]), -1, dtype=torch.int16).scatter_(1, found, segments.to(torch.int16))
+    of_class = found.new_full((found.shape[0], inputs.shape[2]), -1, dtype=torch.int16)
+    of_class.scatter_(1, torch.where(found < 0, blank, found), slots.to(torch.int16))  # twice the same number, or once
     gradient_launch(
-        inputs=inputs, grad=grad, statistics=statistics, slots=slots, occupancies=occupancies, losses=losses, upstream=dout,
-        input_lengths=input_lengths, width=width, upstream_stride=dout.stride(0), FROM_LOGITS=from_logits, PROBABILITIES=probabilities,
-        ZERO_INFINITY=zero_infinity, **row_arguments(inputs),
+        inputs=inputs, grad=grad, statistics=statistics, slots=of_class, occupancies=occupancies, losses=losses, upstream=dout,
+        input_lengths=input_lengths, width=found.shape[1], upstream_stride=dout.stride(0), FROM_LOGITS=from_logits,
+        PROBABILITIES=probabilities, ZERO_INFINITY=zero_infinity, **row_arguments(inputs),
     )  # fmt: skip
     return grad
 
@@ -191,7 +202,7 @@ class CTC(torch.autograd.Function):
                 found = whole_losses(inputs, labels, input_lengths, target_lengths, ctx.blank, *ctx.options)
             grad = torch.autograd.grad(found, inputs, dout, create_graph=again)[0]
         else:
-            grad = ctc_backward(inputs, statistics, occupancies, found, losses, input_lengths, dout, *ctx.options)
+            grad = ctc_backward(inputs, statistics, occupancies, found, losses, input_lengths, dout, ctx.blank, *ctx.options)
         return grad, *[None] * 9
 
 

@@ -202,15 +202,15 @@ def walk_kernel(
 
 
 @triton.jit
-def within_segment(value, segment, next_value, next_segment):
-    """Folds sums of sorted segments: of what is folded, the last segment's sum and name."""
-    return tl.where(segment == next_segment, value + next_value, next_value), next_segment
+def within_slot(value, slot, next_value, next_slot):
+    """Folds values of sorted slots: of what is folded, the last slot's sum, and which that is."""
+    return tl.where(slot == next_slot, value + next_value, next_value), next_slot
 
 
 @triton.jit(repr=lambda spec: "ctc_forward_occupancy")
 def occupancy_kernel(
     states,  # (samples, steps, 2, width): how likely each blank and each label is at each step
-    order, segments,  # (samples, width): blank and labels sorted by class; at each place of that order, which of its classes it is
+    order, slots,  # (samples, width): blank and labels sorted by class; at each place of that order, which of its classes it is
     out,  # (samples, steps, width): for each of its classes, the sum over the states
     input_lengths, target_lengths, steps, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -225,10 +225,10 @@ def occupancy_kernel(
         counts = (place > 0) & (place <= length)
         values = tl.load(states + program * 2 * width + width + place - 1, mask=counts, other=0.0)
         values = tl.where((place == 0) & (k < width), blank, values).to(blank.dtype)
-        segment = tl.load(segments + n * width + k, mask=k < width, other=BLOCK)
-        following = tl.load(segments + n * width + k + 1, mask=k + 1 < width, other=BLOCK)
-        sums, _ = tl.associative_scan((values / tl.sum(values, 0), segment), 0, within_segment)
-        tl.store(out + program * width + segment, sums, mask=(k < width) & (segment != following))
+        slot = tl.load(slots + n * width + k, mask=k < width, other=BLOCK)
+        following = tl.load(slots + n * width + k + 1, mask=k + 1 < width, other=BLOCK)
+        sums, _ = tl.associative_scan((values / tl.sum(values, 0), slot), 0, within_slot)
+        tl.store(out + program * width + slot, sums, mask=(k < width) & (slot != following))
 
 
 @triton.jit(repr=lambda spec: "ctc_forward_statistics", do_not_specialize=["steps", "samples"])
