@@ -151,6 +151,28 @@ def test_the_pair_ops_are_well_behaved(formula, scalars, of, device):
     torch.library.opcheck(pairs.pair_sums_backward.overload, (vectors, douts, formula, scalars, of, wanted), test_utils=tests)
 
 
+@pytest.mark.parametrize("name", ["triplet_margin_loss", "cosine_embedding_loss", "contrastive_loss"])
+def test_one_graph_serves_every_size(name, device):
+    """With gradients and without; also where the number of rows hangs on data."""
+    torch._dynamo.reset()
+    graphs, loss = [], getattr(functional, name)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for size in ((7, 130), (9, 40), (31, 64)):
+        a, b, c = leaves(size, size, size, device=device)
+        tensors = [a, b, c if name.startswith("triplet") else (c.detach().sum(-1) > 0).double()]
+        torch.testing.assert_close(value_and_gradients(compiled, tensors), value_and_gradients(loss, tensors))
+    assert len(graphs) == 1
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def of_kept(tensors, kept):
+        rows = kept.nonzero()[:, 0]
+        return loss(*(t[rows] for t in tensors))
+
+    tensors, kept = [t.detach() for t in tensors], torch.arange(31, device=device) % 3 != 1
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        torch.testing.assert_close(of_kept(tensors, kept), loss(*(t[kept] for t in tensors)))
+
+
 few = settings(max_examples=5 if INTERPRET else 25, deadline=None, derandomize=True, database=None)
 sizes = strategies.integers(1, 6)
 

@@ -25,6 +25,9 @@ if triton is not None:
     from triton_losses.families.pairs_kernels import backward_launch, forward_launch, row_arguments
 
 
+MOST_VECTORS = 3
+
+
 def paired(pairs):
     """The pairs, as indices of vectors: an op takes flat lists alone."""
     return list(zip(pairs[::2], pairs[1::2]))
@@ -128,20 +131,25 @@ def pair_sums_backward(
     return backward_blocks(vectors, douts, FORMULAS[formula], scalars, pairs, wanted)
 
 
+def given(*vectors):
+    return [v for v in vectors if v is not None]
+
+
 class PairSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, formula, scalars, pairs, *vectors):
+    def forward(ctx, formula, scalars, pairs, a, b, c):  # no *args: Dynamo counts parameters
         ctx.options = formula, scalars, pairs
-        ctx.save_for_backward(*vectors)
-        return tuple(pair_sums_forward(list(vectors), *ctx.options))
+        ctx.save_for_backward(a, b, c)
+        return tuple(pair_sums_forward(given(a, b, c), *ctx.options))
 
     @staticmethod
     def backward(ctx, *douts):
-        vectors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        vectors, wanted = given(*ctx.saved_tensors), ctx.needs_input_grad[3:]
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
         if again or read_whole(*douts):
-            return None, None, None, *whole_gradients(vectors, douts, wanted, *ctx.options)
-        grads = iter(pair_sums_backward(list(vectors), list(douts), *ctx.options, list(wanted)))
+            grads = iter(whole_gradients(vectors, douts, wanted, *ctx.options))
+            return None, None, None, *(next(grads, None) for _ in wanted)
+        grads = iter(pair_sums_backward(vectors, list(douts), *ctx.options, list(wanted[: len(vectors)])))
         return None, None, None, *(next(grads) if want else None for want in wanted)
 
 
@@ -151,8 +159,8 @@ class Whole(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(formula, scalars, pairs, *vectors):
-        return whole_sums(vectors, formula, scalars, pairs)
+    def forward(formula, scalars, pairs, a, b, c):
+        return whole_sums(given(a, b, c), formula, scalars, pairs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -162,7 +170,8 @@ class Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *douts):
-        return None, None, None, *whole_gradients(ctx.saved_tensors, douts, ctx.needs_input_grad[3:], *ctx.options)
+        grads = iter(whole_gradients(given(*ctx.saved_tensors), douts, ctx.needs_input_grad[3:], *ctx.options))
+        return None, None, None, *(next(grads, None) for _ in range(MOST_VECTORS))
 
 
 def pair_sums(formula, vectors, pairs, scalars=()):
@@ -182,5 +191,5 @@ def pair_sums(formula, vectors, pairs, scalars=()):
         vectors = [v.reshape(math.prod(shape[:-1]), shape[-1]) for v in vectors]
     whole = x.device.type not in ("cpu", "cuda", "xpu") or read_whole()
     options = formula.name, [float(s) for s in scalars], [i for pair in pairs for i in pair]
-    sums = (Whole if whole else PairSums).apply(*options, *vectors)
+    sums = (Whole if whole else PairSums).apply(*options, *vectors, *[None] * (MOST_VECTORS - len(vectors)))
     return sums if len(shape) == 2 else tuple(s.view(shape[:-1]) for s in sums)
