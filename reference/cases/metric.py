@@ -108,17 +108,22 @@ CASES = [
     Case("margin_ranking_loss", scores_at_the_margin, {"margin": 0.5}, "at the margin", differentiable=3, shapes=((9, 7),)),
     triplets(bench=TIMED_VECTORS, headline=True),
     triplets({"swap": True, "margin": 0.3}, bench={"full": ((4096, 1024),)}),
-    triplets({"p": 1.0, "eps": 0.01, "margin": 9.0}, bench={"full": ((4096, 1024),)}),
-    triplets({"p": 3.0, "margin": 0.7, "swap": True}),
-    triplets({"p": 1.5}, differentiable=2),
+    triplets({"p": 1.0, "eps": 0.01, "margin": 9.0}, bench={"full": ((4096, 1024),)}, shapes=((7, 130),)),
+    triplets({"p": 3.0, "margin": 0.7, "swap": True}, shapes=((7, 130), (3, 3001))),
     *(
         triplets(options, hard_triplets, note="hard triplets", shapes=HARD)
         for options in ({"swap": True}, {"p": 1.0, "swap": True}, {"p": 1.5}, {"eps": 0.0})
     ),
     Case("triplet_margin_with_distance_loss", three_vectors, differentiable=3, bench={"full": ((4096, 1024),)}),
-    Case("triplet_margin_with_distance_loss", three_vectors, {"swap": True, "distance_function": cosine_distance}, differentiable=3),
+    Case(
+        "triplet_margin_with_distance_loss",
+        three_vectors,
+        {"swap": True, "distance_function": cosine_distance},
+        differentiable=3,
+        shapes=((7, 130),),
+    ),
     Case("cosine_embedding_loss", two_vectors_and_signs, differentiable=2, bench=TIMED_VECTORS, headline=True),
-    Case("cosine_embedding_loss", two_vectors_and_signs, {"margin": 0.05}, differentiable=2),
+    Case("cosine_embedding_loss", two_vectors_and_signs, {"margin": 0.05}, differentiable=2, shapes=((7, 130),)),
     Case("cosine_embedding_loss", hard_embeddings, note="hard embeddings", differentiable=2, shapes=HARD),
     Case("cosine_similarity_loss", two_vectors_and_cosines, differentiable=3, bench=TIMED_VECTORS),
     Case("cosine_similarity_loss", two_vectors_and_cosines, {"eps": 1.0}, "some shorter than eps", differentiable=2, shapes=HARD),
