@@ -77,6 +77,12 @@ def head_statistics(dtype, columns, rows=3):
     functional.linear_cross_entropy(hidden, weight, torch.zeros(rows, dtype=torch.int64), softcap=3.0, z_loss=0.1, return_stats=True)
 
 
+def ctc(dtype, labels, classes=1001, samples=3):
+    logits = torch.zeros(7, samples, classes, dtype=dtype, requires_grad=True)
+    targets, lengths = torch.ones(samples, labels, dtype=torch.int64), (torch.full((samples,), n) for n in (7, labels))
+    functional.ctc_loss_with_logits(logits, targets, *lengths).backward()
+
+
 FAMILY_LOSSES = {"elementwise": huber, "label_rows": cross_entropy}
 
 
@@ -102,6 +108,8 @@ def forward_and_backward(name, call, *args, passes=("forward", "backward"), **op
 def test_every_loss_builds_forward_and_backward_without_spills(case, dtype):
     passes = ("both",) if case.features and case.reduces else ("forward", "backward")  # the gradient is made beside a reduced loss
     passes = OF_SUMS if case.draw.__module__.endswith("metric") and case.name != "margin_ranking_loss" else passes
+    if case.steps:
+        passes = ("forward",) * (4 if case.name.endswith("logits") else 3) + ("backward",)
     forward_and_backward("sm_90", call, case, 60, 1001, dtype, passes=passes)
 
 
@@ -236,3 +244,45 @@ def test_cross_entropy_is_built_with_few_instructions_an_element_and_no_barrier(
     assert sum(".128" in code for code in main if "LDG" in code) * 8 == elements, main
     assert not [code for code in main if "BAR" in code or "SHFL" in code]
     assert len(main) <= 8 * elements, f"{len(main) / elements:.2f} instructions an element"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("labels", [1, 30, 127, 255, 511])
+def test_ctc_builds_without_spills_for_targets_of_any_length(labels, dtype, name):
+    builds = built(name, ctc, dtype, labels)
+    assert [build.kernel.name.removeprefix("ctc_") for build in builds] == CTC_KERNELS
+
+
+CTC_KERNELS = ["forward_statistics", "forward_apart", "forward_together", "forward_occupancy", "backward_gradient"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_configuration_of_ctc_builds_without_spills(name):
+    by_rule = built(name, ctc, torch.float32, 100)
+
+    def all_others():
+        for build in by_rule:
+            for config in build.launch.configs(build.arguments):
+                build.launch.launch(build.arguments, config)
+
+    assert len(built(name, all_others)) >= 20
+
+
+def test_ctc_beyond_2_31_elements_is_built_with_64_bit_offsets():
+    small = built("sm_90", ctc, torch.bfloat16, 100)
+
+    def large():
+        for build in small:
+            build.launch.launch({**build.arguments, "steps": 1 << 20}, build.config)
+
+    for build in built("sm_90", large):
+        for pointer in ("%logits", "%inputs", "%mantissas", "%powers", "%states", "%out", "%occupancies", "%grad"):
+            assert offsets_of(build, pointer) <= {"i64"}, f"{build}: {pointer}"
+
+
+def test_one_warp_walks_short_targets_and_meets_no_barrier():
+    builds = built("sm_90", ctc, torch.float32, 100)
+    for build in builds[1:3]:
+        assert build.config["num_warps"] == 1
+        assert not [code for loop in machine_loops(build) for code in loop if "BAR" in code]

@@ -70,7 +70,8 @@ class CTC(torch.autograd.Function):
 def ctc_loss(
     log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False, *, exact_gradient=False
 ):  # fmt: skip
-    input_lengths, target_lengths = (torch.as_tensor(v, device=log_probs.device).long().reshape(-1) for v in (input_lengths, target_lengths))
+    lengths = (torch.as_tensor(v, device=log_probs.device) for v in (input_lengths, target_lengths))
+    input_lengths, target_lengths = (v.long().reshape(-1) for v in lengths)
     batch = log_probs if log_probs.dim() == 3 else log_probs[:, None]
     labels = padded(targets, target_lengths, blank)
     losses = CTC.apply(batch.to(wider(batch)), labels, input_lengths, target_lengths, blank, zero_infinity, exact_gradient)

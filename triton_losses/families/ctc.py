@@ -26,7 +26,8 @@ from triton_losses.families.ctc_blocks import gradient_blocks, statistics_blocks
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.ctc_kernels import gradient_launch, occupancy_launch, row_arguments, sizes_of, statistics_launch, walk_launch
+    from triton_losses.families.ctc_kernels import gradient_launch, occupancy_launch, statistics_launch, walk_launch
+    from triton_losses.families.ctc_kernels import of_rows, sizes_of
 
 WIDEST = 1 << 13  # labels and a blank: of more, a program's states would not fit its registers, and plain PyTorch walks
 IMPOSSIBLE = -1e30  # a logarithm of 0 that has a derivative
@@ -148,7 +149,7 @@ def ctc_forward(
     slots = slots_of(found)
     if kernels:
         if from_logits:
-            statistics_launch(logits=inputs, input_lengths=input_lengths, out=statistics, **row_arguments(inputs))
+            statistics_launch(logits=inputs, input_lengths=input_lengths, out=statistics, **of_rows(inputs))
         exact = walk(inputs, highest, labels, input_lengths, target_lengths, blank, taken, order, slots)
     else:
         if from_logits:
@@ -171,14 +172,14 @@ def ctc_backward(
     probabilities = from_logits or not exact
     if not runs_kernels(inputs):
         of_slot, options = classes_of_slots(found, slots, blank), (from_logits, probabilities, zero_infinity)
-        gradient_blocks(inputs, grad, statistics, occupancies, of_slot, losses, dout, input_lengths, *options)
+        gradient_blocks(inputs, grad, statistics, occupancies, slots, of_slot, losses, dout, input_lengths, *options)
         return grad
     of_class = found.new_full((found.shape[0], inputs.shape[2]), -1, dtype=torch.int16)
     of_class.scatter_(1, torch.where(found < 0, blank, found), slots.to(torch.int16))  # twice the same number, or once
     gradient_launch(
         inputs=inputs, grad=grad, statistics=statistics, slots=of_class, occupancies=occupancies, losses=losses, upstream=dout,
         input_lengths=input_lengths, width=found.shape[1], upstream_stride=dout.stride(0), FROM_LOGITS=from_logits,
-        PROBABILITIES=probabilities, ZERO_INFINITY=zero_infinity, **row_arguments(inputs),
+        PROBABILITIES=probabilities, ZERO_INFINITY=zero_infinity, **of_rows(inputs),
     )  # fmt: skip
     return grad
 

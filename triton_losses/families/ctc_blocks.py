@@ -38,6 +38,7 @@ def walk_by_aten(inputs, highest, input_lengths, target_lengths, places, of_slot
     steps, samples, _ = inputs.shape
     if not steps or not samples:  # which torch refuses
         return torch.where(target_lengths > 0, math.inf, 0.0).double()
+    of_slot = of_slot[:, : used(places)]
     log_p = inputs.gather(2, of_slot.expand(steps, *of_slot.shape)).double()
     if highest is not None:
         log_p.sub_(highest[..., None])
@@ -48,11 +49,19 @@ def walk_by_aten(inputs, highest, input_lengths, target_lengths, places, of_slot
     if occupancies is not None:
         grad = torch.ops.aten._ctc_loss_backward(torch.ones_like(losses), log_p, *arguments, losses, log_alpha, 0)
         taken = log_p.exp_().sub_(grad)
-        occupancies.copy_(taken.div_(taken.sum(2, keepdim=True)).transpose(0, 1))  # their sum is 1, but for what torch drifts
+        taken.div_(taken.sum(2, keepdim=True))  # which is 1, but for what torch drifts
+        occupancies[:, :, : of_slot.shape[1]].copy_(taken.transpose(0, 1))
     return losses + 0.0  # torch's loss of no steps is -0
 
 
-def gradient_blocks(inputs, grad, statistics, occupancies, of_slot, losses, dout, input_lengths, from_logits, probabilities, zero_infinity):
+def used(slots):
+    """How many classes the target of most classes has."""
+    return int(slots.max()) + 1 if slots.numel() else 1
+
+
+def gradient_blocks(
+    inputs, grad, statistics, occupancies, slots, of_slot, losses, dout, input_lengths, from_logits, probabilities, zero_infinity
+):  # fmt: skip
     """Fills ``grad`` with (p - occupancy) · dout; zeros after a sample's end, nan for a sample without a finite loss."""
     steps, samples, classes = inputs.shape
     wide = losses.dtype
@@ -60,6 +69,7 @@ def gradient_blocks(inputs, grad, statistics, occupancies, of_slot, losses, dout
     factor = torch.where(losses.isfinite(), dout.to(wide), math.nan)[:, None]
     ended = torch.arange(steps)[:, None] >= (torch.where(losses == math.inf, 0, input_lengths) if zero_infinity else input_lengths)
     highest, log_total = statistics[..., None]
+    of_slot, occupancies = of_slot[:, : used(slots)], occupancies[:, :, : used(slots)]
 
     def write(i):
         part = parts[i]

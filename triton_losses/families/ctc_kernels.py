@@ -120,7 +120,7 @@ def walk_kernel(
     labels,  # (samples, width - 1)
     input_lengths,  # (samples,)
     target_lengths,  # (samples,)
-    mantissas, powers,  # (samples, steps, 2, width): blanks, then labels, of every step where STORE; together: occupancies into the mantissas
+    mantissas, powers,  # (samples, steps, 2, width) blanks, then labels, where STORE. Apart: states; together: over mantissas, how likely each is
     carried_mantissas, carried_powers,  # (2, samples, 2, width): each direction's state, before it meets the other
     likelihood,  # (2, samples): mantissa and power; written together
     steps, samples, cols, width, step_stride, sample_stride, blank,
@@ -133,7 +133,7 @@ def walk_kernel(
     last = tl.load(input_lengths + n).to(tl.int32)
     length = tl.load(target_lengths + n).to(tl.int32)
     tl.device_assert((last >= 0) & (last <= steps), "an input length is out of bounds: it must be in [0, T]")
-    tl.device_assert((length >= 0) & (length < width), "a target length is out of bounds: it must be at least 0, and the targets must have room")
+    tl.device_assert((length >= 0) & (length < width), "a target length is out of bounds: it must be in [0, S]")
     last = tl.minimum(tl.maximum(last, 0), steps)
     length = tl.minimum(tl.maximum(length, 0), width - 1)
     k = tl.arange(0, BLOCK)
@@ -357,7 +357,7 @@ def sizes_of(inputs):
     }  # fmt: skip
 
 
-def row_arguments(inputs):
+def of_rows(inputs):
     """And those of a program a row."""
     vec = 16 // inputs.element_size()
     edge = any(size % vec for size in (inputs.shape[2], *inputs.stride()[:2]))
@@ -373,7 +373,8 @@ def walk_rule(args):
 
 
 def walk_configs(args):
-    return [configuration(warps, depth) for warps in (1, 2, 4, 8) if args["BLOCK"] >= warps * WARP >= args["BLOCK"] // 8 for depth in (2, 4, 8)]
+    warps = [w for w in (1, 2, 4, 8, 16, 32) if args["BLOCK"] // 8 <= w * WARP <= max(args["BLOCK"], WARP)]
+    return [configuration(w, depth) for w in warps for depth in (2, 4, 8)]
 
 
 def walk_key(args):
