@@ -120,7 +120,7 @@ def walk_kernel(
     labels,  # (samples, width - 1)
     input_lengths,  # (samples,)
     target_lengths,  # (samples,)
-    mantissas, powers,  # (samples, steps, 2, width) blanks, then labels, where STORE. Apart: states; together: over mantissas, how likely each is
+    mantissas, powers,  # (samples, steps, 2, width) blanks, then labels, where STORE: states, then over mantissas how likely each is
     carried_mantissas, carried_powers,  # (2, samples, 2, width): each direction's state, before it meets the other
     likelihood,  # (2, samples): mantissa and power; written together
     steps, samples, cols, width, step_stride, sample_stride, blank,
