@@ -172,7 +172,7 @@ def triplet_margin_loss(
     check_margin(margin)
     check_triplet(anchor, positive, negative)
     vectors = anchor, positive, negative
-    ours = are_real(*vectors) and 1 <= p < math.inf and anchor.dim() and len({v.shape[-1] for v in vectors}) == 1
+    ours = are_real(*vectors) and 1 <= p < math.inf and anchor.dim() and anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]
     if not ours or are_atens(*vectors):  # a last dimension that broadcasts counts in one distance once, in another often
         return torch.nn.functional.triplet_margin_loss(*vectors, margin, p, eps, swap, reduction=reduction)
     if p == 2:
