@@ -129,6 +129,12 @@ def log1p_exp_minus_abs(x):
     return p * e
 
 
+@twin(functools.partial(torch.nn.functional.softplus, threshold=50.0))
+def softplus(x):
+    """log(1 + exp(x)), which never overflows; as a formula's sum of parts, PyTorch would take five steps where it knows one."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype) + log1p_exp_minus_abs(x)
+
+
 @twin(torch.sigmoid)
 def sigmoid(x):
     e = exp_minus_abs(x)

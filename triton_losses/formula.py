@@ -25,7 +25,7 @@ FORMULAS = {}  # by name: an op carries a formula's name, for torch.compile cann
 class Eager:
     """The part of triton.language that a formula may use, on tensors of any dtype."""
 
-    abs, exp, log, sqrt, where, sigmoid = torch.abs, torch.exp, torch.log, torch.sqrt, torch.where, torch.sigmoid
+    abs, exp, exp2, log, sqrt, where, sigmoid = torch.abs, torch.exp, torch.exp2, torch.log, torch.sqrt, torch.where, torch.sigmoid
 
 
 class Formula:
