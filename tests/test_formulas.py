@@ -32,6 +32,8 @@ ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of r
     "exponential": (2, ()),
     "soft_margin": (2, ()),
     "hinge_embedding": (2, (0.7,)),
+    "margin_excess": (1, (0.7,)),
+    "squared_margin_excess": (1, (0.7,)),
     "pointwise_divergence": (2, ()),
     "pointwise_divergence_of_logs": (2, ()),
     "margin_ranking": (3, (0.7,)),

@@ -25,6 +25,9 @@ from triton_losses.modules import LinearCrossEntropyLoss as LinearCrossEntropyLo
 from triton_losses.modules import LogCoshLoss as LogCoshLoss
 from triton_losses.modules import MSELoss as MSELoss
 from triton_losses.modules import MarginRankingLoss as MarginRankingLoss
+from triton_losses.modules import MultiLabelMarginLoss as MultiLabelMarginLoss
+from triton_losses.modules import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
+from triton_losses.modules import MultiMarginLoss as MultiMarginLoss
 from triton_losses.modules import MultiQuantileLoss as MultiQuantileLoss
 from triton_losses.modules import NLLLoss as NLLLoss
 from triton_losses.modules import PerceptronLoss as PerceptronLoss

@@ -6,7 +6,7 @@ from triton_losses.blocks import aten_is_best, elements, share
 from triton_losses.compiler import tl
 from triton_losses.device_math import at_least, at_least_tiny, log1p, log1p_exp_minus_abs, power, quotient, relu, sigmoid, softplus, step
 from triton_losses.families.elementwise import blocks, elementwise
-from triton_losses.families.reduction import reduction_of
+from triton_losses.families.reduction import promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
 from triton_losses.op import readable
 
@@ -271,6 +271,38 @@ def soft_margin_loss(input, target, size_average=None, reduce=None, reduction="m
         raise RuntimeError(f"input must be floating-point, got {input.dtype}")
     check_broadcasts_into(input, target=target)
     return elementwise(soft_margin, (input, target), (), reduction, None, input.dtype)
+
+
+def multilabel_soft_margin_loss(input, target, weight=None, size_average=None, reduce=None, reduction="mean"):
+    """``-1/C Σ_j w_j (y_j log σ(x_j) + (1 - y_j) log(1 - σ(x_j)))``: binary cross entropy of logits, its mean over the classes.
+
+    input: logits, (N, C), (C) or (N, d1, ..., C), floating. target: 0 and 1, floating or integers, broadcasts with input.
+    weight: as a rule (C), broadcasts. reduction: "mean" and "sum" over rows, "none": the input's shape without C;
+    size_average and reduce are torch's older spelling of it. input, target and weight all get gradients.
+    As ``torch.nn.functional.multilabel_soft_margin_loss``.
+
+    >>> multilabel_soft_margin_loss(torch.tensor([[0.0, -5.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor(2.8499)
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input must be floating-point, got {input.dtype}")
+    if target.dtype == torch.bool:
+        raise RuntimeError("target must be a number: bool has no 1 - y")
+    if input.dim() == 0:
+        raise IndexError("input must have at least one dimension, of classes: got a scalar")
+    dtype = promoted(input, target)
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    dtype, wide = result_dtype(input, dtype), torch.promote_types(dtype, torch.float32)
+    classes, axis = input.shape[-1], input.dim() - 1
+    tensors = (target,) if weight is None else (target, weight)
+    alike = all(t.dim() <= input.dim() and all(a in (1, b) for a, b in zip(t.shape[::-1], input.shape[::-1])) for t in tensors)
+    if alike and reduction != "none":
+        loss = elementwise(logistic, (input, target), (), reduction, weight, wide)
+        return (loss / classes if reduction == "sum" else loss).to(dtype)
+    losses = elementwise(logistic, (input, target), (), "none", weight, wide).sum(axis) / classes
+    return (losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()).to(dtype)
 
 
 def hinge_embedding_loss(input, target, margin=1.0, size_average=None, reduce=None, reduction="mean"):

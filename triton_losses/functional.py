@@ -5,6 +5,7 @@ from triton_losses.binary import binary_cross_entropy_with_logits as binary_cros
 from triton_losses.binary import exponential_loss as exponential_loss
 from triton_losses.binary import hinge_embedding_loss as hinge_embedding_loss
 from triton_losses.binary import hinge_loss as hinge_loss
+from triton_losses.binary import multilabel_soft_margin_loss as multilabel_soft_margin_loss
 from triton_losses.binary import perceptron_loss as perceptron_loss
 from triton_losses.binary import sigmoid_focal_loss as sigmoid_focal_loss
 from triton_losses.binary import soft_margin_loss as soft_margin_loss
@@ -17,6 +18,8 @@ from triton_losses.divergence import kl_div as kl_div
 from triton_losses.language import linear_cross_entropy as linear_cross_entropy
 from triton_losses.language import linear_log_probs as linear_log_probs
 from triton_losses.language import log_probs as log_probs
+from triton_losses.margin import multi_margin_loss as multi_margin_loss
+from triton_losses.margin import multilabel_margin_loss as multilabel_margin_loss
 from triton_losses.metric import contrastive_loss as contrastive_loss
 from triton_losses.metric import cosine_embedding_loss as cosine_embedding_loss
 from triton_losses.metric import cosine_similarity_loss as cosine_similarity_loss

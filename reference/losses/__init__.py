@@ -12,6 +12,7 @@ from torch.nn.functional import huber_loss as huber_loss
 from torch.nn.functional import l1_loss as l1_loss
 from torch.nn.functional import margin_ranking_loss as margin_ranking_loss
 from torch.nn.functional import mse_loss as mse_loss
+from torch.nn.functional import multilabel_soft_margin_loss as multilabel_soft_margin_loss
 from torch.nn.functional import nll_loss as nll_loss
 from torch.nn.functional import poisson_nll_loss as poisson_nll_loss
 from torch.nn.functional import smooth_l1_loss as smooth_l1_loss
@@ -31,6 +32,8 @@ from reference.losses.divergence import kl_div as kl_div
 from reference.losses.language import linear_cross_entropy as linear_cross_entropy
 from reference.losses.language import linear_log_probs as linear_log_probs
 from reference.losses.language import log_probs as log_probs
+from reference.losses.margin import multi_margin_loss as multi_margin_loss
+from reference.losses.margin import multilabel_margin_loss as multilabel_margin_loss
 from reference.losses.metric import contrastive_loss as contrastive_loss
 from reference.losses.metric import cosine_similarity_loss as cosine_similarity_loss
 from reference.losses.regression import log_cosh_loss as log_cosh_loss

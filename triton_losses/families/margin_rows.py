@@ -1,0 +1,214 @@
+"""Losses of a row of scores whose labels should outscore the others: L_r = 1/C Σ_{t∈T} w_t Σ_{j∉T} f(x_j - x_t).
+
+T are the row's labels: one, or a set, which ends before the first negative one; a label that stands there twice counts twice.
+A formula takes d = x_j - x_t, then scalars, and returns f and f'. With s_t = w_t/C Σ_{j∉T} f'(x_j - x_t),
+
+    ∂L/∂x_t = -s_t        ∂L/∂x_j = 1/C Σ_{t∈T} w_t f'(x_j - x_t)  where j is no label
+
+    forward   reads a row once for each of its labels; writes its loss and saves s_t
+    backward  reads a row once and writes its gradient
+
+Sets of labels have no blocks: on a CPU they are for ATen.
+"""
+
+import torch
+
+from triton_losses.blocks import share
+from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.families.label_rows import readable
+from triton_losses.families.label_rows_blocks import row_blocks
+from triton_losses.families.reduction import result_dtype
+from triton_losses.formula import FORMULAS
+from triton_losses.op import op, read_whole, shapes_only
+
+if triton is not None:
+    from triton_losses.families.margin_rows_kernels import backward_launch, forward_launch, row_arguments
+
+
+def counted(labels):
+    """Which labels count: those before the row's first negative one."""
+    return (labels < 0).cumsum(1) == 0
+
+
+def reduced(losses, reduction, dtype):
+    if reduction != "none":
+        losses = losses.mean() if reduction == "mean" else losses.sum()
+    return losses.to(dtype)
+
+
+# PyTorch, whole: differentiable as often as one likes
+
+
+def labels_in_turn(x, labels, class_weights):
+    """Of each of the labels: its columns (rows, 1), x_j - x_t, the columns j that it is held against, and w_t / C (rows,)."""
+    counts, cols = counted(labels).unbind(1), x.shape[1]
+    columns = torch.arange(cols, device=x.device)
+    others = torch.ones_like(x, dtype=torch.bool)
+    for label, counts_here in zip(labels.unbind(1), counts):
+        others = others & ~((columns == label[:, None]) & counts_here[:, None])
+    for label, counts_here in zip(labels.unbind(1), counts):
+        place = label.clamp(0, cols - 1)
+        factor = torch.full_like(x[:, 0], 1 / cols) if class_weights is None else class_weights.to(x.dtype)[place] / cols
+        yield place[:, None], x - x.gather(1, place[:, None]), others & counts_here[:, None], factor
+
+
+def whole_loss(x, labels, class_weights, formula, scalars, reduction, dtype):
+    x = x.to(compute_dtype(x.dtype))
+    losses = torch.zeros_like(x[:, 0])
+    for _, d, others, factor in labels_in_turn(x, labels, class_weights):
+        losses = losses + torch.where(others, FORMULAS[formula].value(d, *scalars), 0).sum(1) * factor
+    return reduced(losses, reduction, dtype)
+
+
+def whole_gradient(x, labels, class_weights, dout, formula, scalars, reduction):
+    """In plain torch, so that it may be differentiated again."""
+    wide, rows = x.to(compute_dtype(x.dtype)), x.shape[0]
+    upstream = dout.to(wide.dtype) / (rows if reduction == "mean" else 1)
+    grad = torch.zeros_like(wide)
+    for place, d, others, factor in labels_in_turn(wide, labels, class_weights):
+        slopes = torch.where(others, FORMULAS[formula].partials((True,))(d, *scalars)[0], 0) * factor[:, None]
+        grad = (grad + slopes).scatter_add(1, place, -slopes.sum(1, keepdim=True))
+    return (grad * upstream.expand(rows)[:, None]).to(x.dtype)
+
+
+# PyTorch, in blocks of rows that stay in a CPU's cache: one label a row
+
+
+def factors_of(x, labels, class_weights, wide):
+    """w / C of each row."""
+    cols = x.shape[1]
+    return torch.full((x.shape[0],), 1 / cols, dtype=wide) if class_weights is None else class_weights.to(wide)[labels[:, 0]] / cols
+
+
+def forward_blocks(x, labels, class_weights, formula, scalars, reduction, dtype):
+    wide = compute_dtype(x.dtype)
+    parts = row_blocks(*x.shape, wide)
+    losses = x.new_empty(x.shape[0], dtype=wide)
+
+    def work(i):
+        block = x[parts[i]].to(wide)
+        f = formula.value(block - block.gather(1, labels[parts[i]]), *scalars)
+        torch.sum(f.scatter_(1, labels[parts[i]], 0), 1, out=losses[parts[i]])
+
+    share(work, len(parts))
+    return reduced(losses.mul_(factors_of(x, labels, class_weights, wide)), reduction, dtype)
+
+
+def backward_blocks(x, labels, class_weights, dout, formula, scalars, reduction):
+    wide, rows = compute_dtype(x.dtype), x.shape[0]
+    grad, parts = torch.empty(x.shape, dtype=x.dtype), row_blocks(*x.shape, wide)
+    upstream = dout.to(wide) / (rows if reduction == "mean" else 1)
+    upstream = (factors_of(x, labels, class_weights, wide) * upstream)[:, None]
+
+    def work(i):
+        block, where = x[parts[i]].to(wide), labels[parts[i]]
+        (slopes,) = formula.partials((True,))(block - block.gather(1, where), *scalars)
+        slopes.scatter_(1, where, 0)
+        slopes.scatter_(1, where, -slopes.sum(1, keepdim=True))
+        if grad.dtype == wide:
+            torch.mul(slopes, upstream[parts[i]], out=grad[parts[i]])
+        else:
+            grad[parts[i]] = slopes * upstream[parts[i]]
+
+    share(work, len(parts))
+    return grad
+
+
+# Ops: kernels on a GPU and in the interpreter, blocks on a CPU
+
+
+def members_of(labels, cols):
+    """How many labels of each row count, and 1 at their columns (rows, cols + 1): the last column takes those that do not."""
+    counts = counted(labels)
+    columns = torch.where(counts, labels.clamp(max=cols), cols)
+    return counts.sum(1), labels.new_zeros(labels.shape[0], cols + 1, dtype=torch.uint8).scatter_(1, columns, 1)
+
+
+@op
+def margin_rows_forward(
+    x: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, formula: str, scalars: list[float], reduction: str,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The reduced loss, and the slope of each label."""
+    rows, cols = x.shape
+    slopes = x.new_empty(labels.shape, dtype=compute_dtype(x.dtype))
+    if shapes_only():
+        return x.new_empty(rows if reduction == "none" else (), dtype=dtype), slopes
+    if not runs_kernels(x):
+        return forward_blocks(x, labels, class_weights, FORMULAS[formula], scalars, reduction, dtype), slopes
+    counts, members = members_of(labels, cols) if labels.shape[1] > 1 else (None, None)
+    losses = x.new_empty(rows, dtype=slopes.dtype)
+    forward_launch(
+        losses=losses,
+        **row_arguments(readable(x), labels.contiguous(), counts, members, class_weights, slopes, FORMULAS[formula], scalars),
+    )
+    return reduced(losses, reduction, dtype), slopes
+
+
+@op
+def margin_rows_backward(
+    x: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, slopes: torch.Tensor, dout: torch.Tensor, formula: str,
+    scalars: list[float], reduction: str,
+) -> torch.Tensor:  # fmt: skip
+    if shapes_only():
+        return x.new_empty(x.shape)
+    if not runs_kernels(x):
+        return backward_blocks(x, labels, class_weights, dout, FORMULAS[formula], scalars, reduction)
+    x = readable(x)
+    counts, members = members_of(labels, x.shape[1]) if labels.shape[1] > 1 else (None, None)
+    grad = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    backward_launch(
+        grad=grad, dout=dout, dout_stride=dout.stride(0) if reduction == "none" else 0, MEAN=reduction == "mean",
+        **row_arguments(x, labels.contiguous(), counts, members, class_weights, slopes, FORMULAS[formula], scalars),
+    )  # fmt: skip
+    return grad
+
+
+class MarginRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, labels, class_weights, formula, scalars, reduction, dtype):
+        ctx.options = formula, scalars, reduction
+        loss, slopes = margin_rows_forward(x, labels, class_weights, *ctx.options, dtype)
+        ctx.save_for_backward(x, labels, class_weights, slopes)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, labels, class_weights, slopes = ctx.saved_tensors
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        if again or read_whole(dout):
+            grad = whole_gradient(x, labels, class_weights, dout, *ctx.options)
+        else:
+            grad = margin_rows_backward(x, labels, class_weights, slopes, dout, *ctx.options)
+        return grad, *[None] * 6
+
+
+class Whole(torch.autograd.Function):
+    """By plain torch, with the formula's own partial: for torch.func's transforms and devices without kernels."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return whole_loss(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, labels, class_weights, *ctx.options, _ = inputs
+        ctx.save_for_backward(x, labels, class_weights)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return whole_gradient(*ctx.saved_tensors, dout, *ctx.options), *[None] * 6
+
+
+def margin_rows(formula, x, labels, class_weights=None, scalars=(), reduction="mean", dtype=None):
+    """``formula`` of every row of ``x`` (rows, columns), at least one column, and its labels: (rows, 1), or sets (rows, columns).
+
+    The mean is over rows. dtype: of the result, unless autocast makes it float32; that of x when None.
+    """
+    arguments = x, labels, class_weights, formula.name, [float(s) for s in scalars], reduction, result_dtype(x, dtype)
+    a_set = labels.shape[1] > 1
+    if x.device.type not in ("cpu", "cuda", "xpu") or read_whole() or (a_set and not runs_kernels(x)):
+        return Whole.apply(*arguments)
+    return MarginRows.apply(*arguments)

@@ -1,0 +1,111 @@
+"""Multi-class margin losses: the right classes' scores should exceed the others' by a margin."""
+
+import torch
+
+from triton_losses.compiler import runs_kernels, tl
+from triton_losses.device_math import sign
+from triton_losses.families.margin_rows import margin_rows
+from triton_losses.families.reduction import DTYPES, reduction_of, result_dtype
+from triton_losses.formula import formula
+from triton_losses.op import readable
+
+
+@formula
+def margin_excess(d, margin):
+    z = margin + d
+    excess = tl.where(z > 0.0, z, 0.0)  # nan costs nothing, as in torch
+    return excess, sign(excess)
+
+
+@formula
+def squared_margin_excess(d, margin):
+    z = margin + d
+    excess = tl.where(z > 0.0, z, 0.0)
+    return excess * excess, 2.0 * excess
+
+
+def check_scores(input, target):
+    """Scores (N, C) or (C), with int64 labels beside them; torch's exception types."""
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"target must be a Tensor, got {target!r}")
+    if input.dtype not in DTYPES:
+        raise NotImplementedError(f"input must be one of {DTYPES}, got {input.dtype}")
+    if input.dim() > 2 or 0 in input.shape[-1:]:
+        raise RuntimeError(f"expected scores of shape (N, C) or (C), with C > 0, got {tuple(input.shape)}")
+    if target.dtype != torch.int64:
+        raise RuntimeError(f"expected target dtype to be Long, but got {target.dtype}")
+    check_device(input, "target", target)
+
+
+def check_device(input, name, tensor):
+    if tensor.device != input.device:
+        raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, {name} on {tensor.device}")
+
+
+def check_range(target, low, classes):
+    """Labels in [low, classes), looked at for CPU tensors only."""
+    if readable(target) and target.numel():
+        least, most = (int(v) for v in target.aminmax())
+        if least < low or most >= classes:
+            raise RuntimeError(f"target out of range: it must be in [{low}, {classes}), got {least if least < low else most}")
+
+
+def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=None, reduce=None, reduction="mean"):
+    """``1/C Σ_{j≠t} w_t max(0, m - x_t + x_j)^p``: the multi-class hinge loss of class t against every other.
+
+    input: scores, (N, C) or (C), floating, C > 0. target: class indices, int64, (N) or (); outside [0, C) they raise
+    RuntimeError (a device assertion on a GPU). p: 1 or 2, else ValueError. margin: m, in units of ``input``; exactly there the
+    gradient is 0, unlike a binary hinge's. weight: (C), of the input's dtype. reduction: "mean" over N, "sum", "none";
+    size_average and reduce are torch's older spelling of it. As ``torch.nn.functional.multi_margin_loss``, and for float16 and
+    bfloat16 too. Crammer and Singer 2001, jmlr.org/papers/v2/crammer01a.html.
+
+    >>> multi_margin_loss(torch.tensor([[2.0, 1.5, 0.0], [1.0, 3.0, 0.0]]), torch.tensor([0, 1]), reduction="none")
+    tensor([0.1667, 0.0000])
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    if p not in (1, 2):
+        raise ValueError(f"only p == 1 and p == 2 supported, got {p}")
+    check_scores(input, target)
+    classes, rows = input.shape[-1] if input.dim() else 1, input.shape[0] if input.dim() == 2 else 1
+    if target.dim() > 1 or target.numel() != rows:
+        raise RuntimeError(f"target must be 1-D with one label a row: expected ({rows},), got {tuple(target.shape)}")
+    if weight is not None:
+        check_device(input, "weight", weight)
+        if weight.dim() != 1:
+            raise ValueError(f"weight must be one-dimensional, got {tuple(weight.shape)}")
+        if weight.numel() != classes or weight.dtype != input.dtype:
+            raise RuntimeError(f"weight must be {input.dtype} of size {classes}, got {weight.dtype} of size {weight.numel()}")
+        if weight.requires_grad:
+            raise RuntimeError("multi_margin_loss is not differentiable with respect to weight: it must not require grad")
+    check_range(target, 0, classes)
+    formula = margin_excess if p == 1 else squared_margin_excess
+    losses = margin_rows(formula, input.reshape(rows, classes), target.reshape(rows, 1), weight, (margin,), reduction)
+    return losses.view(target.shape) if reduction == "none" else losses
+
+
+def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
+    """``1/C Σ_{t∈T} Σ_{j∉T} max(0, 1 - x_t + x_j)``: the hinge loss of every class of a set T against every other class.
+
+    input: scores, (N, C) or (C), floating, C > 0. target: class indices, int64, the input's shape; T are those before the
+    row's first -1, one that stands there twice counts twice; outside [-1, C) they raise RuntimeError (a device assertion on a
+    GPU, for those in T). reduction, size_average, reduce: as in ``multi_margin_loss``, exactly at the margin too. As
+    ``torch.nn.functional.multilabel_margin_loss``, and for float16 and bfloat16 too; on a CPU that is what computes it.
+
+    >>> multilabel_margin_loss(torch.tensor([0.1, 0.2, 0.4, 0.8]), torch.tensor([3, 0, -1, 1]))
+    tensor(0.8500)
+    """
+    reduction = reduction_of(reduction, size_average, reduce)
+    check_scores(input, target)
+    single = input.dim() < 2
+    if target.numel() != input.numel() if single and target.dim() < 2 else target.shape != input.shape:
+        raise RuntimeError(f"target must have the input's size, {tuple(input.shape)}, got {tuple(target.shape)}")
+    classes = input.shape[-1] if input.dim() else 1
+    check_range(target, -1, classes)
+    x, labels = (input.reshape(1, classes), target.reshape(1, classes)) if single else (input, target)
+    if input.device.type == "cpu" and not runs_kernels(input) and input.numel():  # nothing of ours is faster than ATen's own loop
+        native = x if x.element_size() >= 4 else x.float()
+        losses = torch.nn.functional.multilabel_margin_loss(native, labels, reduction=reduction).to(result_dtype(x))
+    else:
+        labels = labels if classes > 1 else labels.clamp(min=0)  # a lone class: there is nothing to lose to
+        losses = margin_rows(margin_excess, x, labels, None, (1.0,), reduction)
+    return losses.view(()) if single else losses
