@@ -28,7 +28,8 @@ HEADS = [name for name in FUNCTIONS if name.startswith("linear_")]  # test_head.
 SEQUENCES = [name for name in FUNCTIONS if name.startswith("ctc_")]  # of four tensors: test_sequence.py has what holds for pairs here
 TORCHS = [name for name in FUNCTIONS if hasattr(torch.nn.functional, name) and name not in HEADS]
 TORCHS_MODULES = [name for name in MODULES if hasattr(torch.nn, name) and name != "LinearCrossEntropyLoss"]  # ours is given the weight
-WITH_LABELS = [name for name, f in FUNCTIONS.items() if "ignore_index" in inspect.signature(f).parameters]
+MARGINS = ["multi_margin_loss", "multilabel_margin_loss"]  # they take labels too, and rows alone
+WITH_LABELS = [*MARGINS, *(name for name, f in FUNCTIONS.items() if "ignore_index" in inspect.signature(f).parameters)]
 SECOND = {name: list(inspect.signature(f).parameters)[1] for name, f in FUNCTIONS.items()}  # anything but target: test_metric.py's
 WITHOUT_LABELS = [
     n for n in TORCHS if SECOND[n] == "target" and n not in (*WITH_LABELS, "binary_cross_entropy", "gaussian_nll_loss")
@@ -166,6 +167,8 @@ def test_mixed_dtypes_and_scalars_give_torchs_dtype(name, device):
     shapes, targets = [((3,), (3,)), ((), ())], MIXED
     if name not in ("binary_cross_entropy_with_logits", "soft_margin_loss", "kl_div"):  # which refuse integer targets, or larger ones
         shapes, targets = [*shapes, ((3,), ()), ((), (3,)), ((2, 3), (3,))], [*MIXED, torch.int64, torch.uint8]
+    if name == "multilabel_soft_margin_loss":  # which takes no scalar input
+        shapes = [pair for pair in shapes if pair[0]]
     for dtype, target_dtype, (shape, target_shape) in itertools.product(MIXED, targets, shapes):
         input, target = torch.randn(shape, device=device).to(dtype), torch.rand(target_shape, device=device).to(target_dtype)
         assert_torch_agrees(name, input, target)
@@ -192,7 +195,7 @@ def test_a_weight_gets_torchs_gradient(name, reduction, device):
     torch.testing.assert_close(ours, torchs)
 
 
-KEPT_NARROW = ("gaussian_nll_loss", "triplet_margin_with_distance_loss")  # by torch, on a CPU
+KEPT_NARROW = ("gaussian_nll_loss", "multilabel_soft_margin_loss", "triplet_margin_with_distance_loss")  # by torch, on a CPU
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
@@ -321,6 +324,7 @@ def test_gradients_are_those_of_the_value_and_the_same_where_they_can_be_differe
 TWICE = [("mse_loss", {}), ("huber_loss", {"delta": 0.7}), ("log_cosh_loss", {}), ("sigmoid_focal_loss", {"gamma": 1.5}),
          ("binary_cross_entropy_with_logits", {"pos_weight": class_weights().double()}),
          ("cross_entropy", {"label_smoothing": 0.1, "z_loss": 0.01, "weight": class_weights().double()}),
+         ("multi_margin_loss", {"p": 2, "weight": class_weights().double()}), ("multilabel_soft_margin_loss", {}),
          ("focal_loss", {"gamma": 0.5}), ("focal_loss", {"gamma": 0.0}), ("focal_loss", {"weight": class_weights().double()})]  # fmt: skip
 
 
@@ -338,7 +342,7 @@ def test_pos_weight_gets_its_gradient(device):
     assert torch.autograd.gradcheck(lambda w: functional.binary_cross_entropy_with_logits(input, target, pos_weight=w), [weight])
 
 
-@pytest.mark.parametrize("name", ["huber_loss", "binary_cross_entropy_with_logits", "nll_loss", "cross_entropy", "focal_loss"])
+@pytest.mark.parametrize("name", ["huber_loss", "binary_cross_entropy_with_logits", "nll_loss", "cross_entropy", "focal_loss", "multi_margin_loss"])
 def test_function_transforms_give_what_they_give_of_plain_torch(name, device):
     ours, inputs = prepared(FIRST[name], device, dtype=torch.float64)
     plain, _ = prepared(FIRST[name], device, reference.losses, dtype=torch.float64)
@@ -373,7 +377,8 @@ def law(**more):
 def test_the_mean_is_the_sum_over_the_number(rows, columns, seed):
     for name, loss in ((name, FUNCTIONS[name]) for name in FUNCTIONS if name not in SEQUENCES):
         *inputs, target = draw(name, "cpu", (rows, columns), torch.float64, seed)
-        number = (target != -100).sum() if not target.is_floating_point() else loss(*inputs, target, reduction="none").numel()
+        labels = name in WITH_LABELS and name not in MARGINS
+        number = (target != -100).sum() if labels and not target.is_floating_point() else loss(*inputs, target, reduction="none").numel()
         torch.testing.assert_close(loss(*inputs, target, reduction="mean"), loss(*inputs, target, reduction="sum") / number)
 
 

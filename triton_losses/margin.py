@@ -1,5 +1,7 @@
 """Multi-class margin losses: the right classes' scores should exceed the others' by a margin."""
 
+import numbers
+
 import torch
 
 from triton_losses.compiler import runs_kernels, tl
@@ -65,6 +67,8 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
     reduction = reduction_of(reduction, size_average, reduce)
     if p not in (1, 2):
         raise ValueError(f"only p == 1 and p == 2 supported, got {p}")
+    if not isinstance(margin, (numbers.Number, torch.Tensor)):
+        raise TypeError(f"margin must be a number, got {margin!r}")
     check_scores(input, target)
     classes, rows = input.shape[-1] if input.dim() else 1, input.shape[0] if input.dim() == 2 else 1
     if target.dim() > 1 or target.numel() != rows:
@@ -102,7 +106,8 @@ def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduct
     classes = input.shape[-1] if input.dim() else 1
     check_range(target, -1, classes)
     x, labels = (input.reshape(1, classes), target.reshape(1, classes)) if single else (input, target)
-    if input.device.type == "cpu" and not runs_kernels(input) and input.numel():  # nothing of ours is faster than ATen's own loop
+    eager = not torch.compiler.is_compiling()  # where torch 2.13's decomposition is wrong: for the labels that are missing it takes class 0
+    if input.device.type == "cpu" and not runs_kernels(input) and eager and input.numel():  # nothing of ours is faster than ATen's loop
         native = x if x.element_size() >= 4 else x.float()
         losses = torch.nn.functional.multilabel_margin_loss(native, labels, reduction=reduction).to(result_dtype(x))
     else:

@@ -8,7 +8,7 @@ A formula takes d = x_j - x_t, then scalars, and returns f and f'. With s_t = w_
     forward   reads a row once for each of its labels; writes its loss and saves s_t
     backward  reads a row once and writes its gradient
 
-Sets of labels have no blocks: on a CPU they are for ATen.
+Sets of labels are better left to ATen on a CPU: the blocks here serve compiled graphs.
 """
 
 import torch
@@ -71,7 +71,32 @@ def whole_gradient(x, labels, class_weights, dout, formula, scalars, reduction):
     return (grad * upstream.expand(rows)[:, None]).to(x.dtype)
 
 
-# PyTorch, in blocks of rows that stay in a CPU's cache: one label a row
+# PyTorch, in blocks of rows that stay in a CPU's cache
+
+
+def joined(work, x):
+    """What ``work`` makes of runs of rows."""
+    parts = row_blocks(*x.shape, compute_dtype(x.dtype)) or [slice(0)]
+    results = [None] * len(parts)
+
+    def keep(i):
+        results[i] = work(parts[i])
+
+    share(keep, len(parts))
+    return torch.cat(results)
+
+
+def forward_of_sets(x, labels, class_weights, formula, scalars, reduction, dtype):
+    labels = labels[:, : int(counted(labels).any(0).sum())]
+    wide = compute_dtype(x.dtype)
+    losses = joined(lambda part: whole_loss(x[part], labels[part], class_weights, formula, scalars, "none", wide), x)
+    return reduced(losses, reduction, dtype)
+
+
+def backward_of_sets(x, labels, class_weights, dout, formula, scalars, reduction):
+    labels = labels[:, : int(counted(labels).any(0).sum())]
+    dout = (dout.to(compute_dtype(x.dtype)) / (x.shape[0] if reduction == "mean" else 1)).expand(x.shape[0])
+    return joined(lambda part: whole_gradient(x[part], labels[part], class_weights, dout[part], formula, scalars, "none"), x)
 
 
 def factors_of(x, labels, class_weights, wide):
@@ -135,6 +160,8 @@ def margin_rows_forward(
     if shapes_only():
         return x.new_empty(rows if reduction == "none" else (), dtype=dtype), slopes
     if not runs_kernels(x):
+        if labels.shape[1] > 1:
+            return forward_of_sets(x, labels, class_weights, formula, scalars, reduction, dtype), slopes
         return forward_blocks(x, labels, class_weights, FORMULAS[formula], scalars, reduction, dtype), slopes
     counts, members = members_of(labels, cols) if labels.shape[1] > 1 else (None, None)
     losses = x.new_empty(rows, dtype=slopes.dtype)
@@ -153,6 +180,8 @@ def margin_rows_backward(
     if shapes_only():
         return x.new_empty(x.shape)
     if not runs_kernels(x):
+        if labels.shape[1] > 1:
+            return backward_of_sets(x, labels, class_weights, dout, formula, scalars, reduction)
         return backward_blocks(x, labels, class_weights, dout, FORMULAS[formula], scalars, reduction)
     x = readable(x)
     counts, members = members_of(labels, x.shape[1]) if labels.shape[1] > 1 else (None, None)
@@ -208,7 +237,6 @@ def margin_rows(formula, x, labels, class_weights=None, scalars=(), reduction="m
     The mean is over rows. dtype: of the result, unless autocast makes it float32; that of x when None.
     """
     arguments = x, labels, class_weights, formula.name, [float(s) for s in scalars], reduction, result_dtype(x, dtype)
-    a_set = labels.shape[1] > 1
-    if x.device.type not in ("cpu", "cuda", "xpu") or read_whole() or (a_set and not runs_kernels(x)):
+    if x.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return Whole.apply(*arguments)
     return MarginRows.apply(*arguments)

@@ -1,0 +1,60 @@
+"""Sets of labels: every reading of the margin_rows family takes them as PyTorch does, wherever they end and whatever stands twice."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+
+from conftest import INTERPRET
+from triton_losses import functional
+from triton_losses.families import margin_rows
+from triton_losses.formula import FORMULAS
+
+few = settings(max_examples=6 if INTERPRET else 40, deadline=None, derandomize=True, database=None)
+
+
+@strategies.composite
+def scores_and_sets(draw):
+    """Whole numbers, so that many lie exactly at the margin; any labels in any order, -1 anywhere."""
+    rows, columns = draw(strategies.integers(1, 3)), draw(strategies.integers(2, 7))
+    of_rows = lambda low, high: strategies.lists(strategies.integers(low, high), min_size=rows * columns, max_size=rows * columns)  # noqa: E731
+    scores, labels = draw(of_rows(-2, 2)), draw(of_rows(-1, columns - 1))
+    return torch.tensor(scores, dtype=torch.float64).view(rows, columns), torch.tensor(labels).view(rows, columns)
+
+
+def value_and_gradient(loss, scores):
+    scores = scores.clone().requires_grad_()
+    value = loss(scores)
+    return value.detach(), torch.autograd.grad(value, scores, torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape))[0]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@few
+@given(scores_and_sets())
+def test_every_reading_of_a_set_is_pytorchs(reduction, drawn):
+    scores, labels = drawn
+    of = lambda serve: value_and_gradient(lambda x: serve(x, labels), scores)  # noqa: E731
+    expected = of(lambda x, labels: torch.nn.functional.multilabel_margin_loss(x, labels, reduction=reduction))
+    formula, options = FORMULAS["margin_excess"], ([1.0], reduction)
+    torch.testing.assert_close(of(lambda x, labels: functional.multilabel_margin_loss(x, labels, reduction=reduction)), expected)
+    torch.testing.assert_close(of(lambda x, labels: margin_rows.margin_rows(formula, x, labels, None, *options)), expected)
+    torch.testing.assert_close(of(lambda x, labels: margin_rows.Whole.apply(x, labels, None, formula.name, *options, x.dtype)), expected)
+
+
+def test_function_transforms_of_a_set_are_those_of_its_rows():
+    scores, labels = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(-1, 5, (3, 4, 5))
+    loss = lambda x, labels: margin_rows.margin_rows(FORMULAS["margin_excess"], x, labels, None, [1.0])  # noqa: E731
+    together = torch.func.vmap(torch.func.grad(loss))(scores, labels)
+    each = [value_and_gradient(lambda x, labels=labels[i]: loss(x, labels), scores[i])[1] for i in range(3)]
+    torch.testing.assert_close(together, 2 * torch.stack(each))  # whose upstream gradient is a half
+
+
+def test_the_row_ops_are_well_behaved(device):
+    x, weights, tests = torch.randn(3, 9, device=device), torch.rand(9, device=device), ("test_schema", "test_faketensor")
+    sets = torch.randint(-1, 9, (3, 9), device=device).index_fill(1, torch.tensor(2, device=device), -1)
+    for labels in (torch.randint(9, (3, 1), device=device), sets):
+        for reduction in ("none", "mean"):
+            options = ("squared_margin_excess", [0.3], reduction)
+            torch.library.opcheck(margin_rows.margin_rows_forward.overload, (x, labels, weights, *options, torch.float32), test_utils=tests)
+            out, slopes = margin_rows.margin_rows_forward(x, labels, weights, *options, torch.float32)
+            arguments = (x, labels, weights, slopes, torch.randn_like(out), *options)
+            torch.library.opcheck(margin_rows.margin_rows_backward.overload, arguments, test_utils=tests)
