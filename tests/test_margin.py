@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies
 
 from conftest import INTERPRET
 from triton_losses import functional
-from triton_losses.families import margin_rows
+from triton_losses.families import margin_native, margin_rows
 from triton_losses.formula import FORMULAS
 
 few = settings(max_examples=6 if INTERPRET else 40, deadline=None, derandomize=True, database=None)
@@ -48,13 +48,30 @@ def test_function_transforms_of_a_set_are_those_of_its_rows():
     torch.testing.assert_close(together, 2 * torch.stack(each))  # whose upstream gradient is a half
 
 
-def test_the_row_ops_are_well_behaved(device):
-    x, weights, tests = torch.randn(3, 9, device=device), torch.rand(9, device=device), ("test_schema", "test_faketensor")
-    sets = torch.randint(-1, 9, (3, 9), device=device).index_fill(1, torch.tensor(2, device=device), -1)
-    for labels in (torch.randint(9, (3, 1), device=device), sets):
-        for reduction in ("none", "mean"):
-            options = ("squared_margin_excess", [0.3], reduction)
-            torch.library.opcheck(margin_rows.margin_rows_forward.overload, (x, labels, weights, *options, torch.float32), test_utils=tests)
-            out, slopes = margin_rows.margin_rows_forward(x, labels, weights, *options, torch.float32)
-            arguments = (x, labels, weights, slopes, torch.randn_like(out), *options)
-            torch.library.opcheck(margin_rows.margin_rows_backward.overload, arguments, test_utils=tests)
+def test_function_transforms_of_one_label_a_row_are_those_of_its_rows():
+    scores, labels, weight = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(5, (3, 4)), torch.rand(5, dtype=torch.float64)
+    loss = lambda x, labels: functional.multi_margin_loss(x, labels, p=2, weight=weight)  # noqa: E731
+    together = torch.func.vmap(torch.func.grad(loss))(scores, labels)
+    each = [value_and_gradient(lambda x, labels=labels[i]: loss(x, labels), scores[i])[1] for i in range(3)]
+    torch.testing.assert_close(together, 2 * torch.stack(each))
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(scores[0], labels[0])
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda x: loss(x, labels[0]), scores[0]))
+    assert hessian.any()
+
+
+OP_TESTS = ("test_schema", "test_faketensor")  # autograd is the Functions', not the ops'
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("a_set", [False, True])
+def test_the_ops_are_well_behaved(a_set, reduction, device):
+    x, weight = torch.randn(3, 9, device=device), torch.rand(9, device=device)
+    labels = torch.randint(9, (3, 9 if a_set else 1), device=device)
+    labels[:, 2:] = -1
+    if device == "cpu" and not INTERPRET:
+        forward, backward, options = margin_native.margin_native_forward, margin_native.margin_native_backward, (2 - a_set, 0.3, reduction)
+    else:
+        forward, backward, options = margin_rows.margin_rows_forward, margin_rows.margin_rows_backward, ("squared_margin_excess", [0.3], reduction)
+    torch.library.opcheck(forward.overload, (x, labels, weight, *options, torch.float32), test_utils=OP_TESTS)
+    out, saved = forward(x, labels, weight, *options, torch.float32)
+    torch.library.opcheck(backward.overload, (x, labels, weight, saved, torch.randn_like(out), *options), test_utils=OP_TESTS)

@@ -6,10 +6,11 @@ import torch
 
 from triton_losses.compiler import runs_kernels, tl
 from triton_losses.device_math import sign
+from triton_losses.families.margin_native import margin_native
 from triton_losses.families.margin_rows import margin_rows
-from triton_losses.families.reduction import DTYPES, reduction_of, result_dtype
+from triton_losses.families.reduction import DTYPES, reduction_of
 from triton_losses.formula import formula
-from triton_losses.op import readable
+from triton_losses.op import read_whole, readable
 
 
 @formula
@@ -52,6 +53,12 @@ def check_range(target, low, classes):
             raise RuntimeError(f"target out of range: it must be in [{low}, {classes}), got {least if least < low else most}")
 
 
+def by_margin(formula, x, labels, weight, p, margin, reduction):
+    if x.device.type == "cpu" and not runs_kernels(x) and not read_whole():
+        return margin_native(formula, x, labels, weight, p, margin, reduction)
+    return margin_rows(formula, x, labels, weight, (margin,), reduction)
+
+
 def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=None, reduce=None, reduction="mean"):
     """``1/C Σ_{j≠t} w_t max(0, m - x_t + x_j)^p``: the multi-class hinge loss of class t against every other.
 
@@ -83,7 +90,7 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
             raise RuntimeError("multi_margin_loss is not differentiable with respect to weight: it must not require grad")
     check_range(target, 0, classes)
     formula = margin_excess if p == 1 else squared_margin_excess
-    losses = margin_rows(formula, input.reshape(rows, classes), target.reshape(rows, 1), weight, (margin,), reduction)
+    losses = by_margin(formula, input.reshape(rows, classes), target.reshape(rows, 1), weight, int(p), float(margin), reduction)
     return losses.view(target.shape) if reduction == "none" else losses
 
 
@@ -93,7 +100,7 @@ def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduct
     input: scores, (N, C) or (C), floating, C > 0. target: class indices, int64, the input's shape; T are those before the
     row's first -1, one that stands there twice counts twice; outside [-1, C) they raise RuntimeError (a device assertion on a
     GPU, for those in T). reduction, size_average, reduce: as in ``multi_margin_loss``, exactly at the margin too. As
-    ``torch.nn.functional.multilabel_margin_loss``, and for float16 and bfloat16 too; on a CPU that is what computes it.
+    ``torch.nn.functional.multilabel_margin_loss``, and for float16 and bfloat16 too.
 
     >>> multilabel_margin_loss(torch.tensor([0.1, 0.2, 0.4, 0.8]), torch.tensor([3, 0, -1, 1]))
     tensor(0.8500)
@@ -106,11 +113,6 @@ def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduct
     classes = input.shape[-1] if input.dim() else 1
     check_range(target, -1, classes)
     x, labels = (input.reshape(1, classes), target.reshape(1, classes)) if single else (input, target)
-    eager = not torch.compiler.is_compiling()  # where torch 2.13's decomposition is wrong: for the labels that are missing it takes class 0
-    if input.device.type == "cpu" and not runs_kernels(input) and eager and input.numel():  # nothing of ours is faster than ATen's loop
-        native = x if x.element_size() >= 4 else x.float()
-        losses = torch.nn.functional.multilabel_margin_loss(native, labels, reduction=reduction).to(result_dtype(x))
-    else:
-        labels = labels if classes > 1 else labels.clamp(min=0)  # a lone class: there is nothing to lose to
-        losses = margin_rows(margin_excess, x, labels, None, (1.0,), reduction)
+    labels = labels if classes > 1 else labels.clamp(min=0)  # a lone class: there is nothing to lose to
+    losses = by_margin(margin_excess, x, labels, None, 1, 1.0, reduction)
     return losses.view(()) if single else losses

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from reference.cases.case import HARD, ROWS, Case
+from reference.cases.case import HARD, Case
 from reference.cases.classification import per_class
 
 
@@ -52,8 +52,11 @@ def infinite_scores_and_sets(shape, dtype):
     return infinite_scores(shape, dtype)[0], scores_and_sets(shape, dtype)[1]
 
 
+SHAPES = ((7, 39), (5, 1), (1, 33), (6,), (3, 2071))  # not much wider first: PyTorch sums one after another, even in float64
+
+
 def margin(name, options=(), draw=scores_and_labels, **more):
-    return Case(name, draw, dict(options), **{"shapes": [shape for shape in ROWS if len(shape) < 3], **more})
+    return Case(name, draw, dict(options), **{"shapes": SHAPES, **more})
 
 
 def hard(name, draw, options=()):

@@ -8,15 +8,13 @@ A formula takes d = x_j - x_t, then scalars, and returns f and f'. With s_t = w_
     forward   reads a row once for each of its labels; writes its loss and saves s_t
     backward  reads a row once and writes its gradient
 
-Sets of labels are better left to ATen on a CPU: the blocks here serve compiled graphs.
+On a CPU these losses are ATen's: margin_native.py.
 """
 
 import torch
 
-from triton_losses.blocks import share
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.label_rows import readable
-from triton_losses.families.label_rows_blocks import row_blocks
 from triton_losses.families.reduction import result_dtype
 from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only
@@ -71,75 +69,7 @@ def whole_gradient(x, labels, class_weights, dout, formula, scalars, reduction):
     return (grad * upstream.expand(rows)[:, None]).to(x.dtype)
 
 
-# PyTorch, in blocks of rows that stay in a CPU's cache
-
-
-def joined(work, x):
-    """What ``work`` makes of runs of rows."""
-    parts = row_blocks(*x.shape, compute_dtype(x.dtype)) or [slice(0)]
-    results = [None] * len(parts)
-
-    def keep(i):
-        results[i] = work(parts[i])
-
-    share(keep, len(parts))
-    return torch.cat(results)
-
-
-def forward_of_sets(x, labels, class_weights, formula, scalars, reduction, dtype):
-    labels = labels[:, : int(counted(labels).any(0).sum())]
-    wide = compute_dtype(x.dtype)
-    losses = joined(lambda part: whole_loss(x[part], labels[part], class_weights, formula, scalars, "none", wide), x)
-    return reduced(losses, reduction, dtype)
-
-
-def backward_of_sets(x, labels, class_weights, dout, formula, scalars, reduction):
-    labels = labels[:, : int(counted(labels).any(0).sum())]
-    dout = (dout.to(compute_dtype(x.dtype)) / (x.shape[0] if reduction == "mean" else 1)).expand(x.shape[0])
-    return joined(lambda part: whole_gradient(x[part], labels[part], class_weights, dout[part], formula, scalars, "none"), x)
-
-
-def factors_of(x, labels, class_weights, wide):
-    """w / C of each row."""
-    cols = x.shape[1]
-    return torch.full((x.shape[0],), 1 / cols, dtype=wide) if class_weights is None else class_weights.to(wide)[labels[:, 0]] / cols
-
-
-def forward_blocks(x, labels, class_weights, formula, scalars, reduction, dtype):
-    wide = compute_dtype(x.dtype)
-    parts = row_blocks(*x.shape, wide)
-    losses = x.new_empty(x.shape[0], dtype=wide)
-
-    def work(i):
-        block = x[parts[i]].to(wide)
-        f = formula.value(block - block.gather(1, labels[parts[i]]), *scalars)
-        torch.sum(f.scatter_(1, labels[parts[i]], 0), 1, out=losses[parts[i]])
-
-    share(work, len(parts))
-    return reduced(losses.mul_(factors_of(x, labels, class_weights, wide)), reduction, dtype)
-
-
-def backward_blocks(x, labels, class_weights, dout, formula, scalars, reduction):
-    wide, rows = compute_dtype(x.dtype), x.shape[0]
-    grad, parts = torch.empty(x.shape, dtype=x.dtype), row_blocks(*x.shape, wide)
-    upstream = dout.to(wide) / (rows if reduction == "mean" else 1)
-    upstream = (factors_of(x, labels, class_weights, wide) * upstream)[:, None]
-
-    def work(i):
-        block, where = x[parts[i]].to(wide), labels[parts[i]]
-        (slopes,) = formula.partials((True,))(block - block.gather(1, where), *scalars)
-        slopes.scatter_(1, where, 0)
-        slopes.scatter_(1, where, -slopes.sum(1, keepdim=True))
-        if grad.dtype == wide:
-            torch.mul(slopes, upstream[parts[i]], out=grad[parts[i]])
-        else:
-            grad[parts[i]] = slopes * upstream[parts[i]]
-
-    share(work, len(parts))
-    return grad
-
-
-# Ops: kernels on a GPU and in the interpreter, blocks on a CPU
+# Ops: kernels, on a GPU and in the interpreter
 
 
 def members_of(labels, cols):
@@ -159,10 +89,6 @@ def margin_rows_forward(
     slopes = x.new_empty(labels.shape, dtype=compute_dtype(x.dtype))
     if shapes_only():
         return x.new_empty(rows if reduction == "none" else (), dtype=dtype), slopes
-    if not runs_kernels(x):
-        if labels.shape[1] > 1:
-            return forward_of_sets(x, labels, class_weights, formula, scalars, reduction, dtype), slopes
-        return forward_blocks(x, labels, class_weights, FORMULAS[formula], scalars, reduction, dtype), slopes
     counts, members = members_of(labels, cols) if labels.shape[1] > 1 else (None, None)
     losses = x.new_empty(rows, dtype=slopes.dtype)
     forward_launch(
@@ -179,10 +105,6 @@ def margin_rows_backward(
 ) -> torch.Tensor:  # fmt: skip
     if shapes_only():
         return x.new_empty(x.shape)
-    if not runs_kernels(x):
-        if labels.shape[1] > 1:
-            return backward_of_sets(x, labels, class_weights, dout, formula, scalars, reduction)
-        return backward_blocks(x, labels, class_weights, dout, FORMULAS[formula], scalars, reduction)
     x = readable(x)
     counts, members = members_of(labels, x.shape[1]) if labels.shape[1] > 1 else (None, None)
     grad = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
@@ -237,6 +159,6 @@ def margin_rows(formula, x, labels, class_weights=None, scalars=(), reduction="m
     The mean is over rows. dtype: of the result, unless autocast makes it float32; that of x when None.
     """
     arguments = x, labels, class_weights, formula.name, [float(s) for s in scalars], reduction, result_dtype(x, dtype)
-    if x.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+    if not runs_kernels(x) or read_whole():
         return Whole.apply(*arguments)
     return MarginRows.apply(*arguments)
