@@ -60,6 +60,7 @@ ROWS = {
 }
 PAIRS = {  # of a pair of rows
     "cross_entropy_of_probabilities": (0.1, 0.02),
+    "clipped_cross_entropy": (0.1, 0.02, 1e-7, 1 - 1e-7),
     "relative_entropy": (),
     "jensen_shannon": (0.3, 0.7),
     "total_variation": (),
@@ -81,6 +82,8 @@ def operands_of(name):
         elif name == "cosine_embedding":
             operands[3] = operands[3].round() * 2 - 1
         return operands, scalars
+    if name == "clipped_cross_entropy":
+        return [torch.rand(50, dtype=torch.float64) * 0.99 + 0.005 for _ in range(2)], PAIRS[name]
     count = 2 if name in PAIRS else sum(slot > 0 for slot in slots_of(f))
     return [-torch.rand(50, dtype=torch.float64) * 3 - 0.01 for _ in range(count)], {**ROWS, **PAIRS}[name]
 

@@ -76,7 +76,7 @@ torch.testing.assert_close(triton_losses.HuberLoss()(x, x.detach() + 1), torch.t
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("theme", ["regression", "binary", "classification", "divergence", "language", "metric", "objectives", "preference", "tuning", "sequence", "margin"])
+@pytest.mark.parametrize("theme", ["regression", "binary", "classification", "divergence", "language", "metric", "objectives", "preference", "tuning", "sequence", "margin", "categorical"])
 def test_the_examples_in_docstrings_are_true(theme):
     module = importlib.import_module(f"triton_losses.{theme}")
     scope = {**vars(module), "torch": torch}

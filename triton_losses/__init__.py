@@ -6,6 +6,7 @@ Functions are in ``triton_losses.functional`` under torch.nn.functional's names,
 from triton_losses import functional as functional
 from triton_losses.modules import BCELoss as BCELoss
 from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
+from triton_losses.modules import CategoricalCrossEntropyLoss as CategoricalCrossEntropyLoss
 from triton_losses.modules import ContrastiveLoss as ContrastiveLoss
 from triton_losses.modules import CosineEmbeddingLoss as CosineEmbeddingLoss
 from triton_losses.modules import CosineSimilarityLoss as CosineSimilarityLoss
@@ -36,6 +37,7 @@ from triton_losses.modules import QuantileLoss as QuantileLoss
 from triton_losses.modules import SigmoidFocalLoss as SigmoidFocalLoss
 from triton_losses.modules import SmoothL1Loss as SmoothL1Loss
 from triton_losses.modules import SoftMarginLoss as SoftMarginLoss
+from triton_losses.modules import SparseCategoricalCrossEntropyLoss as SparseCategoricalCrossEntropyLoss
 from triton_losses.modules import SquaredHingeLoss as SquaredHingeLoss
 from triton_losses.modules import TripletMarginLoss as TripletMarginLoss
 from triton_losses.modules import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss

@@ -5,19 +5,17 @@ import numbers
 import torch
 
 from triton_losses.blocks import aten_is_best
-from triton_losses.compiler import compute_dtype, runs_kernels, tl
+from triton_losses.compiler import compute_dtype, runs_kernels
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
 from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
-from triton_losses.formula import formula
-from triton_losses.row_formulas import check_shape_of_logits, cross_entropy_formula, negative_log_likelihood, softmax_focal
-
-
-@formula
-def cross_entropy_of_probabilities(p, log_q, smoothing, uniform):
-    kept = 1.0 - smoothing
-    target = kept * p + uniform
-    return tl.where(target == 0.0, target, -target * log_q), -kept * log_q, -target
+from triton_losses.row_formulas import (
+    check_shape_of_logits,
+    cross_entropy_formula,
+    cross_entropy_of_probabilities,
+    negative_log_likelihood,
+    softmax_focal,
+)
 
 
 def check_types(input, target, ignore_index):

@@ -10,6 +10,8 @@ from triton_losses.binary import perceptron_loss as perceptron_loss
 from triton_losses.binary import sigmoid_focal_loss as sigmoid_focal_loss
 from triton_losses.binary import soft_margin_loss as soft_margin_loss
 from triton_losses.binary import squared_hinge_loss as squared_hinge_loss
+from triton_losses.categorical import categorical_cross_entropy as categorical_cross_entropy
+from triton_losses.categorical import sparse_categorical_cross_entropy as sparse_categorical_cross_entropy
 from triton_losses.classification import cross_entropy as cross_entropy
 from triton_losses.classification import focal_loss as focal_loss
 from triton_losses.classification import nll_loss as nll_loss

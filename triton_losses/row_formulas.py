@@ -1,5 +1,6 @@
 """The formulas of a row of logits and a label, which themes share: classification from logits, language from hidden states."""
 
+from triton_losses.compiler import tl
 from triton_losses.device_math import at_least_tiny, exp, expm1, power
 from triton_losses.formula import formula
 
@@ -43,6 +44,13 @@ def cross_entropy_with_z_loss(log_p, lse, weight, z_loss):
 def cross_entropy_smoothed(log_p, mean_log_p, lse, weight, smoothing, z_loss):
     sharp = (1.0 - smoothing) * weight
     return z_loss * lse * lse - sharp * log_p - smoothing * mean_log_p, -sharp, -smoothing, 2.0 * z_loss * lse
+
+
+@formula
+def cross_entropy_of_probabilities(p, log_q, smoothing, uniform):
+    kept = 1.0 - smoothing
+    target = kept * p + uniform
+    return tl.where(target == 0.0, target, -target * log_q), -kept * log_q, -target
 
 
 @formula

@@ -25,6 +25,8 @@ from reference.losses.binary import perceptron_loss as perceptron_loss
 from reference.losses.binary import sigmoid_focal_loss as sigmoid_focal_loss
 from reference.losses.binary import soft_margin_loss as soft_margin_loss
 from reference.losses.binary import squared_hinge_loss as squared_hinge_loss
+from reference.losses.categorical import categorical_cross_entropy as categorical_cross_entropy
+from reference.losses.categorical import sparse_categorical_cross_entropy as sparse_categorical_cross_entropy
 from reference.losses.classification import cross_entropy as cross_entropy
 from reference.losses.classification import focal_loss as focal_loss
 from reference.losses.divergence import distillation_loss as distillation_loss
