@@ -23,20 +23,20 @@ def sum_of_row(
     first = x + (start + head) // VEC * VEC  # says that it is aligned
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    total = tl.zeros((LANES,), COMPUTE)
+    total = tl.zeros((LANES, VEC), COMPUTE)  # Triton 3.7 fails on sums of a loop's tiles that are added one after another
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
             tiles += (tl.load(first + (v + u * LANES) * VEC + tile, eviction_policy="evict_last").to(COMPUTE),)
         for u in tl.static_range(UNROLL):
-            total += tl.sum(tiles[u], 1)
+            total += tiles[u]
     for v in range(unmasked, vectors, LANES):
-        total += tl.sum(tl.load(first + v * VEC + tile, mask=(v + lanes < vectors)[:, None], other=0.0).to(COMPUTE), 1)
+        total += tl.load(first + v * VEC + tile, mask=(v + lanes < vectors)[:, None], other=0.0).to(COMPUTE)
     if EDGE:
         columns, exists = edge_tile(head, vectors, cols, LANES, VEC)
-        total += tl.sum(tl.load(x + start + columns, mask=exists, other=0.0).to(COMPUTE), 1)
-    return tl.sum(total, 0)
+        total += tl.load(x + start + columns, mask=exists, other=0.0).to(COMPUTE)
+    return tl.sum(tl.sum(total, 1), 0)
 
 
 @triton.jit

@@ -1,0 +1,79 @@
+"""Keras' cross entropies: its own published numbers, and the laws of chances that are given up to a factor."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+
+from conftest import INTERPRET
+from triton_losses import functional
+from triton_losses.families import proportion_rows
+
+few = settings(max_examples=4 if INTERPRET else 30, deadline=None, derandomize=True, database=None)
+CHANCES = torch.tensor([[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])
+LABELS, ONE_HOT = torch.tensor([1, 2]), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+
+
+def test_the_examples_of_keras_documentation_hold(device):
+    """keras.losses.CategoricalCrossentropy and SparseCategoricalCrossentropy: [0.0513, 2.303], 1.177 on average."""
+    chances, labels, one_hot = (t.to(device) for t in (CHANCES, LABELS, ONE_HOT))
+    for loss, target in ((functional.categorical_cross_entropy, one_hot), (functional.sparse_categorical_cross_entropy, labels)):
+        torch.testing.assert_close(loss(chances, target, reduction="none"), torch.tensor([0.0513, 2.303], device=device), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(loss(chances, target), torch.tensor(1.177, device=device), rtol=1e-3, atol=1e-3)
+
+
+sizes = strategies.integers(1, 6)
+
+
+@few
+@given(rows=sizes, columns=sizes, seed=strategies.integers(0, 2**31), factor=strategies.floats(1e-3, 1e3))
+def test_a_label_is_a_one_hot_row_and_a_common_factor_changes_nothing(rows, columns, seed, factor):
+    torch.manual_seed(seed)
+    chances, labels = torch.rand(rows, columns, dtype=torch.float64), torch.randint(columns, (rows,))
+    one_hot = torch.nn.functional.one_hot(labels, columns)
+    expected = None
+    for scale in (1.0, factor):
+        x = (scale * chances).requires_grad_()
+        for loss in (functional.sparse_categorical_cross_entropy(x, labels), functional.categorical_cross_entropy(x, one_hot)):
+            found = loss, scale * torch.autograd.grad(loss, x)[0]
+            expected = expected or found
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -3])
+def test_classes_lie_where_dim_says(dim, device):
+    x, labels = torch.rand(5, 5, 5, device=device), torch.randint(5, (5, 5), device=device)
+    y = torch.rand(5, 5, 5, device=device)
+    last, sparse = functional.categorical_cross_entropy, functional.sparse_categorical_cross_entropy
+    for more in ({}, {"from_logits": True}):
+        moved = last(x.movedim(dim, -1), y.movedim(dim, -1), dim=-1, reduction="none", **more)
+        torch.testing.assert_close(last(x, y, dim=dim, reduction="none", **more), moved)
+        moved = sparse(x.movedim(dim, -1), labels, dim=-1, reduction="none", **more)
+        torch.testing.assert_close(sparse(x, labels, dim=dim, reduction="none", **more), moved)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_function_transforms_and_second_derivatives(reduction):
+    x, y = torch.rand(3, 4, dtype=torch.float64) + 0.1, torch.rand(3, 4, dtype=torch.float64)
+    labels = torch.tensor([0, -100, 3])
+    losses = [lambda x: functional.categorical_cross_entropy(x, y, label_smoothing=0.1, reduction=reduction),
+              lambda x: functional.sparse_categorical_cross_entropy(x, labels, ignore_index=-100, reduction=reduction)]  # fmt: skip
+    for loss in losses:
+        assert torch.autograd.gradcheck(loss, x.requires_grad_()) and torch.autograd.gradgradcheck(loss, x)
+        plain = torch.autograd.functional.jacobian(loss, x.detach())
+        torch.testing.assert_close(torch.func.jacrev(loss)(x.detach()), plain)
+        many = torch.stack([x.detach(), 2 * x.detach()])
+        torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(loss))(many)[0], plain)
+
+
+OP_TESTS = ("test_schema", "test_faketensor")  # autograd is the Functions', not the ops'
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_ops_are_well_behaved(reduction, device):
+    x = torch.rand(3, 9, device=device)
+    for y, wanted in ((torch.rand(3, 9, device=device), [True, True]), (torch.tensor([0, -100, 8], device=device), [True, False])):
+        options = "clipped_cross_entropy", [0.0, 0.0, 1e-7, 1 - 1e-7], -100, reduction
+        torch.library.opcheck(proportion_rows.proportion_rows_forward.overload, (x, y, *options, torch.float32), test_utils=OP_TESTS)
+        out, saved, number = proportion_rows.proportion_rows_forward(x, y, *options, torch.float32)
+        arguments = (x, y, saved, number, torch.randn_like(out), *options, wanted)
+        torch.library.opcheck(proportion_rows.proportion_rows_backward.overload, arguments, test_utils=OP_TESTS)
