@@ -170,54 +170,6 @@ def row_refusals(name):
     yield "no ignore_index", "None", of(name, NUMBERS, LABELS, ignore_index=None)
 
 
-def margin_refusals(name):
-    sets = name == "multilabel_margin_loss"
-    labels = LABELS[:, None].repeat(1, 5) if sets else LABELS
-    yield "fewer labels than rows", "(3", of(name, NUMBERS, labels[:3])
-    yield "labels of other columns", "(4, 3)", of(name, NUMBERS, LABELS[:, None].repeat(1, 3))
-    yield "two labels for unbatched scores", "(2,)", of(name, NUMBERS[0], LABELS[:2])
-    yield "an image", "(2, 5, 3, 4)", of(name, IMAGE, IMAGE_LABELS)
-    yield "no classes", "(4, 0)", of(name, NUMBERS[:, :0], labels[:, :0] if sets else labels)
-    yield "no classes, unbatched", "(0,)", of(name, NUMBERS[0, :0], labels[0, :0] if sets else labels[0])
-    yield "a label above the classes", "5", of(name, NUMBERS, labels.masked_fill(labels == 4, 5))
-    yield "a label below them", "-2", of(name, NUMBERS, labels.masked_fill(labels == 4, -2))
-    yield "a label far above an only class", "9", of(name, NUMBERS[:, :1], labels[:, :1] * 0 + 9 if sets else labels * 0 + 9)
-    yield "labels of 32 bits", "int32", of(name, NUMBERS, labels.int())
-    yield "labels of a byte", "uint8", of(name, NUMBERS, labels.byte())
-    yield "labels that are numbers", "float32", of(name, NUMBERS, labels.float())
-    yield "labels in a list", "[0, 4, 2, 1]", of(name, NUMBERS, [0, 4, 2, 1])
-    yield "integer scores", "int64", of(name, INTEGERS, labels)
-    yield "complex scores", "complex64", of(name, NUMBERS + 0j, labels)
-    yield "eight-bit scores", "float8", of(name, CHANCES.to(torch.float8_e4m3fn), labels)
-    yield "labels on another device", "meta", of(name, NUMBERS, labels.to("meta"))
-    yield "scores on another device", "meta", of(name, ELSEWHERE, labels)
-    yield "unknown reduction", "average", of(name, NUMBERS, labels, reduction="average")
-    yield "no reduction", "None", of(name, NUMBERS, labels, reduction=None)
-    yield "unknown option", "colour", of(name, NUMBERS, labels, colour="red")
-
-
-def multi_margin_refusals(name):
-    for p in (0, 3, 1.5, NAN):
-        yield f"p {p}", str(p), of(name, NUMBERS, LABELS, p=p)
-    yield "a negative label", "-1", of(name, NUMBERS, labelled(0, -1, 2, 1))
-    yield "margin that is a word", "wide", of(name, NUMBERS, LABELS, margin="wide")
-    yield "weight for fewer classes", "4", of(name, NUMBERS, LABELS, weight=torch.rand(4))
-    yield "weight in a column", "(5, 1)", of(name, NUMBERS, LABELS, weight=torch.rand(5, 1))
-    yield "weight of another dtype", "float64", of(name, NUMBERS, LABELS, weight=torch.rand(5).double())
-    yield "weight on another device", "meta", of(name, NUMBERS, LABELS, weight=ELSEWHERE[0])
-    yield "weight that requires grad", "weight", of(name, NUMBERS, LABELS, weight=torch.rand(5, requires_grad=True))
-
-
-def soft_margin_refusals(name):
-    yield "sizes that do not broadcast", "7", of(name, NUMBERS, torch.randn(7, 5))
-    yield "integer input", "int64", of(name, INTEGERS, CHANCES)
-    yield "truth values", "bool", of(name, NUMBERS, NUMBERS > 0)
-    yield "scalar input", "dimension", of(name, NUMBERS[0, 0], CHANCES[0, 0])
-    yield "unknown reduction", "average", of(name, NUMBERS, CHANCES, reduction="average")
-    yield "target on another device", "meta", of(name, NUMBERS, ELSEWHERE)
-    yield "weight of another length", "4", of(name, NUMBERS, CHANCES, weight=torch.rand(4))
-
-
 def refusals():
     """(function, sentence, what the message names, call)."""
     for names, kinds in [
@@ -226,8 +178,6 @@ def refusals():
         (["binary_cross_entropy"], chance_refusals),
         (["gaussian_nll_loss", "poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss"], remaining_refusals),
         (VECTORS, vector_refusals),
-        (["multi_margin_loss", "multilabel_margin_loss"], margin_refusals), (["multi_margin_loss"], multi_margin_refusals),
-        (["multilabel_soft_margin_loss"], soft_margin_refusals),
     ]:  # fmt: skip
         yield from ((name, *refusal) for name in names for refusal in kinds(name))
     for value in (0, -1.5, NAN):
@@ -295,25 +245,6 @@ OURS = [
     (ValueError, "1.5", of("sigmoid_focal_loss", NUMBERS, CHANCES, alpha=1.5)),
     (ValueError, "nan", of("sigmoid_focal_loss", NUMBERS, CHANCES, alpha=NAN)),
     (ValueError, "torch.Size([5])", of("sigmoid_focal_loss", NUMBERS, CHANCES[0])),
-    (ValueError, "(5,)", of("categorical_cross_entropy", CHANCES, CHANCES[0])),
-    (ValueError, "1.5", of("categorical_cross_entropy", CHANCES, CHANCES, label_smoothing=1.5)),
-    (ValueError, "nan", of("categorical_cross_entropy", CHANCES, CHANCES, label_smoothing=NAN)),
-    (ValueError, "average", of("categorical_cross_entropy", CHANCES, CHANCES, reduction="average")),
-    (IndexError, "2", of("categorical_cross_entropy", CHANCES, CHANCES, dim=2)),
-    (IndexError, "()", of("categorical_cross_entropy", CHANCES[0, 0], CHANCES[0, 0])),
-    (NotImplementedError, "int64", of("categorical_cross_entropy", INTEGERS, CHANCES)),
-    (RuntimeError, "meta", of("categorical_cross_entropy", CHANCES, ELSEWHERE)),
-    (TypeError, "[1.0]", of("categorical_cross_entropy", CHANCES, [1.0])),
-    (ValueError, "(3,)", of("sparse_categorical_cross_entropy", CHANCES, LABELS[:3])),
-    (ValueError, "(4, 1)", of("sparse_categorical_cross_entropy", CHANCES, LABELS[:, None])),
-    (ValueError, "(4,)", of("sparse_categorical_cross_entropy", CHANCES, LABELS, dim=0)),
-    (RuntimeError, "float32", of("sparse_categorical_cross_entropy", CHANCES, LABELS.float())),
-    (RuntimeError, "bool", of("sparse_categorical_cross_entropy", CHANCES, LABELS > 1)),
-    (IndexError, "5", of("sparse_categorical_cross_entropy", CHANCES, labelled(0, 5, 2, 1))),
-    (IndexError, "-100", of("sparse_categorical_cross_entropy", CHANCES, labelled(0, -100, 2, 1))),
-    (IndexError, "7", of("sparse_categorical_cross_entropy", NUMBERS, labelled(0, 7, 2, 1), from_logits=True)),
-    (TypeError, "1.5", of("sparse_categorical_cross_entropy", CHANCES, LABELS, ignore_index=1.5)),
-    (RuntimeError, "meta", of("sparse_categorical_cross_entropy", CHANCES, LABELS_ELSEWHERE)),
     (ValueError, "1.5", of("quantile_loss", NUMBERS, OTHERS, 1.5)),
     (ValueError, "nan", of("quantile_loss", NUMBERS, OTHERS[:, 0], (0.1, NAN))),
     (ValueError, "(4, 5)", of("quantile_loss", NUMBERS, OTHERS, [0.5])),
@@ -383,26 +314,6 @@ def acceptances():
     yield "certain chances", of("binary_cross_entropy", CHANCES.round(), CHANCES, reduction="none")
     for weight in (CHANCES[:, :1], CHANCES.bfloat16(), CHANCES.double()):
         yield f"chances weighted by {weight.dtype}, {weight.shape}", of("binary_cross_entropy", CHANCES, CHANCES, weight=weight)
-    for target in (torch.tensor(3), labelled(3)):
-        for reduction in ("none", "mean", "sum"):
-            end = f"{tuple(target.shape)}, {reduction}"
-            yield f"unbatched scores: {end}", of("multi_margin_loss", NUMBERS[0], target, reduction=reduction)
-            yield f"one row of scores: {end}", of("multi_margin_loss", NUMBERS[:1], target, reduction=reduction, weight=CHANCES[0])
-            yield f"a scalar score: {end}", of("multi_margin_loss", NUMBERS[0, 0], target * 0, reduction=reduction)
-            yield f"a set for a scalar score: {end}", of("multilabel_margin_loss", NUMBERS[0, 0], target * 0 - 1, reduction=reduction)
-            yield f"a set for unbatched scores: {end}", of("multilabel_margin_loss", NUMBERS[0], labelled(3, 0, -1, 9 % 5, 1), reduction=reduction)
-            yield f"a set for one score: {end}", of("multilabel_margin_loss", NUMBERS[0, :1], target * 0, reduction=reduction)
-    for margin in (2, -1.0, NAN, torch.tensor(0.5)):
-        yield f"margin {margin}", of("multi_margin_loss", NUMBERS, LABELS, p=2.0, margin=margin)
-    for reduction in ("none", "mean", "sum"):
-        soft = "multilabel_soft_margin_loss"
-        yield f"integers for classes, {reduction}", of(soft, NUMBERS, INTEGERS, reduction=reduction)
-        yield f"one row of classes for all, {reduction}", of(soft, NUMBERS, CHANCES[0], reduction=reduction)
-        yield f"more rows of classes, {reduction}", of(soft, NUMBERS[0], CHANCES, reduction=reduction)
-        yield f"a weight for each row, {reduction}", of(soft, NUMBERS, CHANCES, weight=CHANCES[:, :1].double(), reduction=reduction)
-        yield f"an image's last dimension, {reduction}", of(soft, IMAGE, IMAGE.sigmoid(), reduction=reduction)
-        yield f"no rows of classes, {reduction}", of(soft, NUMBERS[:0], CHANCES[:0], reduction=reduction)
-        yield f"no classes, {reduction}", of(soft, NUMBERS[:, :0], CHANCES[:, :0], reduction=reduction)
     yield "seven dimensions", of("mse_loss", NUMBERS.view(2, 1, 2, 1, 5, 1, 1), OTHERS.view(2, 1, 2, 1, 5, 1, 1), reduction="none")
     yield "targets that are no chances", of("binary_cross_entropy_with_logits", NUMBERS, 3 * OTHERS)
     yield "a scalar pos_weight", of("binary_cross_entropy_with_logits", NUMBERS, CHANCES, pos_weight=torch.tensor(2.0))

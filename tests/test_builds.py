@@ -230,17 +230,19 @@ def test_wide_rows_of_other_families_are_built_with_16_byte_accesses(loss, dtype
             assert {bits for loop in loops for _, bits in loop} == {128}, f"{build}: {loops}"
 
 
-def test_rows_of_other_families_beyond_2_31_elements_are_built_with_64_bit_offsets():
-    for loss, labels in ROW_LOSSES.items():
-        small = built("sm_90", of_one_row_of, loss, labels, torch.bfloat16, COLUMNS[0])
+@pytest.mark.parametrize("loss", ROW_LOSSES)
+def test_rows_of_other_families_beyond_2_31_elements_are_built_with_64_bit_offsets(loss):
+    small = built("sm_90", of_one_row_of, loss, ROW_LOSSES[loss], torch.bfloat16, COLUMNS[0])
 
-        def large():
-            for build in small:
-                build.launch.launch({**build.arguments, "rows": 1 << 20}, build.config)
+    def large():
+        for build in small:
+            build.launch.launch({**build.arguments, "rows": 1 << 20}, build.config)
 
-        for build, gradient in zip(forward_and_backward("sm_90", large), (None, "%grad_x" if "categorical" in loss else "%grad")):
-            for pointer in ("%x", gradient) if gradient else ("%x",):
-                assert offsets_of(build, pointer) <= {"i64"}, f"{build}: {pointer}"
+    forward, backward = forward_and_backward("sm_90", large)
+    gradient = "%grad_x" if "categorical" in loss else "%grad"
+    for build, pointers in ((forward, ["%x"]), (backward, ["%x", gradient])):
+        for pointer in pointers:  # within a row 32 bits are enough; a label's p_t is all that is read of x then
+            assert offsets_of(build, pointer) == {"i64"}, f"{build}: {pointer}"
 
 
 def offsets_of(build, pointer=r"%\w+"):

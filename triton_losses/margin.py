@@ -54,6 +54,7 @@ def check_range(target, low, classes):
 
 
 def by_margin(formula, x, labels, weight, p, margin, reduction):
+    """Rows and their labels, by ATen on a CPU; the formula is max(0, margin + d)^p."""
     if x.device.type == "cpu" and not runs_kernels(x) and not read_whole():
         return margin_native(formula, x, labels, weight, p, margin, reduction)
     return margin_rows(formula, x, labels, weight, (margin,), reduction)

@@ -107,9 +107,7 @@ def forward_kernel(
     loss = tl.zeros((), COMPUTE)
     for k in range(0, count):
         place = place_of(labels + k, cols)
-        total, slope = sums_over_others(
-            x, row * stride, cols, place, members, values, FORMULA, LISTED, EDGE, COMPUTE, VEC, LANES, UNROLL
-        )
+        total, slope = sums_over_others(x, row * stride, cols, place, members, values, FORMULA, LISTED, EDGE, COMPUTE, VEC, LANES, UNROLL)
         factor = factor_of(class_weights, place, cols, WEIGHTED, COMPUTE)
         loss += total * factor
         tl.store(slopes + k, slope * factor)

@@ -15,7 +15,7 @@ import torch
 
 from triton_losses.blocks import share
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
-from triton_losses.families.distribution_rows import readable_pair, reading_of
+from triton_losses.families.distribution_rows import readable_pair
 from triton_losses.families.label_rows import readable
 from triton_losses.families.label_rows_blocks import counted, row_blocks
 from triton_losses.families.reduction import promoted, result_dtype
@@ -110,7 +110,7 @@ def backward_blocks(x, y, saved, number, dout, formula, scalars, ignore_index, r
     rows, wide, parts = x.shape[0], saved.dtype, row_blocks(*x.shape, saved.dtype)
     grads = [torch.empty(t.shape, dtype=t.dtype) if want else None for t, want in zip((x, y), wanted)]
     upstream = (dout.to(wide) / (number if reduction == "mean" else 1)).expand(rows)[:, None]
-    totals = saved[0][:, None]
+    totals, partials_of = saved[0][:, None], formula.partials(wanted[::-1])
 
     def write(grad, part, value, factor):
         if grad.dtype == wide:
@@ -121,7 +121,7 @@ def backward_blocks(x, y, saved, number, dout, formula, scalars, ignore_index, r
     def work(i):
         part = parts[i]
         p = x[part].to(wide) / totals[part]
-        partials = list(reading_of(formula.name, tuple(k for k, want in ((1, wanted[1]), (2, wanted[0])) if want))(y[part].to(wide), p, *scalars))
+        partials = list(partials_of(y[part].to(wide), p, *scalars))
         if wanted[0]:
             d = partials.pop()
             write(grads[0], part, d.sub_((p * d).sum(1, keepdim=True)), upstream[part] / totals[part])
