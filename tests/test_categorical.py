@@ -39,6 +39,14 @@ def test_a_label_is_a_one_hot_row_and_a_common_factor_changes_nothing(rows, colu
             torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32], ids=str)
+def test_labels_may_be_any_integers(dtype, device):
+    chances, labels = CHANCES.to(device), LABELS.to(device)
+    for more in ({}, {"from_logits": True}, {"ignore_index": 2}):
+        wide = functional.sparse_categorical_cross_entropy(chances, labels, **more)
+        assert torch.equal(functional.sparse_categorical_cross_entropy(chances, labels.to(dtype), **more), wide)
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -3])
 def test_classes_lie_where_dim_says(dim, device):
     x, labels = torch.rand(5, 5, 5, device=device), torch.randint(5, (5, 5), device=device)

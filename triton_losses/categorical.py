@@ -100,7 +100,7 @@ def sparse_categorical_cross_entropy(input, target, from_logits=False, ignore_in
         ignore_index = -(2**62)  # no class
     elif not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    x, labels = as_rows(input, dim), target.reshape(-1)
+    x, labels = as_rows(input, dim), target.reshape(-1).long()
     if from_logits:
         losses = label_rows(cross_entropy_plain, x, labels, None, (), int(ignore_index), reduction)
     else:

@@ -124,7 +124,7 @@ def backward_blocks(x, y, saved, number, dout, formula, scalars, ignore_index, r
         partials = list(partials_of(y[part].to(wide), p, *scalars))
         if wanted[0]:
             d = partials.pop()
-            write(grads[0], part, d.sub_((p * d).sum(1, keepdim=True)), upstream[part] / totals[part])
+            write(grads[0], part, d - (p * d).sum(1, keepdim=True), upstream[part] / totals[part])
         if wanted[1]:
             write(grads[1], part, partials[0], upstream[part])
 
