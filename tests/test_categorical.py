@@ -47,10 +47,9 @@ def test_labels_may_be_any_integers(dtype, device):
         assert torch.equal(functional.sparse_categorical_cross_entropy(chances, labels.to(dtype), **more), wide)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2, -1, -3])
+@pytest.mark.parametrize("dim", [0, 1, -1])
 def test_classes_lie_where_dim_says(dim, device):
-    x, labels = torch.rand(5, 5, 5, device=device), torch.randint(5, (5, 5), device=device)
-    y = torch.rand(5, 5, 5, device=device)
+    x, labels, y = torch.rand(3, 3, 3, device=device), torch.randint(3, (3, 3), device=device), torch.rand(3, 3, 3, device=device)
     last, sparse = functional.categorical_cross_entropy, functional.sparse_categorical_cross_entropy
     for more in ({}, {"from_logits": True}):
         moved = last(x.movedim(dim, -1), y.movedim(dim, -1), dim=-1, reduction="none", **more)
