@@ -2,7 +2,7 @@
 
 import torch
 
-from reference.cases.case import IGNORED
+from reference.cases.case import IGNORED, ROWS
 from reference.cases.classification import logits_and_all_labels, logits_and_probabilities, logits_and_soft_labels
 from reference.cases.draws import hard_rows, logits_and_labels, rows
 
@@ -52,20 +52,21 @@ def no_chances_and_labels(shape, dtype):
     return input, labels
 
 
+FEW = ROWS[::3]
 IGNORING = {"ignore_index": IGNORED}
 TIMED = {"quick": ((64, 10), (1024, 10000)), "full": ((64, 10), (8192, 1000), (1024, 32000))}
 
 CASES = [
     rows("categorical_cross_entropy", (), chances_and_probabilities, bench=TIMED),
-    rows("categorical_cross_entropy", {"label_smoothing": 0.1}, chances_and_soft_labels, differentiable=2),
-    rows("categorical_cross_entropy", {"dim": -1, "label_smoothing": 0.3}, chances_and_soft_labels),
-    rows("categorical_cross_entropy", {"from_logits": True, "label_smoothing": 0.1}, logits_and_probabilities),
+    rows("categorical_cross_entropy", {"label_smoothing": 0.1}, chances_and_soft_labels, differentiable=2, shapes=FEW),
+    rows("categorical_cross_entropy", {"dim": -1, "label_smoothing": 0.3}, chances_and_soft_labels, shapes=FEW),
+    rows("categorical_cross_entropy", {"from_logits": True, "label_smoothing": 0.1}, logits_and_probabilities, shapes=FEW),
     hard_rows("categorical_cross_entropy", certain_and_impossible),
     hard_rows("categorical_cross_entropy", certain_and_impossible, {"label_smoothing": 0.1}),
     hard_rows("categorical_cross_entropy", no_chances),
     rows("sparse_categorical_cross_entropy", (), chances_and_all_labels, bench=TIMED),
     rows("sparse_categorical_cross_entropy", IGNORING, chances_and_labels),
-    rows("sparse_categorical_cross_entropy", {"from_logits": True, **IGNORING}, logits_and_labels),
+    rows("sparse_categorical_cross_entropy", {"from_logits": True, **IGNORING}, logits_and_labels, shapes=FEW),
     hard_rows("sparse_categorical_cross_entropy", certain_and_impossible_labels, IGNORING),
     hard_rows("sparse_categorical_cross_entropy", no_chances_and_labels, IGNORING),
 ]

@@ -18,9 +18,9 @@ def scores_and_labels(shape, dtype):
 
 
 def scores_and_sets(shape, dtype):
-    """Up to four labels, at times the same one twice, then a -1, then labels that do not count."""
+    """Up to two labels, at times the same one twice, then a -1, then labels that do not count."""
     shape = rows_of(shape)
-    columns, ends = torch.arange(shape[-1]), torch.randint(5, (*shape[:-1], 1))
+    columns, ends = torch.arange(shape[-1]), torch.randint(3, (*shape[:-1], 1))
     labels = torch.where(columns == ends, -1, torch.randint(shape[-1], shape))
     return torch.randn(shape, dtype=dtype) * 2, labels
 
@@ -66,8 +66,8 @@ def hard(name, draw, options=()):
 CASES = [
     margin("multi_margin_loss", bench={"quick": ((64, 10), (1024, 32000)), "full": ((64, 10), (8192, 1000), (1024, 32000))}),
     margin("multi_margin_loss", {"p": 2, "margin": 0.3}, bench={"full": ((1024, 32000),)}),
-    margin("multi_margin_loss", {"p": 2, "weight": per_class}),
-    margin("multi_margin_loss", {"margin": -0.5, "weight": per_class}),
+    margin("multi_margin_loss", {"p": 2, "weight": per_class}, shapes=SHAPES[::3]),
+    margin("multi_margin_loss", {"margin": -0.5, "weight": per_class}, shapes=SHAPES[::3]),
     *(hard("multi_margin_loss", draw, {"p": p}) for draw in (at_the_margin, infinite_scores) for p in (1, 2)),
     margin("multilabel_margin_loss", (), scores_and_sets, bench={"quick": ((64, 10), (1024, 1000)), "full": ((64, 10), (8192, 1000))}),
     margin("multilabel_margin_loss", (), scores_and_full_sets, shapes=((3, 9), (2, 1))),
