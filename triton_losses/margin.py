@@ -77,14 +77,14 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
         raise ValueError(f"only p == 1 and p == 2 supported, got {p}")
     if not isinstance(margin, (numbers.Number, torch.Tensor)):
         raise TypeError(f"margin must be a number, got {margin!r}")
+    if weight is not None and weight.dim() != 1:
+        raise ValueError(f"weight must be one-dimensional, got {tuple(weight.shape)}")
     check_scores(input, target)
     classes, rows = input.shape[-1] if input.dim() else 1, input.shape[0] if input.dim() == 2 else 1
     if target.dim() > 1 or target.numel() != rows:
         raise RuntimeError(f"target must be 1-D with one label a row: expected ({rows},), got {tuple(target.shape)}")
     if weight is not None:
         check_device(input, "weight", weight)
-        if weight.dim() != 1:
-            raise ValueError(f"weight must be one-dimensional, got {tuple(weight.shape)}")
         if weight.numel() != classes or weight.dtype != input.dtype:
             raise RuntimeError(f"weight must be {input.dtype} of size {classes}, got {weight.dtype} of size {weight.numel()}")
         if weight.requires_grad:
