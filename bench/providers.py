@@ -24,7 +24,7 @@ def ours(case):
 
 
 def eager(case):
-    return getattr(reference.losses, case.name)
+    return case.baseline or getattr(reference.losses, case.name)
 
 
 def compiled(function):

@@ -14,6 +14,7 @@ from triton_losses import functional
 LOSSES = {"ctc_loss": lambda x: x.log_softmax(-1), "ctc_loss_with_logits": lambda x: x}  # and what makes their input of logits
 NAN, INFINITY = math.nan, math.inf
 few = settings(max_examples=4 if INTERPRET else 25, deadline=None, derandomize=True, database=None)
+seeds = strategies.integers(0, 2**31)
 
 
 def reading(path, blank):
@@ -38,7 +39,7 @@ def value_and_gradient(loss, input, *arguments, **options):
 
 
 @few
-@given(steps=strategies.integers(0, 4), classes=strategies.integers(2, 3), seed=strategies.integers(0, 2**31), blank=strategies.integers(0, 1))
+@given(steps=strategies.integers(0, 4), classes=strategies.integers(2, 3), seed=seeds, blank=strategies.integers(0, 1))
 def test_the_loss_sums_all_alignments(steps, classes, seed, blank):
     logits, targets, *lengths = drawn(steps, 2, classes, 3, seed, blank=blank)
     log_probs = logits.log_softmax(-1)
@@ -63,6 +64,7 @@ KINDS = {
 }
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 def test_lengths_and_targets_of_any_kind_give_torchs_numbers(kind, dtype, device):
@@ -76,22 +78,24 @@ def test_lengths_and_targets_of_any_kind_give_torchs_numbers(kind, dtype, device
 
 
 @few
-@given(steps=strategies.integers(1, 6), samples=strategies.integers(1, 3), room=strategies.integers(0, 4), seed=strategies.integers(0, 2**31))
+@given(steps=strategies.integers(1, 6), samples=strategies.integers(1, 3), room=strategies.integers(0, 4), seed=seeds)
 def test_torch_gives_the_same(steps, samples, room, seed):
     logits, targets, *lengths = drawn(steps, samples, 3, room, seed, blank=seed % 3)
-    for reduction, zero_infinity in itertools.product(("none", "mean", "sum"), (True, False)):
+    for reduction, zero_infinity in itertools.product(("none", "mean", "sum")[: 1 if INTERPRET else 3], (True, False)):
         for name, prepare in LOSSES.items():
             options = {"blank": seed % 3, "reduction": reduction, "zero_infinity": zero_infinity}
-            found = value_and_gradient(getattr(functional, name), logits.log_softmax(-1), targets, *lengths, **options)
-            expected = value_and_gradient(lambda x, *rest, **o: torch.nn.functional.ctc_loss(prepare(x), *rest, **o), logits.log_softmax(-1), targets, *lengths, **options)
-            if name == "ctc_loss":
-                torch.testing.assert_close(found[0], value_and_gradient(torch.nn.functional.ctc_loss, logits.log_softmax(-1), targets, *lengths, **options)[0], equal_nan=True)
+            torchs = lambda x: torch.nn.functional.ctc_loss(prepare(x).log_softmax(-1), targets, *lengths, **options)  # noqa: B023, E731
+            ours = lambda x: getattr(functional, name)(prepare(x), targets, *lengths, **options)  # noqa: B023, E731
+            found, expected = (value_and_gradient(loss, logits) for loss in (ours, torchs))
             torch.testing.assert_close(found[0], expected[0], equal_nan=True)
+            for n in range(samples):  # log_softmax makes zeros or nan of a sample's nan
+                if expected[1][:, n].isfinite().all():
+                    torch.testing.assert_close(found[1][:, n], expected[1][:, n])
 
 
 def test_long_sequences_keep_their_digits():
     """Gradients at least ten times closer to float64 than torch's, of blanks all but certain too."""
-    steps, room = (100, 15) if INTERPRET else (2000, 300)
+    steps, room = (60, 10) if INTERPRET else (2000, 300)
     logits = torch.randn(steps, 1, 40) * 2
     logits[steps // 2 :, :, 0] += 12
     arguments = torch.randint(1, 40, (1, room)), (steps,), (room,)
@@ -112,7 +116,7 @@ def test_only_samples_that_cannot_be_aligned_suffer(device):
         loss, gradient = value_and_gradient(getattr(functional, name), input, *rest, reduction="none")
         alone, gradient_alone = value_and_gradient(getattr(functional, name), input[:, ::2], rest[0][::2], (4, 4), (2, 1), reduction="none")
         assert loss[1] == INFINITY and gradient[:, 1].isnan().all()
-        assert torch.equal(loss[::2], alone) and torch.equal(gradient[:, ::2], gradient_alone)  # whoever else is in the batch
+        torch.testing.assert_close((loss[::2], gradient[:, ::2]), (alone, gradient_alone))
         loss, gradient = value_and_gradient(getattr(functional, name), input, *rest, reduction="none", zero_infinity=True)
         assert loss[1] == 0 and not gradient[:, 1].any() and torch.equal(loss[::2], alone)
 
@@ -123,19 +127,22 @@ def test_one_sample_needs_no_batch(device):
         for lengths in (((5,), (2,)), (torch.tensor([5]), torch.tensor([2])), (torch.tensor(5), torch.tensor(2))):
             loss = functional.ctc_loss_with_logits(input.to(device), labels.to(device), *lengths, reduction="none")
             assert loss.shape == ((1,) if input.dim() == 3 else ())
-            torch.testing.assert_close(loss.reshape(()), functional.ctc_loss_with_logits(logits.to(device), targets.to(device), (5,), (2,), reduction="sum"))
+            total = functional.ctc_loss_with_logits(logits.to(device), targets.to(device), (5,), (2,), reduction="sum")
+            torch.testing.assert_close(loss.reshape(()), total)
 
 
 def test_nothing_at_all(device):
     for steps, samples, room in itertools.product((0, 2), (0, 2), (0, 1)):
         input, targets = torch.zeros(steps, samples, 3, device=device), torch.ones(samples, room, dtype=torch.int64, device=device)
-        loss, gradient = value_and_gradient(functional.ctc_loss_with_logits, input, targets, (0,) * samples, (0,) * samples, reduction="none")
+        nothing = targets, (0,) * samples, (0,) * samples
+        loss, gradient = value_and_gradient(functional.ctc_loss_with_logits, input, *nothing, reduction="none")
         assert torch.equal(loss, torch.zeros(samples, device=device)) and not gradient.any()
 
 
 DOUBLE = [("ctc_loss", {"exact_gradient": True}), ("ctc_loss", {}), ("ctc_loss_with_logits", {})]
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("name, options", DOUBLE, ids=lambda v: v if isinstance(v, str) else "-".join(v))
 def test_derivatives_are_derivatives(name, options, device):
     """The first, where the convention is the exact one; and the second, of either."""
@@ -209,9 +216,9 @@ def test_the_module_takes_logits_too(device):
     rest = targets.to(device), (5, 4), (2, 1)
     module = triton_losses.CTCLoss(blank=1, reduction="sum", from_logits=True)
     assert repr(module) == "CTCLoss(blank=1, reduction='sum', zero_infinity=False, exact_gradient=False, from_logits=True)"
-    assert torch.equal(module(logits.to(device), *rest), functional.ctc_loss_with_logits(logits.to(device), *rest, blank=1, reduction="sum"))
-    module.from_logits = False
-    assert torch.equal(module(logits.to(device), *rest), functional.ctc_loss(logits.to(device), *rest, blank=1, reduction="sum"))
+    for loss, from_logits in ((functional.ctc_loss_with_logits, True), (functional.ctc_loss, False)):
+        module.from_logits = from_logits
+        assert torch.equal(module(logits.to(device), *rest), loss(logits.to(device), *rest, blank=1, reduction="sum"))
 
 
 INPUT, TARGETS = torch.zeros(4, 2, 3), torch.tensor([[1, 2, 1], [2, 1, 2]])
