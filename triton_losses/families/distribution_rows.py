@@ -100,19 +100,26 @@ def centred(x, scale, wide):
     return x - highest, highest
 
 
-def forward_blocks(p, q, weight, labels, formula, scalars, given, one_read, ignore_index, reduction, dtype):
+def walk_blocks(
+    p, q, weight, labels, formula, scalars, given, ignore_index,
+    saved, losses=None, one_read=False, grads=(None, None), upstream=None, denominator=None,
+):  # fmt: skip
+    """walk, in PyTorch. Where losses and gradients are both wanted, the gradients are made while a block is in the cache."""
     rows, cols = q.shape
-    wide = wide_dtype(p, q)
+    wide = saved.dtype
     scale, z_loss, *scalars = scalars
     weight = weight if weight is None else weight.to(wide)
     parts = row_blocks(rows, cols, wide)
-    saved = q.new_zeros(6, rows, dtype=wide)
-    losses = q.new_empty(rows, dtype=wide)
+    dropped = None if labels is None else labels == ignore_index
+    wanted = tuple(grad is not None for grad in grads)
+    if any(wanted):
+        partials_of = FORMULAS[formula].partials(wanted)
+        upstream = (upstream.to(wide) / (1 if denominator is None else denominator)).expand(rows)[:, None]
 
     def total(t):
         return t.sum(1) if weight is None else t.mv(weight)
 
-    def work(i):
+    def read(i):
         highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q = saved[:, parts[i], None]
         b, highest_q[:] = centred(q[parts[i]], scale, wide)
         total_q = b.exp().sum(1, keepdim=True)
@@ -136,29 +143,9 @@ def forward_blocks(p, q, weight, labels, formula, scalars, given, one_read, igno
         if z_loss:
             lse = highest_q + log_total_q
             loss, d_q = loss + z_loss * lse * lse, d_q - 2 * z_loss * lse
-        losses[parts[i]], slope_p[:], slope_q[:] = loss[:, 0], d_p, d_q
+        losses[0, parts[i]], slope_p[:], slope_q[:] = loss[:, 0], d_p, d_q
 
-    share(work, len(parts))
-    counted = losses.new_tensor(rows)
-    if labels is not None:
-        kept = labels != ignore_index
-        losses, counted = torch.where(kept, losses, 0), kept.sum().to(wide)
-    if reduction != "none":
-        losses = losses.sum() / (counted if reduction == "mean" else 1)
-    return losses.to(dtype), saved, counted
-
-
-def backward_blocks(p, q, weight, labels, saved, counted, dout, formula, scalars, given, ignore_index, reduction, wanted):
-    rows, cols = q.shape
-    wide = saved.dtype
-    scale, _, *scalars = scalars
-    weight = weight if weight is None else weight.to(wide)
-    grads = [torch.empty(x.shape, dtype=x.dtype) if want else None for x, want in zip((p, q), wanted)]
-    upstream = (dout.to(wide) / (counted if reduction == "mean" else 1)).expand(rows)[:, None]
-    dropped = None if labels is None else (labels == ignore_index)[:, None]
-    partials_of, parts = FORMULAS[formula].partials(wanted), row_blocks(rows, cols, wide)
-
-    def work(i):
+    def write(i):
         highest_p, log_total_p, highest_q, log_total_q, *slopes = saved[:, parts[i], None]
         a, b, factor = p[parts[i]].to(wide), q[parts[i]].to(wide), upstream[parts[i]]
         if not given:
@@ -175,23 +162,64 @@ def backward_blocks(p, q, weight, labels, saved, counted, dout, formula, scalars
             else:
                 g = torch.addcmul(d, log_row.exp_(), slope, value=-1, out=out).mul_(factor * scale)
             if dropped is not None:
-                g.masked_fill_(dropped[parts[i]], 0)  # 0 · nan
+                g.masked_fill_(dropped[parts[i], None], 0)  # 0 · nan
             if out is None:
                 grad[parts[i]] = g
 
+    def work(i):
+        if losses is not None:
+            read(i)
+        if any(wanted):
+            write(i)
+
     share(work, len(parts))
-    return [grad for grad in grads if grad is not None]
+    if losses is not None:
+        losses[1] = 1.0
+        if dropped is not None:
+            losses.masked_fill_(dropped, 0)
 
 
 # Ops: kernels on a GPU and in the interpreter, blocks on a CPU
 
 
 def readable_pair(p, q):
-    """Both with rows one after another, and starting at the same place within a vector."""
+    """Both with rows one after another, and starting at the same place within a vector; on a CPU as they are."""
+    if not runs_kernels(q):
+        return p, q
     p, q = readable(p), readable(q)
     if q.shape[0] > 1 and (p.stride(0) - q.stride(0)) % VECTOR:
         p, q = p.contiguous(), q.contiguous()
     return p, q
+
+
+def room_for_gradient(x):
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) if runs_kernels(x) else x.new_empty(x.shape)
+
+
+def walk(
+    p, q, weight, labels, formula, scalars, given, ignore_index,
+    saved, losses=None, one_read=False, grads=(None, None), upstream=None, denominator=None,
+):  # fmt: skip
+    """One pass over the pairs, by kernels, which want a readable pair, or in blocks.
+
+    losses: fill them, (2, rows), with losses and a 1 for each row that counts, and ``saved`` (6, rows) with what a backward
+    needs. grads: fill those of p and of q that are not None, and may be p and q themselves, with the gradients of
+    Σ upstream · losses / denominator. Both may be asked for.
+    """
+    if not runs_kernels(q):
+        options = formula, scalars, given, ignore_index, saved, losses, one_read, grads, upstream, denominator
+        return walk_blocks(p, q, weight, labels, *options)
+    arguments = row_arguments(p, q, weight, labels, FORMULAS[formula], scalars, given, ignore_index)
+    if losses is not None:
+        forward_launch(losses=losses, saved=saved, ONE_READ=one_read, **arguments)
+    wanted = [grad is not None for grad in grads]
+    if any(wanted):
+        grad_p, grad_q = (x if grad is None else grad for x, grad in zip((p, q), grads))
+        backward_launch(
+            saved=saved, grad_p=grad_p, grad_q=grad_q, dout=upstream, denominator=saved if denominator is None else denominator,
+            dout_stride=upstream.stride(0) if upstream.dim() else 0, MEAN=denominator is not None, WANT_P=wanted[0], WANT_Q=wanted[1],
+            **arguments,
+        )  # fmt: skip
 
 
 @op
@@ -201,22 +229,17 @@ def distribution_rows_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The reduced loss; what the backward needs of each row; how many rows count."""
     rows, wide = q.shape[0], wide_dtype(p, q)
+    saved = q.new_empty(6, rows, dtype=wide)
     if shapes_only():
         out = q.new_empty(rows if reduction == "none" else (), dtype=dtype)
-        return out, q.new_empty(6, rows, dtype=wide), q.new_empty((), dtype=wide)
-    if not runs_kernels(q):
-        return forward_blocks(p, q, weight, labels, formula, scalars, given, one_read, ignore_index, reduction, dtype)
+        return out, saved, q.new_empty((), dtype=wide)
     p, q = readable_pair(p, q)
-    saved = q.new_empty(6, rows, dtype=wide)
-    losses = q.new_empty(2, rows, dtype=dtype if reduction == "none" else wide)
-    forward_launch(
-        losses=losses, saved=saved, ONE_READ=one_read,
-        **row_arguments(p, q, weight, labels, FORMULAS[formula], scalars, given, ignore_index),
-    )  # fmt: skip
+    losses = q.new_empty(2, rows, dtype=wide)
+    walk(p, q, weight, labels, formula, scalars, given, ignore_index, saved, losses, one_read)
     if reduction == "none":
-        return losses[0].clone(), saved, saved.new_empty(())
+        return losses[0].to(dtype, copy=True), saved, saved.new_empty(())
     total, counted = losses.sum(1)
-    return (total / counted if reduction == "mean" else total).to(dtype), saved, counted.clone()
+    return (total / counted if reduction == "mean" else total).to(dtype, copy=True), saved, counted.clone()
 
 
 @op
@@ -228,17 +251,11 @@ def distribution_rows_backward(
     """The gradients of p and of q, those that are wanted."""
     if shapes_only():
         return [x.new_empty(x.shape) for x, want in zip((p, q), wanted) if want]
-    if not runs_kernels(q):
-        options = formula, scalars, given, ignore_index, reduction, tuple(wanted)
-        return backward_blocks(p, q, weight, labels, saved, counted, dout, *options)
     p, q = readable_pair(p, q)
-    grads = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) if want else x for x, want in zip((p, q), wanted)]
-    backward_launch(
-        saved=saved, grad_p=grads[0], grad_q=grads[1], dout=dout if reduction == "none" else dout.contiguous(), denominator=counted,
-        dout_stride=dout.stride(0) if reduction == "none" else 0, MEAN=reduction == "mean", WANT_P=wanted[0], WANT_Q=wanted[1],
-        **row_arguments(p, q, weight, labels, FORMULAS[formula], scalars, given, ignore_index),
-    )  # fmt: skip
-    return [grad for grad, want in zip(grads, wanted) if want]
+    grads = [room_for_gradient(x) if want else None for x, want in zip((p, q), wanted)]
+    denominator = counted if reduction == "mean" else None
+    walk(p, q, weight, labels, formula, scalars, given, ignore_index, saved, grads=grads, upstream=dout, denominator=denominator)
+    return [grad for grad in grads if grad is not None]
 
 
 class DistributionRows(torch.autograd.Function):

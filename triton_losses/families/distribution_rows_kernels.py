@@ -299,7 +299,7 @@ def backward_kernel(
     weight,  # (cols,) where WEIGHTED
     labels,  # (rows,) where LABELLED
     saved,  # (6, rows)
-    grad_p, grad_q,  # as p and q, where WANT_P and WANT_Q
+    grad_p, grad_q,  # as p and q, which they may be, where WANT_P and WANT_Q
     dout,  # of row r at r * dout_stride
     denominator,  # () where MEAN
     rows, cols, stride_p, stride_q, dout_stride, ignore_index, scalars,
@@ -388,7 +388,8 @@ SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
 
 def sample(args):
     most = SAMPLE_BYTES // sum(max(args[f"stride_{name}"] * args[name].element_size(), 1) for name in ("p", "q"))
-    return {**args, "rows": min(args["rows"], max(most, 1))}
+    rows = min(args["rows"], max(most, 1))
+    return {**args, "rows": rows} | {name: args[name][:rows] for name in ("grad_p", "grad_q") if name in args}
 
 
 def pair_configs(args):
@@ -396,4 +397,5 @@ def pair_configs(args):
 
 
 forward_launch = Tuned(forward_kernel, configs=pair_configs, rule=rule, key=key, programs=programs, sample=sample)
-backward_launch = Tuned(backward_kernel, configs=pair_configs, rule=rule, key=key, programs=programs, sample=sample)
+written = ("grad_p", "grad_q")  # where they are p and q
+backward_launch = Tuned(backward_kernel, configs=pair_configs, rule=rule, key=key, programs=programs, sample=sample, written=written)

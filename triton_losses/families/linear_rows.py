@@ -26,17 +26,22 @@ from triton_losses.op import op, read_whole, shapes_only
 ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
 
 
-def rows_of_chunk(classes, dtype, device, chunk_bytes):
+def padded(classes):
+    return -(-classes // ALIGNMENT) * ALIGNMENT
+
+
+def rows_of_chunk(row_bytes, device, chunk_bytes):
     """GPU: about 4096 rows, for then the traffic of dweight is small beside its GEMM; CPU: at most 64 MB, and 1024 rows."""
     most_bytes, most_rows = (64 << 20, 1024) if device.type == "cpu" else (1 << 30, 4096)
-    rows = (chunk_bytes or most_bytes) // (-(-classes // ALIGNMENT) * ALIGNMENT * dtype.itemsize)
+    rows = (chunk_bytes or most_bytes) // row_bytes
     return max(1, rows if rows < 64 else min(most_rows, rows // 64 * 64))
 
 
-def parts_of(labels, ignore_index, chunk, kept_tokens):
-    """Which rows make up each chunk: slices where all count, else indices of those that do."""
-    rows = len(labels)
-    if not runs_kernels(labels):
+def parts_of(rows, labels, ignore_index, chunk, kept_tokens):
+    """Which rows make up each chunk: slices where all count, as they do without labels, else indices of those that do."""
+    if labels is None:
+        kept_tokens = 0
+    elif not runs_kernels(labels):
         kept = (labels != ignore_index).nonzero()[:, 0]
         if len(kept) < rows:
             return kept.split(chunk) if len(kept) else ()
@@ -47,19 +52,41 @@ def parts_of(labels, ignore_index, chunk, kept_tokens):
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
-def chunks(hidden, weight, bias, labels, ignore_index, chunk_bytes, kept_tokens):
-    """(rows, their hidden states, their labels, their logits) of each chunk; the logits of all share one buffer."""
+def chunks(hidden, weight, bias, labels, ignore_index, chunk_bytes, kept_tokens, beside=0):
+    """(rows, their hidden states, their labels, their logits) of each chunk; the logits of all share one buffer.
+
+    beside: bytes that the caller holds for each logit of a chunk beside it.
+    """
     classes = weight.shape[0]
-    chunk = rows_of_chunk(classes, hidden.dtype, hidden.device, chunk_bytes)
-    buffer = hidden.new_empty(min(chunk, len(hidden)), -(-classes // ALIGNMENT) * ALIGNMENT)
-    for part in parts_of(labels, ignore_index, chunk, kept_tokens):
+    chunk = rows_of_chunk(padded(classes) * (hidden.itemsize + beside), hidden.device, chunk_bytes)
+    buffer = hidden.new_empty(min(chunk, len(hidden)), padded(classes))
+    for part in parts_of(len(hidden), labels, ignore_index, chunk, kept_tokens):
         x = hidden[part]
-        logits = buffer[: len(x), :classes]
-        if bias is None:
-            torch.mm(x, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x, weight.t(), out=logits)
-        yield part, x, labels[part], logits
+        yield part, x, None if labels is None else labels[part], product(x, weight, bias, buffer[: len(x), :classes])
+
+
+def product(hidden, weight, bias, out):
+    """hidden weight.T + bias"""
+    return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens, beside=0):
+    """``visit(rows, their labels, their logits)`` for every chunk, whose logits it makes their gradient where any is wanted.
+
+    wanted: of hidden, weight and bias. Returns their gradients, in float32 or wider, those wanted, else empty.
+    """
+    grads = gradients_of(hidden, weight, bias, wanted, compute_dtype(dtype))
+    if not shapes_only():
+        first = True
+        x, w, b = in_dtype(dtype, hidden, weight, bias)
+        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens, beside):
+            visit(part, label, logits)
+            if any(wanted):
+                add_gradients(grads, part, x, w, logits, wanted, first)
+                first = False
+        if first and wanted[1]:
+            grads[1].zero_()
+    return grads
 
 
 def add_product(total, a, b, first):
@@ -90,24 +117,18 @@ def linear_rows_forward(
     rows, wide = hidden.shape[0], compute_dtype(dtype)
     losses, weights, saved = (hidden.new_zeros(shape, dtype=wide) for shape in ((rows,), (rows,), (4, rows)))
     likeliest = labels.new_full((rows if stats else 0,), -1, dtype=torch.int64)
-    grads = gradients_of(hidden, weight, bias, wanted, wide)
-    if not shapes_only():
-        options = formula, scalars, ignore_index, softcap, scale
-        first = True
-        x, w, b = in_dtype(dtype, hidden, weight, bias)
-        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
-            kept = saved.new_empty(4, len(label))
-            if stats:  # now: the chunk may become its gradient
-                likeliest[part] = logits.argmax(1)
-            making = {"grad": logits, "upstream": upstream[part]} if any(wanted) else {}
-            losses[part], some = walk(logits, label, class_weights, *options, kept, forward=True, entropy=stats, **making)
-            weights[part] = 1.0 if some is None else some
-            saved[:, part] = kept
-            if any(wanted):
-                add_gradients(grads, part, x, w, logits, wanted, first)
-                first = False
-        if first and wanted[1]:
-            grads[1].zero_()
+
+    def visit(part, label, logits):
+        kept = saved.new_empty(4, len(label))
+        if stats:  # now: the chunk may become its gradient
+            likeliest[part] = logits.argmax(1)
+        making = {"grad": logits, "upstream": upstream[part]} if any(wanted) else {}
+        options = formula, scalars, ignore_index, softcap, scale, kept
+        losses[part], some = walk(logits, label, class_weights, *options, forward=True, entropy=stats, **making)
+        weights[part] = 1.0 if some is None else some
+        saved[:, part] = kept
+
+    grads = sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
     if stats:
         likeliest.masked_fill_(labels == ignore_index, -1)
     return losses, weights, saved, likeliest, *grads
@@ -120,21 +141,14 @@ def linear_rows_backward(
     ignore_index: int, softcap: float, scale: float, chunk_bytes: int, kept_tokens: int, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted (else empty)."""
-    grads = gradients_of(hidden, weight, bias, wanted, saved.dtype)
-    if not shapes_only():
-        first = True
-        x, w, b = in_dtype(dtype, hidden, weight, bias)
-        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
-            some = [v[part] for v in operands]
-            walk(
-                logits, label, class_weights, formula, scalars, ignore_index, softcap, scale, saved[:, part].contiguous(),
-                grad=logits, upstream=upstream[part], operands=some,
-            )  # fmt: skip
-            add_gradients(grads, part, x, w, logits, wanted, first)
-            first = False
-        if first and wanted[1]:
-            grads[1].zero_()
-    return grads
+
+    def visit(part, label, logits):
+        walk(
+            logits, label, class_weights, formula, scalars, ignore_index, softcap, scale, saved[:, part].contiguous(),
+            grad=logits, upstream=upstream[part], operands=[v[part] for v in operands],
+        )  # fmt: skip
+
+    return sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
 
 
 def gradients_of(hidden, weight, bias, wanted, wide):
@@ -246,6 +260,13 @@ class LinearSum(torch.autograd.Function):
         return *cast(grads, (hidden, weight, bias), wanted, factor), None, None, d_upstream, *[None] * 10
 
 
+def dtype_of_product(hidden, weight):
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:  # which autocast leaves alone
+        return torch.get_autocast_dtype(hidden.device.type)
+    return dtype
+
+
 class Rows(NamedTuple):
     """What linear_rows returns: `total` or else `losses` and `entropy` are differentiable."""
 
@@ -266,10 +287,7 @@ def linear_rows(
     hidden: (rows, features). weight: (classes, features). labels: (rows,). The logits are made in hidden's dtype, or
     autocast's. stats: have saved[3] hold entropies, and likeliest the likeliest classes, in any case.
     """
-    device = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device)
+    device, dtype = hidden.device.type, dtype_of_product(hidden, weight)
     options = formula.name, [float(s) for s in scalars], ignore_index, float(softcap), 1.0 / temperature
     if total:
         ones = hidden.new_ones(hidden.shape[0], dtype=compute_dtype(dtype))
