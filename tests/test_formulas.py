@@ -52,6 +52,7 @@ ROWS = {
     "log_p_beside_entropy": (),
     "row_entropy": (),
     "along": (0.7, -0.4),
+    "log_total": (),
     "negative_log_likelihood": (),
     "cross_entropy_plain": (),
     "cross_entropy_with_z_loss": (0.1,),

@@ -23,6 +23,7 @@ from triton_losses.modules import KLDivLoss as KLDivLoss
 from triton_losses.modules import L1Loss as L1Loss
 from triton_losses.modules import LinearCrossEntropyHead as LinearCrossEntropyHead
 from triton_losses.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from triton_losses.modules import LinearDistillationLoss as LinearDistillationLoss
 from triton_losses.modules import LogCoshLoss as LogCoshLoss
 from triton_losses.modules import MSELoss as MSELoss
 from triton_losses.modules import MarginRankingLoss as MarginRankingLoss

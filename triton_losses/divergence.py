@@ -6,11 +6,12 @@ import warnings
 import torch
 
 from triton_losses.compiler import compute_dtype, tl
-from triton_losses.device_math import exp, log2, relu, sign
+from triton_losses.device_math import exp
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
+from triton_losses.row_formulas import divergence_formula
 
 
 @formula
@@ -24,31 +25,6 @@ def pointwise_divergence_of_logs(x, y):
     p = exp(y)
     value = tl.where(p == 0.0, p, p * (y - x))
     return value, -p, value + p
-
-
-@formula
-def relative_entropy(log_p, log_q):
-    p = exp(log_p)
-    value = tl.where(p == 0.0, p, p * (log_p - log_q))
-    return value, value + p, -p
-
-
-@formula
-def jensen_shannon(log_p, log_q, beta, rest):
-    p, q = exp(log_p), exp(log_q)
-    d = log_q - log_p
-    q_above, p_above = relu(d), relu(-d)
-    log_mean = log2(beta * exp(-q_above) + rest * exp(-p_above)) * 0.6931471805599453  # log m, less the larger of log p and log q
-    d_p = tl.where(p == 0.0, p, -beta * p * (log_mean + q_above))
-    d_q = tl.where(q == 0.0, q, -rest * q * (log_mean + p_above))
-    return d_p + d_q, d_p, d_q
-
-
-@formula
-def total_variation(log_p, log_q):
-    p, q = exp(log_p), exp(log_q)
-    side = 0.5 * sign(p - q)
-    return side * (p - q), side * p, -side * q
 
 
 def kl_div(input, target, size_average=None, reduce=None, reduction="mean", log_target=False):
@@ -80,9 +56,6 @@ def kl_div(input, target, size_average=None, reduce=None, reduction="mean", log_
     dtype = result_dtype(input, promoted(input, target))
     total = elementwise(chosen, (input, target), (), "sum", dtype=compute_dtype(dtype))
     return (total / input.shape[0] if input.dim() else total).to(dtype)  # rounded once
-
-
-DIRECTIONS = ("forward", "reverse", "jsd", "tv")
 
 
 def distillation_loss(
@@ -117,12 +90,9 @@ def distillation_loss(
         if value is not None and value.device != student_logits.device:
             found = f"{student_logits.device}, and {name} on {value.device}"
             raise RuntimeError(f"expected all tensors to be on the same device, but found student_logits on {found}")
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    chosen, scalars, one_read = divergence_formula(direction, beta)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-    if direction == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must be > 0 and < 1, got {beta}")
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
     if not isinstance(ignore_index, numbers.Integral):
@@ -136,9 +106,8 @@ def distillation_loss(
     q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (student_logits, teacher_logits))
     if direction == "reverse":
         p, q = q, p
-    chosen, scalars = {"jsd": (jensen_shannon, (beta, 1.0 - beta)), "tv": (total_variation, ())}.get(direction, (relative_entropy, ()))
     losses = distribution_rows(
-        chosen, p, q, scalars, temperature=temperature, one_read=chosen is relative_entropy, labels=labels, ignore_index=int(ignore_index),
+        chosen, p, q, scalars, temperature=temperature, one_read=one_read, labels=labels, ignore_index=int(ignore_index),
         reduction=reduction, out_dtype=out_dtype,
     )  # fmt: skip
     if temperature_squared:

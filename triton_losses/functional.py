@@ -18,6 +18,7 @@ from triton_losses.classification import nll_loss as nll_loss
 from triton_losses.divergence import distillation_loss as distillation_loss
 from triton_losses.divergence import kl_div as kl_div
 from triton_losses.language import linear_cross_entropy as linear_cross_entropy
+from triton_losses.language import linear_distillation_loss as linear_distillation_loss
 from triton_losses.language import linear_log_probs as linear_log_probs
 from triton_losses.language import log_probs as log_probs
 from triton_losses.margin import multi_margin_loss as multi_margin_loss

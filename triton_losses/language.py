@@ -1,31 +1,43 @@
 """The language model's head: losses of hidden states and the weight they are multiplied with, whose logits are never whole."""
 
+import numbers
 from typing import NamedTuple
 
 import torch
 
 from triton_losses.compiler import compute_dtype
 from triton_losses.families.label_rows import label_rows, row_statistics
+from triton_losses.families.linear_distribution_rows import linear_distribution_rows
 from triton_losses.families.linear_rows import linear_rows
-from triton_losses.families.reduction import reduction_of
-from triton_losses.row_formulas import check_shape_of_logits, chosen_log_p, cross_entropy_formula, log_p_beside_entropy
+from triton_losses.families.reduction import DTYPES, reduction_of
+from triton_losses.row_formulas import check_shape_of_logits, chosen_log_p, cross_entropy_formula, divergence_formula, log_p_beside_entropy
 
 
 def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "linear_bias")):
     """Shapes and dtypes, in the words of the caller's parameters."""
+    check_product(hidden, weight, bias, names)
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise NotImplementedError(f"target must hold class indices, int64 or uint8, got {target.dtype}: no class probabilities here")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target must have {names[0]}'s shape without features, {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
+    check_devices(hidden, target)
+
+
+def check_product(hidden, weight, bias, names):
+    """Of hidden states, weight and bias, whose names in the caller's signature are these."""
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise NotImplementedError(f"{names[0]} and {names[1]} must be floating-point, got {hidden.dtype} and {weight.dtype}")
     if weight.dim() != 2:
         raise NotImplementedError(f"{names[1]} must have shape (classes, features), got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"{names[0]} must end in the {weight.shape[1]} features of {names[1]}, got shape {tuple(hidden.shape)}")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise NotImplementedError(f"target must hold class indices, int64 or uint8, got {target.dtype}: no class probabilities here")
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(f"target must have {names[0]}'s shape without features, {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for tensor in (weight, target, bias):
+    check_devices(hidden, weight, bias)
+
+
+def check_devices(hidden, *tensors):
+    for tensor in tensors:
         if tensor is not None and tensor.device != hidden.device:
             raise RuntimeError(f"expected all tensors to be on the same device, but found {hidden.device} and {tensor.device}")
 
@@ -166,3 +178,108 @@ def log_probs(logits, target, *, temperature=1.0, softcap=0.0, return_entropy=Fa
         return log_p.view(target.shape), entropy.view(target.shape)
     dtype = compute_dtype(logits.dtype)
     return label_rows(chosen_log_p, *rows, reduction="none", out_dtype=dtype, **options).view(target.shape)
+
+
+TEACHERS = {  # how a teacher comes, and the tensors that it comes as
+    "products": ("teacher_hidden", "teacher_weight", "teacher_bias"),
+    "logits": ("teacher_logits",),
+    "top_k": ("teacher_ids", "teacher_log_probs"),
+}
+
+
+def teacher_of(where, classes, device_of, **given):
+    """In which of the ways the teacher comes, and its tensors, rows flattened; logits as they are, for a copy would be large."""
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    kind = next((kind for kind, names in TEACHERS.items() if given.keys() - {"teacher_bias"} == set(names) - {"teacher_bias"}), None)
+    if kind is None or not given.keys() <= set(TEACHERS[kind]):
+        ways = "teacher_hidden and teacher_weight (and teacher_bias), teacher_logits, or teacher_ids and teacher_log_probs"
+        raise TypeError(f"the teacher is given by {ways}; got {', '.join(given) or 'none of them'}")
+    for name, tensor in given.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"the teacher takes no gradient, but {name} requires it: pass {name}.detach()")
+        if name == "teacher_ids" and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+            raise TypeError(f"teacher_ids must be integers, got {tensor.dtype}")
+        if name != "teacher_ids" and tensor.dtype not in DTYPES:
+            raise NotImplementedError(f"{name} must be one of {DTYPES}, got {tensor.dtype}")
+        if name not in ("teacher_weight", "teacher_bias") and (not tensor.dim() or tensor.shape[:-1] != where):
+            raise ValueError(f"{name} must have shape ({', '.join(map(str, where))}, ...), got {tuple(tensor.shape)}")
+    tensors = [given[name] for name in TEACHERS[kind] if name in given]
+    check_devices(device_of, *tensors)
+    if kind == "products":
+        hidden, weight, *bias = tensors
+        check_product(hidden, weight, bias[0] if bias else None, TEACHERS[kind])
+        check_classes(classes, len(weight))
+        return kind, [hidden.reshape(-1, hidden.shape[-1]), weight, *bias]
+    if kind == "logits":
+        check_classes(classes, tensors[0].shape[-1])
+        return kind, tensors
+    ids, log_p = tensors
+    if ids.shape != log_p.shape or not 1 <= ids.shape[-1] <= classes:
+        rule = f"the same shape and 1 to {classes} entries a token"
+        raise ValueError(f"teacher_ids and teacher_log_probs must have {rule}, got {tuple(ids.shape)} and {tuple(log_p.shape)}")
+    return kind, [t.reshape(-1, t.shape[-1]) for t in tensors]
+
+
+def check_classes(students, teachers):
+    if students != teachers:
+        raise ValueError(f"student and teacher must have the same classes, got {students} and {teachers}: pass those they share")
+
+
+def linear_distillation_loss(
+    student_hidden, student_weight, teacher_hidden=None, teacher_weight=None, *, temperature=1.0, direction="forward", beta=0.5,
+    labels=None, ignore_index=-100, student_bias=None, teacher_bias=None, teacher_logits=None, teacher_ids=None, teacher_log_probs=None,
+    tail=True, reduction="mean", temperature_squared=False, chunk_bytes=0, kept_tokens=0, out_dtype=None,
+):  # fmt: skip
+    """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(y / T)``, ``q = softmax((x Wᵀ + b) / T)``: distillation without either's logits whole.
+
+    student_hidden: x, (..., features), floating. student_weight: W, (classes, features). student_bias: b, (classes,). The teacher,
+    which takes no gradient (a tensor of its that requires one is refused), comes in one of three ways:
+    teacher_hidden (..., any features), teacher_weight (classes, those), teacher_bias: y is their product, a chunk at a time.
+    teacher_logits: y, (..., classes), stored; read where they lie, a chunk at a time.
+    teacher_ids, teacher_log_probs: (..., k), log p of the teacher's likeliest classes, at the temperature of the loss, in any
+    order, each class at most once; an entry of log p = -inf does not exist, whatever its id. tail: compare k + 1 bins, the last
+    with all the mass that the others leave, of teacher and student alike: never more than the divergence of the whole
+    distributions, and 0 when they agree. Where log p of the k sum to 1, "forward" is their Σ p log(p / q). False: compare both
+    as if there were no other class, each renormalised over the k: the student's other logits get no gradient.
+    direction, beta, temperature T, temperature_squared, labels (...), ignore_index, reduction: as in ``distillation_loss``. Rows
+    with ignore_index are left out of the products. chunk_bytes: of the logits, of both models, that exist at a time; 0: 64 MB on
+    a CPU, 1 GB on a GPU. kept_tokens: as in ``linear_cross_entropy``. out_dtype: of the result; None: float32, float64 for
+    float64. The weight's gradient is summed in float32. Three products of the student's where the loss is reduced, four where
+    it is not. Bad options and repeated ids raise ValueError, ids outside [0, classes) IndexError (a device assertion on a GPU).
+    Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
+
+    >>> linear_distillation_loss(torch.zeros(1, 2), torch.eye(2), torch.tensor([[2.0, 0.0]]), torch.eye(2))
+    tensor(0.3278)
+    """
+    reduction = reduction_of(reduction)
+    check_product(student_hidden, student_weight, student_bias, ("student_hidden", "student_weight", "student_bias"))
+    formula, scalars, one_read = divergence_formula(direction, beta)
+    check_shape_of_logits(temperature, 0.0)
+    where = student_hidden.shape[:-1]
+    kind, teacher = teacher_of(
+        where, len(student_weight), student_hidden, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias, teacher_logits=teacher_logits, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs,
+    )  # fmt: skip
+    if out_dtype not in (None, *DTYPES):
+        raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if labels is not None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.shape != where:
+            raise ValueError(f"labels must have shape {tuple(where)}, got {tuple(labels.shape)}")
+        check_devices(student_hidden, labels)
+        labels = labels.reshape(-1)
+    found = linear_distribution_rows(
+        formula, student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, kind, teacher, bias=student_bias, labels=labels,
+        scalars=scalars, student_first=direction == "reverse", one_read=one_read, tail=tail, temperature=temperature,
+        ignore_index=int(ignore_index), total=reduction != "none", chunk_bytes=chunk_bytes, kept_tokens=kept_tokens,
+    )  # fmt: skip
+    if reduction == "mean":
+        counted = found.new_full((), where.numel()) if labels is None else (labels != ignore_index).sum().to(found.dtype)
+        found = mean_of(found, counted)
+    if temperature_squared:
+        found = found * temperature**2
+    found = found.to(out_dtype or compute_dtype(student_hidden.dtype))
+    return found.view(where) if reduction == "none" else found

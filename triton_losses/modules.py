@@ -213,3 +213,9 @@ class LinearCrossEntropyHead(LinearCrossEntropyLoss):
     def forward(self, input, target, *, token_weights=None, kept_tokens=0):
         of_the_call = {"token_weights": token_weights, "kept_tokens": kept_tokens}
         return super().forward(input, self.linear.weight, target, self.linear.bias, **of_the_call)
+
+
+OF_THE_CALL = ("student_bias", "teacher_bias", "teacher_logits", "teacher_ids", "teacher_log_probs", "labels", "kept_tokens")
+
+
+class LinearDistillationLoss(Loss, function=F.linear_distillation_loss, inputs=4, without=OF_THE_CALL): ...

@@ -1,7 +1,8 @@
-"""The formulas of a row of logits and a label, which themes share: classification from logits, language from hidden states."""
+"""The formulas of a row of logits and a label, and of two rows of logits, which themes share: classification and divergence
+from logits, language from hidden states."""
 
 from triton_losses.compiler import tl
-from triton_losses.device_math import at_least_tiny, exp, expm1, power
+from triton_losses.device_math import at_least_tiny, exp, expm1, log2, power, relu, sign
 from triton_losses.formula import formula
 
 
@@ -23,6 +24,11 @@ def log_p_beside_entropy(log_p, entropy):  # for a forward that is to save the e
 @formula
 def row_entropy(entropy):
     return entropy, 1.0
+
+
+@formula
+def log_total(lse):
+    return lse, 1.0
 
 
 @formula
@@ -76,3 +82,42 @@ def check_shape_of_logits(temperature, softcap):
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"softcap must be >= 0 (0: none), got {softcap}")
+
+
+@formula
+def relative_entropy(log_p, log_q):
+    p = exp(log_p)
+    value = tl.where(p == 0.0, p, p * (log_p - log_q))
+    return value, value + p, -p
+
+
+@formula
+def jensen_shannon(log_p, log_q, beta, rest):
+    p, q = exp(log_p), exp(log_q)
+    d = log_q - log_p
+    q_above, p_above = relu(d), relu(-d)
+    log_mean = log2(beta * exp(-q_above) + rest * exp(-p_above)) * 0.6931471805599453  # log m, less the larger of log p and log q
+    d_p = tl.where(p == 0.0, p, -beta * p * (log_mean + q_above))
+    d_q = tl.where(q == 0.0, q, -rest * q * (log_mean + p_above))
+    return d_p + d_q, d_p, d_q
+
+
+@formula
+def total_variation(log_p, log_q):
+    p, q = exp(log_p), exp(log_q)
+    side = 0.5 * sign(p - q)
+    return side * (p - q), side * p, -side * q
+
+
+DIRECTIONS = ("forward", "reverse", "jsd", "tv")
+
+
+def divergence_formula(direction, beta):
+    """The one of this direction, its scalars, and whether it follows distribution_rows' rule of one read."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    if direction == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must be > 0 and < 1, got {beta}")
+    if direction == "jsd":
+        return jensen_shannon, (beta, 1.0 - beta), False
+    return (total_variation, (), False) if direction == "tv" else (relative_entropy, (), True)

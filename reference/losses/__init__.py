@@ -32,6 +32,7 @@ from reference.losses.classification import focal_loss as focal_loss
 from reference.losses.divergence import distillation_loss as distillation_loss
 from reference.losses.divergence import kl_div as kl_div
 from reference.losses.language import linear_cross_entropy as linear_cross_entropy
+from reference.losses.language import linear_distillation_loss as linear_distillation_loss
 from reference.losses.language import linear_log_probs as linear_log_probs
 from reference.losses.language import log_probs as log_probs
 from reference.losses.margin import multi_margin_loss as multi_margin_loss

@@ -3,6 +3,7 @@
 import torch
 
 from reference.losses.classification import cross_entropy
+from reference.losses.divergence import distillation_loss
 from reference.losses.shared import shaped, wider
 
 
@@ -52,3 +53,31 @@ def linear_cross_entropy(
     predicted, log_sum_exp = torch.where(kept, logits.argmax(-1), -1), torch.where(kept, logits.logsumexp(-1), 0).to(each.dtype)
     stats = each, log_sum_exp, entropy(logits, kept), predicted, predicted == labels
     return loss, [v.view(target.shape).detach() for v in stats]
+
+
+def linear_distillation_loss(
+    student_hidden, student_weight, teacher_hidden=None, teacher_weight=None, *, temperature=1.0, direction="forward", beta=0.5,
+    labels=None, ignore_index=-100, student_bias=None, teacher_bias=None, teacher_logits=None, teacher_ids=None, teacher_log_probs=None,
+    tail=True, reduction="mean", temperature_squared=False, chunk_bytes=0, kept_tokens=0, out_dtype=None,
+):  # fmt: skip
+    student, teacher = torch.nn.functional.linear(student_hidden, student_weight, student_bias), teacher_logits
+    if teacher_hidden is not None:
+        teacher = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
+    if teacher_ids is not None:
+        student, teacher = few_bins(student / temperature, teacher_ids, teacher_log_probs, tail)
+        student, teacher = temperature * student, temperature * teacher
+    given = {"labels": labels, "ignore_index": ignore_index, "temperature_squared": temperature_squared}
+    loss = distillation_loss(student, teacher, temperature, direction, beta, reduction, **given)
+    return loss.to(out_dtype or wider(student_hidden))
+
+
+def few_bins(logits, ids, log_p, tail):
+    """Logits of the classes named, entry by entry, and of all others together where there is a tail; the same of log p."""
+    exists = log_p != -float("inf")
+    log_q = logits.log_softmax(-1)
+    bins = torch.where(exists, log_q.gather(-1, torch.where(exists, ids, 0).long()), -float("inf"))
+    if not tail or ids.shape[-1] == logits.shape[-1]:
+        return bins, log_p
+    named = torch.zeros_like(logits).scatter_add_(-1, torch.where(exists, ids, 0).long(), exists.to(logits.dtype)) > 0
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(wider(log_p)).eps).log()
+    return torch.cat([bins, log_q.masked_fill(named, -float("inf")).logsumexp(-1, keepdim=True)], -1), torch.cat([log_p, rest], -1)

@@ -1,0 +1,163 @@
+"""Losses of two rows of logits that are never whole: distribution_rows of a student's hidden @ weight.T + bias and a teacher's.
+
+linear_rows makes the student's logits a chunk of rows at a time, and of a chunk's gradient that of hidden, weight and bias. Of
+the same rows the teacher, which takes no gradient, has
+
+    "products"  hidden states, weight and perhaps bias of its own: a second GEMM a chunk, into a second buffer
+    "logits"    whole, from elsewhere: read where they lie
+    "top_k"     ids and log-probabilities of its likeliest classes: see top_k_rows
+
+For a sum of losses the forward makes the gradient too, as LinearSum does: three GEMMs and the teacher's. For a loss of each row
+the backward runs the same op once more, now with the upstream gradient: nothing is kept of the forward.
+"""
+
+import torch
+
+from triton_losses.compiler import compute_dtype, runs_kernels
+from triton_losses.families import top_k_rows
+from triton_losses.families.distribution_rows import VECTOR, Whole, walk
+from triton_losses.families.linear_rows import again, cast, dtype_of_product, in_dtype, padded, product, sweep
+from triton_losses.op import op, read_whole
+
+
+def stored_rows(stored):
+    """Of logits (..., classes): a function from rows to their logits; and whether slices of rows are read without a copy."""
+    where, classes = stored.shape[:-1], stored.shape[-1]
+    everything = torch.arange(where.numel(), device=stored.device)
+    try:
+        flat = stored.view(where.numel(), classes)
+    except RuntimeError:  # of such strides that no view can be: what a slice of a sequence leaves, for one
+        flat = None
+
+    def readable(x):  # kernels walk the rows of a pair in the same vectors
+        return not runs_kernels(x) or (x.stride(1) == 1 and x.stride(0) % VECTOR == 0)
+
+    def rows_of(part, _):
+        found = stored[torch.unravel_index(everything[part], where)] if flat is None else flat[part]
+        if readable(found):
+            return found
+        return found.new_empty(len(found), padded(classes))[:, :classes].copy_(found)
+
+    return rows_of, flat is not None and readable(flat)
+
+
+def product_rows(hidden, weight, bias=None):
+    """The same of logits that are products."""
+    buffers = []
+
+    def rows_of(part, like):
+        x = hidden[part]
+        if not buffers:  # the first chunk is as large as any
+            buffers.append(x.new_empty(len(x), padded(len(weight))))
+        return product(x, weight, bias, buffers[0][: len(x), : len(weight)])
+
+    return rows_of, False
+
+
+@op
+def linear_distribution_rows_pass(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, teacher: list[torch.Tensor], labels: torch.Tensor | None,
+    upstream: torch.Tensor | None, wanted: list[bool], kind: str, formula: str, scalars: list[float], student_first: bool, one_read: bool,
+    tail: bool, ignore_index: int, chunk_bytes: int, kept_tokens: int, dtype: torch.dtype, teacher_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else empty)."""
+    losses = hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(dtype, teacher_dtype))
+    beside = 0
+    if kind == "products":
+        rows_of, _ = product_rows(*in_dtype(teacher_dtype, *teacher))
+        beside = teacher_dtype.itemsize
+    elif kind == "logits":
+        rows_of, as_they_lie = stored_rows(*teacher)
+        beside = 0 if as_they_lie and labels is None else teacher_dtype.itemsize
+
+    def visit(part, label, logits):
+        found = losses.new_empty(2, len(logits))
+        factors = upstream[part] if any(wanted) else None
+        if kind == "top_k":
+            options = formula, scalars, student_first, one_read, ignore_index, tail
+            top_k_rows.walk(logits, *(t[part] for t in teacher), label, *options, found, factors)
+        else:
+            pair = (logits, rows_of(part, logits)) if student_first else (rows_of(part, logits), logits)
+            making = {}
+            if any(wanted):
+                making = {"grads": (logits, None) if student_first else (None, logits), "upstream": factors}
+            options = formula, scalars, False, ignore_index, found.new_empty(6, len(logits)), found, one_read
+            walk(*pair, None, label, *options, **making)
+        losses[part] = found[0]
+
+    return losses, *sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens, beside)
+
+
+def wide_dtype(dtype, teacher_dtype):
+    return compute_dtype(torch.promote_types(dtype, teacher_dtype))
+
+
+def whole(
+    hidden, weight, bias, teacher, labels, kind, formula, scalars, student_first, one_read, tail, ignore_index, _, __, dtype, teacher_dtype
+):  # fmt: skip
+    """Losses in plain torch, all logits at once."""
+    wide = wide_dtype(dtype, teacher_dtype)
+    ours = torch.nn.functional.linear(*in_dtype(dtype, hidden, weight, bias))
+    if kind == "top_k":
+        scale, *scalars = scalars
+        ours, theirs = top_k_rows.whole_bins(ours, *teacher, labels, ignore_index, tail, scale, wide)
+        scalars = [1.0, *scalars]
+    elif kind == "products":
+        theirs = torch.nn.functional.linear(*in_dtype(teacher_dtype, *teacher))
+    else:
+        theirs = teacher[0].reshape(ours.shape)
+    pair = (ours, theirs) if student_first else (theirs, ours)
+    return Whole.apply(*pair, None, labels, formula, scalars, False, one_read, ignore_index, "none", wide)
+
+
+class LinearDistributionRows(torch.autograd.Function):
+    """The loss of each row, or their sum with its gradient made in the forward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, total, wanted, options, *teacher):
+        upstream = None
+        if any(wanted):
+            upstream = hidden.new_ones(hidden.shape[0], dtype=wide_dtype(*options[-2:]))
+        losses, *grads = linear_distribution_rows_pass(hidden, weight, bias, list(teacher), labels, upstream, wanted, *options)
+        ctx.total, ctx.options, ctx.count = total, options, len(teacher)
+        ctx.save_for_backward(hidden, weight, bias, labels, *teacher, *(grads if total else ()))
+        return losses.sum() if total else losses
+
+    @staticmethod
+    def backward(ctx, dout):
+        hidden, weight, bias, labels, *rest = ctx.saved_tensors
+        teacher, grads = rest[: ctx.count], rest[ctx.count :]
+        wanted, factor = list(ctx.needs_input_grad[:3]), None
+        if again() or read_whole(dout):
+            with torch.enable_grad():
+                losses = whole(hidden, weight, bias, teacher, labels, *ctx.options)
+                result = losses.sum() if ctx.total else losses
+            leaves = [t for t, want in zip((hidden, weight, bias), wanted) if want]
+            found = iter(torch.autograd.grad(result, leaves, dout, create_graph=again()))
+            grads = [next(found) if want else None for want in wanted]
+        elif ctx.total:
+            factor = dout
+        else:
+            upstream = dout.contiguous()
+            _, *grads = linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)
+        return *cast(grads, (hidden, weight, bias), wanted, factor), *[None] * (4 + ctx.count)
+
+
+def linear_distribution_rows(
+    formula, hidden, weight, kind, teacher, *, bias=None, labels=None, scalars=(), student_first=False, one_read=False, tail=False,
+    temperature=1.0, ignore_index=-100, total=False, chunk_bytes=0, kept_tokens=0,
+):  # fmt: skip
+    """``formula`` of every row of logits and the teacher's, 0 where ignored; ``total``: their sum, which takes one product less.
+
+    hidden: (rows, features). weight: (classes, features). kind, teacher: what the teacher has of every row, and the tensors.
+    labels: (rows,) or None. student_first: the student is the formula's p, else its q.
+    """
+    dtype = dtype_of_product(hidden, weight)
+    teacher_dtype = dtype_of_product(*teacher[:2]) if kind == "products" else teacher[-1].dtype
+    scalars = [1.0 / temperature, 0.0, *(float(s) for s in scalars)]
+    options = kind, formula.name, scalars, student_first, one_read, tail, ignore_index, chunk_bytes, kept_tokens, dtype, teacher_dtype
+    if hidden.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+        losses = whole(hidden, weight, bias, teacher, labels, *options)
+        return losses.sum() if total else losses
+    wanted = [total and t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
+    return LinearDistributionRows.apply(hidden, weight, bias, labels, total, wanted, options, *teacher)

@@ -1,0 +1,131 @@
+"""Losses of a row of logits x and of the classes K that another distribution finds likeliest: their ids and log-probabilities.
+
+distribution_rows compares two short rows, one bin for each class of K and, where there is a *tail*, one for all others:
+
+    of the logits    x_j                  log Σ_{j∉K} exp x_j          whose softmax is that of x, the others added up
+    of the other     log p_j              log (1 - Σ_K p_j)
+
+With g the gradient by the bins of the logits,
+
+    ∂L/∂x_j = g_j for j in K,    g_tail · exp x_j / Σ_{i∉K} exp x_i for the others: 0 without a tail
+
+    forward   takes x_K and leaves in its place what is next to -inf; label_rows reads the rest once. No 1 - Σ q to cancel
+    backward  label_rows makes the rest its gradient, in place; g_K is written over it
+
+An entry whose log-probability is -inf does not exist, whatever its id is: so entries may be filled up to one length.
+"""
+
+import torch
+
+from triton_losses.families import distribution_rows, label_rows
+
+IGNORED = -1  # the mark of a row that does not count; that of others is 0
+
+
+def marks_of(rows, labels, ignore_index, like):
+    return like.new_zeros(rows, dtype=torch.int64) if labels is None else -(labels == ignore_index).long()
+
+
+def entries_of(ids, log_p, marks, classes):
+    """Which entries exist; in whose place each stands, an entry that does not in that of one that does; its id, within range."""
+    exists = (log_p != -float("inf")) & (marks == 0)[:, None]
+    own = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    place = torch.where(exists, own, exists.to(torch.int8).argmax(1, keepdim=True))
+    return exists, place, ids.long().gather(1, place).clamp(0, classes - 1)
+
+
+def check(ids, log_p, exists, classes):
+    """Refuse ids that are no class or stand twice in a row, and sums far beyond 1: at once on a CPU, on the device elsewhere."""
+    low, high = (torch.where(exists, ids, 0).amin(), torch.where(exists, ids, 0).amax()) if ids.numel() else (0, 0)
+    nothing = -1 - torch.arange(ids.shape[1], device=ids.device)  # all different
+    ordered = torch.where(exists, ids.long(), nothing).sort(1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    total = torch.where(exists, log_p.float(), -float("inf")).exp().sum(1)
+    if ids.device.type != "cpu":
+        if ids.numel():
+            torch._assert_async((low >= 0) & (high < classes) & ~twice.any() & ~(total > MOST).any())
+        return
+    if low < 0 or high >= classes:
+        raise IndexError(f"teacher_ids must be in [0, {classes}), got {int(low if low < 0 else high)}")
+    if twice.any():
+        raise ValueError(f"teacher_ids must name a class once a row, got {int(ordered[:, 1:][twice][0])} twice")
+    if (total > MOST).any():
+        raise ValueError(f"teacher_log_probs must be log-probabilities, whose exponentials sum to at most 1, got {total.max():.4g}")
+
+
+MOST = 1.05  # of the sum of probabilities: bfloat16 rounds their logarithms
+
+
+def given_bins(log_p, tail, wide):
+    log_p = log_p.to(wide)
+    if not tail:
+        return log_p
+    # at least the rounding of 1: a tail of exactly 0 would make the reverse divergence of a confident teacher infinite
+    rest = (1 - log_p.exp().sum(1, keepdim=True)).clamp(min=torch.finfo(wide).eps)
+    return torch.cat([log_p, rest.log()], 1)
+
+
+def lowest_of(dtype, scale):
+    """Next to -inf, but finite, also when scaled: a row may have no other class, and -inf - -inf is nan."""
+    return torch.finfo(dtype).min / (2 * max(scale, 1.0))
+
+
+def with_rest(bins, highest, log_rest, lowest):
+    """The bins with that of the tail, all less the tail's own maximum, which would else round digits away."""
+    nothing = highest < lowest
+    return torch.cat([bins - torch.where(nothing, 0, highest), torch.where(nothing, -float("inf"), log_rest)], 1)
+
+
+def walk(logits, ids, log_p, labels, formula, scalars, student_first, one_read, ignore_index, tail, losses, upstream=None):
+    """Fill losses (2, rows) as distribution_rows.walk does; with ``upstream`` the logits become the gradient of Σ upstream · losses.
+
+    Without it they are lost too. student_first: the logits are the p of the formula, else its q.
+    """
+    rows, classes = logits.shape
+    wide, (scale, *scalars) = losses.dtype, scalars
+    count, tail = ids.shape[1], tail and ids.shape[1] < classes
+    marks = marks_of(rows, labels, ignore_index, ids)
+    exists, place, columns = entries_of(ids, log_p, marks, classes)
+    check(ids, log_p, exists, classes)
+    taken, written = logits.gather(1, columns), exists.gather(1, place)  # not written where a row has no entry at all
+    bins = torch.where(exists, taken.to(wide) * scale, -float("inf"))
+    if tail:
+        lowest = lowest_of(logits.dtype, scale)
+        logits.scatter_(1, columns, torch.where(written, lowest, taken))
+        rest, of_rest = bins.new_empty(4, rows), (logits, marks, None, "log_total", [], IGNORED, 0.0, scale)
+        label_rows.walk(*of_rest, rest, forward=True)
+        bins = with_rest(bins, *rest[:2, :, None], 0.5 * lowest * scale)
+    pair = (bins, given_bins(log_p, tail, wide)) if student_first else (given_bins(log_p, tail, wide), bins)
+    making, g = {}, torch.empty_like(bins)
+    if upstream is not None:
+        making = {"grads": (g, None) if student_first else (None, g), "upstream": upstream}
+    options = formula, [1.0, *scalars], False, IGNORED, bins.new_empty(6, rows), losses, one_read
+    distribution_rows.walk(*pair, None, marks, *options, **making)
+    if upstream is None:
+        return
+    if tail:
+        # the bins' gradients sum to 0; where the tail has most of the mass, its own is a difference that rounding eats
+        most = bins[:, count] > bins[:, :count].logsumexp(1)
+        of_tail = torch.where(most, -g[:, :count].sum(1), g[:, count])
+        label_rows.walk(*of_rest, rest, grad=logits, upstream=of_tail)
+    else:
+        logits.zero_()
+    of_entries = (g[:, :count] * scale).to(logits.dtype).gather(1, place)
+    logits.scatter_(1, columns, torch.where(written, of_entries, logits.gather(1, columns)))
+
+
+def whole_bins(logits, ids, log_p, labels, ignore_index, tail, scale, wide):
+    """The bins of both, in plain torch."""
+    classes = logits.shape[1]
+    tail = tail and ids.shape[1] < classes
+    marks = marks_of(len(ids), labels, ignore_index, ids)
+    exists, place, columns = entries_of(ids, log_p, marks, classes)
+    x = logits.to(wide) * scale
+    bins = torch.where(exists, x.gather(1, columns), -float("inf"))
+    if tail:
+        lowest = lowest_of(wide, 1.0)
+        named = torch.zeros_like(x, dtype=torch.bool).scatter(1, columns, exists.gather(1, place))
+        others = torch.where(named, lowest, x)
+        highest = others.detach().amax(1, keepdim=True)
+        bins = with_rest(bins, highest, (others - highest).exp().sum(1, keepdim=True).log(), 0.5 * lowest)
+    return bins, given_bins(log_p, tail, wide)
