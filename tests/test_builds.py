@@ -90,6 +90,11 @@ def of_one_row_of(name, labels, dtype, columns, rows=3):
     getattr(functional, name)(torch.zeros(rows, columns, dtype=dtype, requires_grad=True), torch.zeros(shape, dtype=kind)).backward()
 
 
+def head_distillation(dtype, columns, rows=3, **options):
+    hidden, weight = torch.zeros(rows, 4, dtype=dtype, requires_grad=True), torch.zeros(columns, 4, dtype=dtype)
+    functional.linear_distillation_loss(hidden, weight, hidden.detach(), weight, **options)
+
+
 FAMILY_LOSSES = {"elementwise": huber, "label_rows": cross_entropy}
 
 
@@ -113,11 +118,19 @@ def forward_and_backward(name, call, *args, passes=("forward", "backward"), **op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_every_loss_builds_forward_and_backward_without_spills(case, dtype):
-    passes = ("both",) if case.features and case.reduces else ("forward", "backward")  # the gradient is made beside a reduced loss
-    passes = OF_SUMS if case.draw.__module__.endswith("metric") and case.name != "margin_ranking_loss" else passes
+    forward_and_backward("sm_90", call, case, 60, 1001, dtype, passes=passes_of(case))
+
+
+def passes_of(case):
+    """Which kernels a case launches, in their order."""
+    if case.name == "linear_distillation_loss":  # a teacher's top-k: the classes named, and the rest of them
+        kernels = 2 if "teacher_ids" in case.options and case.options.get("tail", True) else 1
+        return ("forward",) * kernels + ("backward",) * kernels
     if case.steps:
-        passes = ("forward",) * (4 if case.name.endswith("logits") else 3) + ("backward",)
-    forward_and_backward("sm_90", call, case, 60, 1001, dtype, passes=passes)
+        return ("forward",) * (4 if case.name.endswith("logits") else 3) + ("backward",)
+    if case.draw.__module__.endswith("metric") and case.name != "margin_ranking_loss":
+        return OF_SUMS
+    return ("both",) if case.features and case.reduces else ("forward", "backward")  # the gradient is made beside a reduced loss
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -127,6 +140,12 @@ def test_entropies_and_gradients_in_place_build_without_spills(columns, dtype, n
     forward_and_backward(name, entropy, dtype, columns)
     forward_and_backward(name, head_entropy, dtype, columns)
     forward_and_backward(name, head_statistics, dtype, columns, passes=("both",))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "jsd"])
+def test_a_students_gradient_in_place_builds_without_spills(direction, name):
+    forward_and_backward(name, head_distillation, torch.bfloat16, 128256, direction=direction)
 
 
 @pytest.mark.parametrize("name", TARGETS)

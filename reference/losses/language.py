@@ -76,8 +76,10 @@ def few_bins(logits, ids, log_p, tail):
     exists = log_p != -float("inf")
     log_q = logits.log_softmax(-1)
     bins = torch.where(exists, log_q.gather(-1, torch.where(exists, ids, 0).long()), -float("inf"))
-    if not tail or ids.shape[-1] == logits.shape[-1]:
+    if not tail:
         return bins, log_p
     named = torch.zeros_like(logits).scatter_add_(-1, torch.where(exists, ids, 0).long(), exists.to(logits.dtype)) > 0
-    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(wider(log_p)).eps).log()
-    return torch.cat([bins, log_q.masked_fill(named, -float("inf")).logsumexp(-1, keepdim=True)], -1), torch.cat([log_p, rest], -1)
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(wider(log_p)).eps)
+    of_student = log_q.masked_fill(named, -float("inf")).logsumexp(-1, keepdim=True)
+    rest = rest.masked_fill((of_student == -float("inf")) & (rest < 0.05), 0)  # no other class, and no more than rounding left for it
+    return torch.cat([bins, of_student], -1), torch.cat([log_p, rest.log()], -1)

@@ -56,24 +56,19 @@ def check(ids, log_p, exists, classes):
 MOST = 1.05  # of the sum of probabilities: bfloat16 rounds their logarithms
 
 
-def given_bins(log_p, tail, wide):
-    log_p = log_p.to(wide)
-    if not tail:
-        return log_p
-    # at least the rounding of 1: a tail of exactly 0 would make the reverse divergence of a confident teacher infinite
-    rest = (1 - log_p.exp().sum(1, keepdim=True)).clamp(min=torch.finfo(wide).eps)
-    return torch.cat([log_p, rest.log()], 1)
-
-
 def lowest_of(dtype, scale):
     """Next to -inf, but finite, also when scaled: a row may have no other class, and -inf - -inf is nan."""
     return torch.finfo(dtype).min / (2 * max(scale, 1.0))
 
 
-def with_rest(bins, highest, log_rest, lowest):
-    """The bins with that of the tail, all less the tail's own maximum, which would else round digits away."""
+def with_tails(bins, highest, log_rest, lowest, log_p):
+    """Both sets of bins with that of the tail; ours less the tail's own maximum, which would else round digits away."""
     nothing = highest < lowest
-    return torch.cat([bins - torch.where(nothing, 0, highest), torch.where(nothing, -float("inf"), log_rest)], 1)
+    ours = torch.cat([bins - torch.where(nothing, 0, highest), torch.where(nothing, -float("inf"), log_rest)], 1)
+    # at least the rounding of 1: a tail of exactly 0 would make the reverse divergence of a confident teacher infinite
+    rest = (1 - log_p.exp().sum(1, keepdim=True)).clamp(min=torch.finfo(log_p.dtype).eps)
+    none = nothing & (rest < MOST - 1)  # and where there is no other class, the rounding would make the forward one infinite
+    return ours, torch.cat([log_p, torch.where(none, -float("inf"), rest.log())], 1)
 
 
 def walk(logits, ids, log_p, labels, formula, scalars, student_first, one_read, ignore_index, tail, losses, upstream=None):
@@ -82,20 +77,19 @@ def walk(logits, ids, log_p, labels, formula, scalars, student_first, one_read, 
     Without it they are lost too. student_first: the logits are the p of the formula, else its q.
     """
     rows, classes = logits.shape
-    wide, (scale, *scalars) = losses.dtype, scalars
-    count, tail = ids.shape[1], tail and ids.shape[1] < classes
+    wide, (scale, *scalars), count = losses.dtype, scalars, ids.shape[1]
     marks = marks_of(rows, labels, ignore_index, ids)
     exists, place, columns = entries_of(ids, log_p, marks, classes)
     check(ids, log_p, exists, classes)
     taken, written = logits.gather(1, columns), exists.gather(1, place)  # not written where a row has no entry at all
-    bins = torch.where(exists, taken.to(wide) * scale, -float("inf"))
+    bins, theirs = torch.where(exists, taken.to(wide) * scale, -float("inf")), log_p.to(wide)
     if tail:
         lowest = lowest_of(logits.dtype, scale)
         logits.scatter_(1, columns, torch.where(written, lowest, taken))
         rest, of_rest = bins.new_empty(4, rows), (logits, marks, None, "log_total", [], IGNORED, 0.0, scale)
         label_rows.walk(*of_rest, rest, forward=True)
-        bins = with_rest(bins, *rest[:2, :, None], 0.5 * lowest * scale)
-    pair = (bins, given_bins(log_p, tail, wide)) if student_first else (given_bins(log_p, tail, wide), bins)
+        bins, theirs = with_tails(bins, *rest[:2, :, None], 0.5 * lowest * scale, theirs)
+    pair = (bins, theirs) if student_first else (theirs, bins)
     making, g = {}, torch.empty_like(bins)
     if upstream is not None:
         making = {"grads": (g, None) if student_first else (None, g), "upstream": upstream}
@@ -116,16 +110,14 @@ def walk(logits, ids, log_p, labels, formula, scalars, student_first, one_read, 
 
 def whole_bins(logits, ids, log_p, labels, ignore_index, tail, scale, wide):
     """The bins of both, in plain torch."""
-    classes = logits.shape[1]
-    tail = tail and ids.shape[1] < classes
     marks = marks_of(len(ids), labels, ignore_index, ids)
-    exists, place, columns = entries_of(ids, log_p, marks, classes)
+    exists, place, columns = entries_of(ids, log_p, marks, logits.shape[1])
     x = logits.to(wide) * scale
-    bins = torch.where(exists, x.gather(1, columns), -float("inf"))
+    bins, theirs = torch.where(exists, x.gather(1, columns), -float("inf")), log_p.to(wide)
     if tail:
         lowest = lowest_of(wide, 1.0)
         named = torch.zeros_like(x, dtype=torch.bool).scatter(1, columns, exists.gather(1, place))
         others = torch.where(named, lowest, x)
         highest = others.detach().amax(1, keepdim=True)
-        bins = with_rest(bins, highest, (others - highest).exp().sum(1, keepdim=True).log(), 0.5 * lowest)
-    return bins, given_bins(log_p, tail, wide)
+        bins, theirs = with_tails(bins, highest, (others - highest).exp().sum(1, keepdim=True).log(), 0.5 * lowest, theirs)
+    return bins, theirs
