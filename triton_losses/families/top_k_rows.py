@@ -82,7 +82,7 @@ def walk(logits, ids, log_p, labels, formula, scalars, student_first, one_read, 
     exists, place, columns = entries_of(ids, log_p, marks, classes)
     check(ids, log_p, exists, classes)
     taken, written = logits.gather(1, columns), exists.gather(1, place)  # not written where a row has no entry at all
-    bins, theirs = torch.where(exists, taken.to(wide) * scale, -float("inf")), log_p.to(wide)
+    bins, theirs = torch.where(exists, taken.to(wide) * scale, -float("inf")), log_p.to(wide).contiguous()
     if tail:
         lowest = lowest_of(logits.dtype, scale)
         logits.scatter_(1, columns, torch.where(written, lowest, taken))
