@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from bench import memory_curve
 from bench.conditions import conditions, load
 from bench.measure import COLUMNS, PRESETS, measure
 from bench.providers import PROVIDERS, providers_of
@@ -23,6 +24,7 @@ def command_line():
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="quick: within 3 minutes (default); full: hours")
     parser.add_argument("--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS))
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--memory-curve", action="store_true", help="instead of times: the heads' peak memory as the vocabulary grows")
     parser.add_argument("--list", action="store_true", help="name the timed cases and the providers, and end")
     return parser
 
@@ -81,6 +83,14 @@ def main(arguments=None):
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter's times say nothing about the kernels; unset it")
     load_before = load()
+    if options.memory_curve:
+        if not memory_curve.heads(timed):
+            parser.error("--memory-curve is for losses of a language model's head, and none of these is one")
+        frame, lines = memory_curve.peaks(timed, device), conditions(device, load_before)[:2]  # hardware and versions: nothing is timed
+        memory_curve.write(frame, lines, options.out)
+        print(*lines, "", "Peak MB above the inputs, forward and backward.", memory_curve.table_of(frame).to_string(), sep="\n")
+        print(f"\nWritten to {options.out}{os.sep}")
+        return
     rows = run(timed, device, options.preset, options.providers)
     if not rows:
         parser.error(f"nothing was measured: none of these cases has a shape in the preset {options.preset!r}")

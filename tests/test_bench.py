@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 
-from bench import measure, memory
+from bench import measure, memory, memory_curve
 from bench.__main__ import main
 from bench.accuracy import error
 from bench.measure import COLUMNS, PRESETS
@@ -172,3 +172,19 @@ def test_a_run_writes_the_results_the_report_and_the_picture(monkeypatch, tmp_pa
         assert "no Triton kernel ran" in text and "cross_entropy label_smoothing=0.1" in text and "8×16" in text
     assert "(speedup.png)" in report
     assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_memory_curve_shows_heads_alone_and_that_ours_grows_by_the_weight(monkeypatch, tmp_path, capsys):
+    head = next(case for case in cases.CASES if case.name == "linear_cross_entropy")
+    monkeypatch.setattr(cases, "CASES", [TINY, head])
+    monkeypatch.setattr(memory_curve, "CLASSES", (1024, 4096))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    main(["--device", "cpu", "--out", str(tmp_path), "--memory-curve"])
+    frame = pandas.read_csv(tmp_path / "memory.csv")
+    assert set(frame["loss"]) == {head.name} and frame["failed"].isna().all() and len(frame) == 2 * 3
+    peak = frame.pivot(index="classes", columns="provider", values="peak_mb")
+    assert (peak["triton_losses"] < peak["eager"]).all() and (peak[memory_curve.WEIGHT] < peak["triton_losses"]).all()
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG") and "4096" in capsys.readouterr().out
+    monkeypatch.setattr(cases, "CASES", [TINY])
+    with pytest.raises(SystemExit):
+        main(["--memory-curve"])

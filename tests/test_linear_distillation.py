@@ -161,7 +161,7 @@ def test_every_run_is_the_same_and_mutates_nothing(kind, reduction, device):
 
 
 def logits_of_strides(device):
-    """The same (2, 4, classes) logits, laid out as a slice of a longer sequence, with the batch last, and transposed."""
+    """(2, 4, classes); the same as a slice of a longer sequence, with the batch last, and transposed."""
     logits = randn(2, 4, CLASSES, device=device)
     longer = torch.cat([logits, randn(2, 1, CLASSES, device=device)], 1)
     return logits, [longer[:, :-1], logits.permute(1, 2, 0).contiguous().permute(2, 0, 1), logits.transpose(1, 2).contiguous().mT]
@@ -213,8 +213,10 @@ def test_entries_that_do_not_exist_might_as_well_be_left_out(device):
     ids, log_p = torch.tensor([[3, 9, 0], [69, 1, 2], [0, 7, 4], [5, 6, 7]]).to(device), randn(4, 70, device=device).log_softmax(-1)[:, :3]
     for tail in (True, False):
         more_ids, more = torch.cat([ids[:, :1], ids], 1), torch.cat([torch.full_like(log_p[:, :1], -float("inf")), log_p], 1)
-        found = (loss_and_gradients(hidden, weight, teacher_ids=i, teacher_log_probs=p, tail=tail) for i, p in ((ids, log_p), (more_ids, more)))
-        assert_same(*found)
+        found, expected = (
+            loss_and_gradients(hidden, weight, teacher_ids=i, teacher_log_probs=p, tail=tail) for i, p in ((more_ids, more), (ids, log_p))
+        )
+        assert_same(found, expected)
     nothing = torch.full_like(log_p, -float("inf"))
     for direction in DIRECTIONS:
         found = loss_and_gradients(hidden, weight, teacher_ids=ids, teacher_log_probs=nothing, direction=direction)
@@ -297,9 +299,8 @@ def test_function_transforms_give_what_they_give_of_plain_torch(kind):
     from_teacher, _ = teacher(kind, (3,))
     if "teacher_ids" in from_teacher:  # the plain reference writes in place, which vmap does not take
         from_teacher |= {"teacher_ids": from_teacher["teacher_ids"] % CLASSES}
-    both = [
-        lambda h, w, f=f: f(h, w, direction="jsd", **from_teacher) for f in (linear_distillation_loss, reference.losses.linear_distillation_loss)
-    ]
+    losses = linear_distillation_loss, reference.losses.linear_distillation_loss
+    both = [lambda h, w, loss=loss: loss(h, w, direction="jsd", **from_teacher) for loss in losses]
     assert_same(*(torch.func.grad(f, (0, 1))(hidden, weight) for f in both))
     many = torch.stack([hidden, -hidden])
     mapped = torch.func.vmap(torch.func.grad(both[0]), (0, None))(many, weight)
@@ -308,7 +309,7 @@ def test_function_transforms_give_what_they_give_of_plain_torch(kind):
 
 def test_a_student_and_a_teacher_of_different_types(device):
     hidden, weight, _ = student((7,), device, torch.float32)
-    for kind in TEACHERS:
+    for kind in TEACHERS[:1] + TEACHERS[2:4]:
         from_teacher, _ = teacher(kind, (7,), device, torch.float16)
         wide = {name: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in from_teacher.items()}
         found, expected = (loss_and_gradients(hidden, weight, **options) for options in (from_teacher, wide))
@@ -330,10 +331,10 @@ def test_autocast_makes_half_precision_logits_and_gradients_of_the_inputs_own(ki
     assert half.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("reduction, forward, backward", [("mean", 1, 0), ("none", 1, 1)])
-@pytest.mark.parametrize("kind", ["products", "top_k"])
-def test_it_is_one_op_of_a_compiled_graph(kind, reduction, forward, backward, dynamic, device):
+@pytest.mark.parametrize("kind, dynamic", [("products", True), ("logits", False), ("top_k", True)])
+def test_it_is_one_op_of_a_compiled_graph(kind, dynamic, reduction, forward, backward, device):
     torch._dynamo.reset()
     forwards, backwards = [], []
 
@@ -355,8 +356,9 @@ def test_it_is_one_op_of_a_compiled_graph(kind, reduction, forward, backward, dy
 
 def test_the_op_is_well_behaved(device):
     hidden, weight, bias = (t.detach() for t in student((7,), device, torch.float32))
-    for kind, tensors in (("products", teacher("products", (7,), device, torch.float32)), ("top_k", teacher("top_k", (7,), device, torch.float32))):
-        tensors = [t for t in tensors[0].values() if isinstance(t, torch.Tensor)]
+    for kind in ("products", "top_k"):
+        from_teacher, _ = teacher(kind, (7,), device, torch.float32)
+        tensors = [t for t in from_teacher.values() if isinstance(t, torch.Tensor)]
         options = ("relative_entropy", [1.0, 0.0], False, True, True, IGNORED, 0, 0, torch.float32, torch.float32)
         arguments = hidden, weight, bias, tensors, labels_of("some", (7,), device), torch.ones(7, device=device), [True, False, True], kind
         tests = ("test_schema", "test_faketensor")
@@ -380,7 +382,8 @@ def test_memory_is_a_chunk_beside_the_gradients(kind, reduction):
         given = {"teacher_ids": torch.rand(rows, classes).topk(8).indices, "teacher_log_probs": torch.full((rows, 8), -3.0)}
 
     def work():
-        return torch.autograd.grad(linear_distillation_loss(hidden, weight, chunk_bytes=chunk, reduction=reduction, **given).sum(), (hidden, weight))
+        loss = linear_distillation_loss(hidden, weight, chunk_bytes=chunk, reduction=reduction, **given)
+        return torch.autograd.grad(loss.sum(), (hidden, weight))
 
     work()
     gradients = 2 * (hidden.nbytes + weight.nbytes)  # the sums, and what the backward makes of them

@@ -21,7 +21,7 @@ from triton_losses.op import op, read_whole
 
 
 def stored_rows(stored):
-    """Of logits (..., classes): a function from rows to their logits; and whether slices of rows are read without a copy."""
+    """Of logits (..., classes): a function from rows to their logits; and whether it returns slices of rows without a copy."""
     where, classes = stored.shape[:-1], stored.shape[-1]
     everything = torch.arange(where.numel(), device=stored.device)
     try:
@@ -32,7 +32,7 @@ def stored_rows(stored):
     def readable(x):  # kernels walk the rows of a pair in the same vectors
         return not runs_kernels(x) or (x.stride(1) == 1 and x.stride(0) % VECTOR == 0)
 
-    def rows_of(part, _):
+    def rows_of(part):
         found = stored[torch.unravel_index(everything[part], where)] if flat is None else flat[part]
         if readable(found):
             return found
@@ -42,10 +42,10 @@ def stored_rows(stored):
 
 
 def product_rows(hidden, weight, bias=None):
-    """The same of logits that are products."""
+    """The same of logits that are products; all chunks share one buffer."""
     buffers = []
 
-    def rows_of(part, like):
+    def rows_of(part):
         x = hidden[part]
         if not buffers:  # the first chunk is as large as any
             buffers.append(x.new_empty(len(x), padded(len(weight))))
@@ -62,13 +62,10 @@ def linear_distribution_rows_pass(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else empty)."""
     losses = hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(dtype, teacher_dtype))
-    beside = 0
-    if kind == "products":
-        rows_of, _ = product_rows(*in_dtype(teacher_dtype, *teacher))
-        beside = teacher_dtype.itemsize
-    elif kind == "logits":
-        rows_of, as_they_lie = stored_rows(*teacher)
-        beside = 0 if as_they_lie and labels is None else teacher_dtype.itemsize
+    beside = 0  # bytes of the teacher's chunk, for each logit
+    if kind != "top_k":
+        rows_of, in_place = product_rows(*in_dtype(teacher_dtype, *teacher)) if kind == "products" else stored_rows(*teacher)
+        beside = 0 if in_place and labels is None else teacher_dtype.itemsize
 
     def visit(part, label, logits):
         found = losses.new_empty(2, len(logits))
@@ -77,7 +74,7 @@ def linear_distribution_rows_pass(
             options = formula, scalars, student_first, one_read, ignore_index, tail
             top_k_rows.walk(logits, *(t[part] for t in teacher), label, *options, found, factors)
         else:
-            pair = (logits, rows_of(part, logits)) if student_first else (rows_of(part, logits), logits)
+            pair = (logits, rows_of(part)) if student_first else (rows_of(part), logits)
             making = {}
             if any(wanted):
                 making = {"grads": (logits, None) if student_first else (None, logits), "upstream": factors}
