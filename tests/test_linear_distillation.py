@@ -340,6 +340,7 @@ def test_memory_is_below_a_sixth_of_plain_torchs():
 # The module, and what is refused
 
 
+@pytest.mark.not_interpreted
 def test_modules_take_what_belongs_to_the_call_at_the_call():
     hidden, weight, bias = student((2, 4), dtype=torch.float32)
     options = {"temperature": 2.0, "direction": "jsd", "beta": 0.3, "chunk_bytes": THREE_ROWS, "temperature_squared": True}
