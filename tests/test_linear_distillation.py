@@ -286,6 +286,8 @@ def test_it_is_one_op_of_a_compiled_graph(kind, dynamic, reduction, forward, bac
         labels = labels_of("some", where, device)
         assert_same(*(value_and_gradients(f(*leaves, labels, from_teacher), leaves) for f in (compiled, loss)), 1e-6)
     assert (len(ops_of(forwards)), len(ops_of(backwards))) == (forward, backward)
+    with torch.no_grad():
+        assert_same([compiled(*leaves, labels, from_teacher)], [loss(*leaves, labels, from_teacher)], 1e-6)
 
 
 def test_the_op_is_well_behaved(device):

@@ -111,19 +111,20 @@ class LinearDistributionRows(torch.autograd.Function):
     """The loss of each row, or their sum with its gradient made in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, total, wanted, options, *teacher):
+    def forward(ctx, hidden, weight, bias, labels, first, second, third, total, wanted, options):
+        teacher = [t for t in (first, second, third) if t is not None]  # by name: torch.compile without gradients miscounts *teacher
         upstream = None
         if any(wanted):
             upstream = hidden.new_ones(hidden.shape[0], dtype=wide_dtype(*options[-2:]))
-        losses, *grads = linear_distribution_rows_pass(hidden, weight, bias, list(teacher), labels, upstream, wanted, *options)
-        ctx.total, ctx.options, ctx.count = total, options, len(teacher)
-        ctx.save_for_backward(hidden, weight, bias, labels, *teacher, *(grads if total else ()))
+        losses, *grads = linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *options)
+        ctx.total, ctx.options = total, options
+        ctx.save_for_backward(hidden, weight, bias, labels, first, second, third, *(grads if total else ()))
         return losses.sum() if total else losses
 
     @staticmethod
     def backward(ctx, dout):
-        hidden, weight, bias, labels, *rest = ctx.saved_tensors
-        teacher, grads = rest[: ctx.count], rest[ctx.count :]
+        hidden, weight, bias, labels, first, second, third, *grads = ctx.saved_tensors
+        teacher = [t for t in (first, second, third) if t is not None]
         wanted, factor = list(ctx.needs_input_grad[:3]), None
         if again() or read_whole(dout):
             with torch.enable_grad():
@@ -137,7 +138,7 @@ class LinearDistributionRows(torch.autograd.Function):
         else:
             upstream = dout.contiguous()
             _, *grads = linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)
-        return *cast(grads, (hidden, weight, bias), wanted, factor), *[None] * (4 + ctx.count)
+        return *cast(grads, (hidden, weight, bias), wanted, factor), *[None] * 7
 
 
 def linear_distribution_rows(
@@ -157,4 +158,5 @@ def linear_distribution_rows(
         losses = whole(hidden, weight, bias, teacher, labels, *options)
         return losses.sum() if total else losses
     wanted = [total and t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
-    return LinearDistributionRows.apply(hidden, weight, bias, labels, total, wanted, options, *teacher)
+    teacher = *teacher, *[None] * (3 - len(teacher))
+    return LinearDistributionRows.apply(hidden, weight, bias, labels, *teacher, total, wanted, options)

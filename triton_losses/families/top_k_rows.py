@@ -20,6 +20,7 @@ import torch
 from triton_losses.families import distribution_rows, label_rows
 
 IGNORED = -1  # the mark of a row that does not count; that of others is 0
+MOST = 1.05  # of the sum of probabilities: bfloat16 rounds their logarithms
 
 
 def marks_of(rows, labels, ignore_index, like):
@@ -51,9 +52,6 @@ def check(ids, log_p, exists, classes):
         raise ValueError(f"teacher_ids must name a class once a row, got {int(ordered[:, 1:][twice][0])} twice")
     if (total > MOST).any():
         raise ValueError(f"teacher_log_probs must be log-probabilities, whose exponentials sum to at most 1, got {total.max():.4g}")
-
-
-MOST = 1.05  # of the sum of probabilities: bfloat16 rounds their logarithms
 
 
 def lowest_of(dtype, scale):
