@@ -159,10 +159,11 @@ def test_every_run_is_the_same_and_mutates_nothing(kind, reduction, device):
 
 
 def logits_of_strides(device):
-    """(2, 4, classes); the same as a slice of a longer sequence, with the batch last, and transposed."""
+    """(2, 4, classes); the same as a slice of a longer sequence, of padded rows, with the batch last, and transposed."""
     logits = randn(2, 4, CLASSES, device=device)
-    longer = torch.cat([logits, randn(2, 1, CLASSES, device=device)], 1)
-    return logits, [longer[:, :-1], logits.permute(1, 2, 0).contiguous().permute(2, 0, 1), logits.transpose(1, 2).contiguous().mT]
+    longer, wider = (torch.nn.functional.pad(logits, more) for more in ((0, 0, 0, 1), (0, 80 - CLASSES)))
+    turned = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1), logits.mT.contiguous().mT
+    return logits, [longer[:, :-1], wider[..., :CLASSES], *turned]
 
 
 def test_stored_logits_may_lie_anyhow(device):
