@@ -174,7 +174,7 @@ def walk_blocks(
 
     share(work, len(parts))
     if losses is not None:
-        losses[1] = 1.0
+        losses[1].fill_(1.0)
         if dropped is not None:
             losses.masked_fill_(dropped, 0)
 
