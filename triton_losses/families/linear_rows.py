@@ -10,7 +10,8 @@
                 likes, and 1/N never meets float16.
 
 Rows whose label is `ignore_index` are dropped before the GEMMs: on a CPU always; on a GPU, where counting them would be a
-synchronisation, as far as the caller knows an upper bound of those that are left (`kept_tokens`).
+synchronisation, as far as the caller knows an upper bound of those that are left (`kept_tokens`). `sweep` is the chunks and
+the products of every pass, here and in linear_distribution_rows.
 """
 
 from typing import NamedTuple
