@@ -242,10 +242,11 @@ def linear_distillation_loss(
     distributions, and 0 when they agree. Where log p of the k sum to 1, "forward" is their Σ p log(p / q). False: compare both
     as if there were no other class, each renormalised over the k: the student's other logits get no gradient.
     direction, beta, temperature T, temperature_squared, labels (...), ignore_index, reduction: as in ``distillation_loss``. Rows
-    with ignore_index are left out of the products. chunk_bytes: of the logits, of both models, that exist at a time; 0: 64 MB on
-    a CPU, 1 GB on a GPU. kept_tokens: as in ``linear_cross_entropy``. out_dtype: of the result; None: float32, float64 for
-    float64. The weight's gradient is summed in float32. Three products of the student's where the loss is reduced, four where
-    it is not. Bad options and repeated ids raise ValueError, ids outside [0, classes) IndexError (a device assertion on a GPU).
+    with ignore_index are left out of the products. chunk_bytes: of the student's logits that exist at a time, and as much again
+    where the teacher's are made; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens: as in ``linear_cross_entropy``. out_dtype: of the
+    result; None: float32, float64 for float64. The weight's gradient is summed in float32. Three products of the student's where
+    the loss is reduced, four where it is not. Bad options and repeated ids raise ValueError, ids outside [0, classes) IndexError
+    (device assertions on a GPU).
     Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
 
     >>> linear_distillation_loss(torch.zeros(1, 2), torch.eye(2), torch.tensor([[2.0, 0.0]]), torch.eye(2))

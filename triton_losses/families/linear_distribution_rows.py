@@ -21,7 +21,7 @@ from triton_losses.op import op, read_whole
 
 
 def stored_rows(stored):
-    """Of logits (..., classes): a function from rows to their logits; and whether it returns slices of rows without a copy."""
+    """Of logits (..., classes): a function from rows to their logits, without a copy where they are a slice that can be read."""
     where, classes = stored.shape[:-1], stored.shape[-1]
     everything = torch.arange(where.numel(), device=stored.device)
     try:
@@ -29,16 +29,13 @@ def stored_rows(stored):
     except RuntimeError:  # of such strides that no view can be: what a slice of a sequence leaves, for one
         flat = None
 
-    def readable(x):  # kernels walk the rows of a pair in the same vectors
-        return not runs_kernels(x) or (x.stride(1) == 1 and x.stride(0) % VECTOR == 0)
-
     def rows_of(part):
         found = stored[torch.unravel_index(everything[part], where)] if flat is None else flat[part]
-        if readable(found):
-            return found
+        if not runs_kernels(found) or (found.stride(1) == 1 and found.stride(0) % VECTOR == 0):
+            return found  # kernels walk both rows of a pair in the same vectors
         return found.new_empty(len(found), padded(classes))[:, :classes].copy_(found)
 
-    return rows_of, flat is not None and readable(flat)
+    return rows_of
 
 
 def product_rows(hidden, weight, bias=None):
@@ -51,7 +48,7 @@ def product_rows(hidden, weight, bias=None):
             buffers.append(x.new_empty(len(x), padded(len(weight))))
         return product(x, weight, bias, buffers[0][: len(x), : len(weight)])
 
-    return rows_of, False
+    return rows_of
 
 
 @op
@@ -62,10 +59,8 @@ def linear_distribution_rows_pass(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else empty)."""
     losses = hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(dtype, teacher_dtype))
-    beside = 0  # bytes of the teacher's chunk, for each logit
     if kind != "top_k":
-        rows_of, in_place = product_rows(*in_dtype(teacher_dtype, *teacher)) if kind == "products" else stored_rows(*teacher)
-        beside = 0 if in_place and labels is None else teacher_dtype.itemsize
+        rows_of = product_rows(*in_dtype(teacher_dtype, *teacher)) if kind == "products" else stored_rows(*teacher)
 
     def visit(part, label, logits):
         found = losses.new_empty(2, len(logits))
@@ -82,7 +77,7 @@ def linear_distribution_rows_pass(
             walk(*pair, None, label, *options, **making)
         losses[part] = found[0]
 
-    return losses, *sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens, beside)
+    return losses, *sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
 
 
 def wide_dtype(dtype, teacher_dtype):

@@ -53,13 +53,10 @@ def parts_of(rows, labels, ignore_index, chunk, kept_tokens):
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
-def chunks(hidden, weight, bias, labels, ignore_index, chunk_bytes, kept_tokens, beside=0):
-    """(rows, their hidden states, their labels, their logits) of each chunk; the logits of all share one buffer.
-
-    beside: bytes that the caller holds for each logit of a chunk beside it.
-    """
+def chunks(hidden, weight, bias, labels, ignore_index, chunk_bytes, kept_tokens):
+    """(rows, their hidden states, their labels, their logits) of each chunk; the logits of all share one buffer."""
     classes = weight.shape[0]
-    chunk = rows_of_chunk(padded(classes) * (hidden.itemsize + beside), hidden.device, chunk_bytes)
+    chunk = rows_of_chunk(padded(classes) * hidden.itemsize, hidden.device, chunk_bytes)
     buffer = hidden.new_empty(min(chunk, len(hidden)), padded(classes))
     for part in parts_of(len(hidden), labels, ignore_index, chunk, kept_tokens):
         x = hidden[part]
@@ -71,7 +68,7 @@ def product(hidden, weight, bias, out):
     return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens, beside=0):
+def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens):
     """``visit(rows, their labels, their logits)`` for every chunk, whose logits it makes their gradient where any is wanted.
 
     wanted: of hidden, weight and bias. Returns their gradients, in float32 or wider, those wanted, else empty.
@@ -80,7 +77,7 @@ def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chun
     if not shapes_only():
         first = True
         x, w, b = in_dtype(dtype, hidden, weight, bias)
-        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens, beside):
+        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
             visit(part, label, logits)
             if any(wanted):
                 add_gradients(grads, part, x, w, logits, wanted, first)
