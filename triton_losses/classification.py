@@ -77,17 +77,23 @@ def check_probabilities(input, target, weight, ignore_index):
 
 
 def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype=None, softcap=0.0, temperature=1.0):
-    """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension where there are two."""
+    """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension where there are two.
+
+    The stride decides how an image is walked: in rows where its classes lie side by side (channels_last), else in planes.
+    """
     check_logits(input)
     check_labels(input, target, weight)
+    labels = target.reshape(-1)
     if input.dim() == 1:
         logits = input[None]
     elif input.dim() == 2:
         logits = input
-    else:
+    elif input.stride(1) == 1:
         logits = input.movedim(1, -1).reshape(-1, input.shape[1])
+    else:
+        logits, labels = input.flatten(2), target.flatten(1)
     options = scalars, int(ignore_index), reduction, out_dtype, softcap, temperature
-    losses = label_rows(formula, logits, target.reshape(-1), weight, *options)
+    losses = label_rows(formula, logits, labels, weight, *options)
     if reduction != "none":
         return losses
     return losses.view(target.shape if input.dim() > 1 else ())  # unbatched, so is the loss, though the target may have size 1

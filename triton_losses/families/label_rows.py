@@ -14,6 +14,9 @@ and returns the loss, then its partial by each statistic it took. From those, wi
 
 where x is the logit, or scale · softcap · tanh(logit / softcap).
 
+Logits have two layouts: rows (rows, classes) of labels (rows,), which this file walks, and planes (images, classes, pixels) of labels
+(images, pixels), where a row is a pixel: label_planes.py walks those.
+
     forward   reads a row once; writes its loss and saves max x and log Σ exp(x - max x). Apart: their sum would round away
               the digits that a common offset of the logits leaves
     backward  reads a row once and writes its gradient
@@ -24,6 +27,7 @@ A formula that takes `picked` alone reads one number a row (on a CPU that is for
 import torch
 
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.families.label_planes import planes_backward, planes_forward
 from triton_losses.families.label_rows_blocks import counted, slots_of, walk_blocks, whole_losses
 from triton_losses.families.reduction import result_dtype
 from triton_losses.formula import FORMULAS
@@ -76,6 +80,8 @@ def label_rows_forward(
     ignore_index: int, softcap: float, scale: float, reduction: str, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The reduced loss; what the backward needs of each row; the sum of the rows' weights where the mean needs it."""
+    if logits.dim() == 3:
+        return planes_forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype)
     rows = logits.shape[0]
     saved = logits.new_empty(4, rows, dtype=compute_dtype(logits.dtype))
     if shapes_only():
@@ -97,6 +103,9 @@ def label_rows_backward(
     dout: torch.Tensor, operands: list[torch.Tensor], formula: str, scalars: list[float], ignore_index: int, softcap: float,
     scale: float, reduction: str,
 ) -> torch.Tensor:  # fmt: skip
+    if logits.dim() == 3:
+        options = formula, scalars, ignore_index, softcap, scale, reduction
+        return planes_backward(logits, labels, class_weights, saved, denominator, dout, *options)
     if shapes_only():
         return logits.new_empty(logits.shape)
     logits = readable(logits)
@@ -135,7 +144,7 @@ class LabelRows(torch.autograd.Function):
 def label_rows(
     formula, logits, labels, class_weights=None, scalars=(), ignore_index=-100, reduction="mean", out_dtype=None, softcap=0.0, temperature=1.0
 ):  # fmt: skip
-    """``formula`` of every row of ``logits`` (rows, classes) whose label is not ``ignore_index``.
+    """``formula`` of every row of ``logits`` whose label is not ``ignore_index``: (rows, classes), or (images, classes, pixels).
 
     The mean divides by the sum of the rows' weights. out_dtype: of the result; the logits', or float32 under autocast, when None.
     """

@@ -35,7 +35,7 @@ def transform(x, softcap, scale):
 
 
 def whole_losses(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, operands=()):
-    """Losses and weights of the rows, 0 where ignored."""
+    """Losses and weights of the rows, 0 where ignored; of either layout."""
     wide, slots = compute_dtype(logits.dtype), slots_of(formula)
     kept = labels != ignore_index
     labels = torch.where(kept, labels, 0).long()
@@ -47,7 +47,8 @@ def whole_losses(logits, labels, class_weights, formula, scalars, ignore_index, 
         log_rows = x.log_softmax(1)
         log_p = log_rows.gather(1, labels[:, None])[:, 0]
         if slots[2]:
-            mean_log_p = (log_rows if class_weights is None else log_rows * class_weights.to(wide)).mean(1)
+            spread = None if class_weights is None else class_weights.to(wide).view(-1, *[1] * (x.dim() - 2))
+            mean_log_p = (log_rows if spread is None else log_rows * spread).mean(1)
         if slots[3]:
             lse = x.logsumexp(1)
         if slots[4]:

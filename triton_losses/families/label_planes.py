@@ -1,0 +1,182 @@
+"""label_rows' other layout: logits (images, classes, pixels), whose classes are strided and whose pixels lie side by side.
+
+A row is a pixel: its formula, statistics and gradient are those of label_rows.py, and nothing is permuted or copied.
+
+    forward   reads the logits once; writes each pixel's loss, or one partial sum per tile of pixels
+    backward  reads the logits once and writes the gradient
+
+Of few classes the backward computes the softmax of a pixel anew, from the values it has read anyhow, so nothing is saved: at two
+classes a saved maximum and logarithm would be as large as the logits. Of many, kernels save both.
+"""
+
+import torch
+
+from triton_losses.blocks import elements, share
+from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.families.label_rows_blocks import arguments_of, counted, slots_of, transform
+from triton_losses.formula import FORMULAS
+from triton_losses.op import shapes_only
+
+if triton is not None:
+    from triton_losses.families.label_planes_kernels import SPAN, backward_launch, few, forward_launch, shared_arguments
+
+
+def readable(logits):
+    """Pixels side by side; planes and images may lie anywhere."""
+    return logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()
+
+
+def saved_of(logits, formula):
+    """Room for each pixel's max x, log Σ exp(x - max) and, where the formula takes it, mean_log_p: for kernels, of many classes."""
+    images, classes, pixels = logits.shape
+    taken = slots_of(formula)
+    count = 0 if not runs_kernels(logits) or few(logits) or not any(taken[1:4]) else 3 if taken[2] else 2
+    return logits.new_empty((count, images, pixels) if count else (0,), dtype=compute_dtype(logits.dtype))
+
+
+def planes_forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype):
+    """The body of label_rows_forward for this layout."""
+    formula = FORMULAS[formula]
+    saved, whole = saved_of(logits, formula), reduction == "none"
+    out = logits.new_empty(labels.shape if whole else (), dtype=dtype)
+    denominator = saved.new_empty(() if reduction == "mean" else (0,))
+    if shapes_only():
+        return out, saved, denominator
+    if not runs_kernels(logits):
+        sums = forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, out if whole else None)
+    else:
+        if logits.device.type == "cpu":
+            counted(labels, None, logits.shape[1], ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
+        images, _, pixels = logits.shape
+        sums = None if whole else saved.new_empty(2, images, -(-pixels // SPAN))
+        forward_launch(
+            **shared_arguments(readable(logits), labels, class_weights, formula, slots_of(formula), scalars, ignore_index, softcap, scale, saved),
+            out=out if whole else sums, REDUCE=not whole,
+        )  # fmt: skip
+    if whole:
+        return out, saved, denominator
+    total, weight = sums.flatten(1).sum(1).unbind(0)
+    if reduction == "sum":
+        return total.to(dtype, copy=True), saved, denominator
+    return (total / weight).to(dtype), saved, weight.clone()
+
+
+def planes_backward(
+    logits, labels, class_weights, saved, denominator, dout, formula, scalars, ignore_index, softcap, scale, reduction
+):  # fmt: skip
+    """The body of label_rows_backward for this layout."""
+    grad = logits.new_empty(logits.shape)
+    if shapes_only():
+        return grad
+    formula, denominator = FORMULAS[formula], denominator if reduction == "mean" else None
+    options = scalars, ignore_index, softcap, scale
+    if not runs_kernels(logits):
+        backward_blocks(logits, labels, class_weights, formula, *options, grad, dout, denominator)
+        return grad
+    same = not any(dout.stride())  # one value, or one value expanded: what loss.sum().backward() sends
+    backward_launch(
+        **shared_arguments(readable(logits), labels, class_weights, formula, slots_of(formula), *options, saved),
+        grad=grad, upstream=dout if same else dout.contiguous(), denominator=saved if denominator is None else denominator,
+        SAME=same, MEAN=denominator is not None,
+    )  # fmt: skip
+    return grad
+
+
+# In blocks that stay in a CPU's cache
+
+
+def plane_blocks(logits):
+    """(images, pixels) of each block: whole images while they are small, else a run of one image's pixels."""
+    images, classes, pixels = logits.shape
+    most = elements(compute_dtype(logits.dtype))
+    if classes * pixels <= most:
+        step = max(most // max(classes * pixels, 1), 1)
+        return [(slice(i, i + step), slice(None)) for i in range(0, images if classes * pixels else 0, step)]
+    step = max(most // classes, 16)
+    return [(slice(i, i + 1), slice(start, start + step)) for i in range(images) for start in range(0, pixels, step)]
+
+
+def mean_over_classes(x, class_weights):
+    return x.mean(1) if class_weights is None else torch.matmul(class_weights / len(class_weights), x)
+
+
+def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, out):
+    """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights."""
+    wide, slots, classes = compute_dtype(logits.dtype), slots_of(formula), logits.shape[1]
+    class_weights = class_weights if class_weights is None else class_weights.to(wide)
+    parts = plane_blocks(logits)
+    sums = logits.new_empty(2, max(len(parts), 1), dtype=wide)
+    if not parts:  # no pixels, or no classes: then every label is ignored
+        counted(labels, None, classes, ignore_index, wide)
+        (sums if out is None else out).zero_()
+
+    def part(i):
+        images, pixels = parts[i]
+        x = transform(logits[images, :, pixels].to(wide), softcap, scale)
+        kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
+        log_rows = x.log_softmax(1)
+        log_p = log_rows.gather(1, at)[:, 0]
+        mean_log_p = mean_over_classes(log_rows, class_weights) if slots[2] else None
+        lse = x.amax(1) - log_rows.amax(1) if slots[3] else None  # the largest of log_rows is -log Σ exp(x - max)
+        picked = x.gather(1, at)[:, 0] if slots[0] else None
+        statistics = picked, log_p, mean_log_p, lse, None
+        losses = formula.value(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
+        losses = losses if kept is None else torch.where(kept, losses, 0)
+        if out is None:
+            sums[0, i] = losses.sum()
+            sums[1, i] = losses.numel() if weights is None else weights.sum()
+        else:
+            out[images, pixels] = losses
+
+    share(part, len(parts))
+    return sums
+
+
+def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, grad, upstream, denominator):
+    """The gradient of Σ upstream · losses / denominator into ``grad``."""
+    wide, slots, classes = compute_dtype(logits.dtype), slots_of(formula), logits.shape[1]
+    class_weights = class_weights if class_weights is None else class_weights.to(wide)
+    mean_weight = 1.0 if class_weights is None or not slots[2] else class_weights.mean()
+    wanted = tuple(True for slot in slots[:5] if slot)
+    needs, parts = formula.needs[wanted], plane_blocks(logits)
+    direct = grad.dtype == wide
+
+    def part(i):
+        images, pixels = parts[i]
+        x, g = transform(logits[images, :, pixels].to(wide), softcap, scale), grad[images, :, pixels]
+        kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
+        p = x.softmax(1)
+        highest = log_total = picked = log_p = mean_log_p = lse = None
+        if needs & {"log_p", "mean_log_p", "lse"}:
+            highest, log_total = x.amax(1), p.amax(1).log_().neg_()  # the largest of p is 1 / Σ exp(x - max)
+            lse = highest + log_total
+        if needs & {"picked", "log_p"}:
+            picked = x.gather(1, at)[:, 0]
+        if "log_p" in needs:
+            log_p = picked - highest - log_total
+        if "mean_log_p" in needs:
+            mean_log_p = mean_over_classes(x - highest[:, None], class_weights) - log_total * mean_weight
+        statistics = picked, log_p, mean_log_p, lse, None
+        found = formula.partials(wanted)(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
+        factor = upstream[images, pixels].to(wide) if upstream.dim() else upstream.to(wide)
+        factor = factor if denominator is None else factor / denominator
+        factor = factor if scale == 1 else factor * scale
+        partials = [found[slot - 1] * factor if slot else 0.0 for slot in slots[:4]]
+        if kept is not None:
+            partials = [torch.where(kept, d, 0) if slot else 0.0 for slot, d in zip(slots[:4], partials)]
+        d_picked, d_log_p, d_mean, d_lse = partials
+        slope = torch.as_tensor(d_lse - d_log_p - d_mean * mean_weight)
+        g = torch.mul(p, slope[..., None, :] if slope.dim() else slope, out=g if direct else p)
+        if slots[2]:
+            uniform = (d_mean / classes).expand(at[:, 0].shape)[:, None]
+            g.add_(uniform if class_weights is None else uniform * class_weights[:, None])
+        if slots[0] or slots[1]:
+            g.scatter_add_(1, at, (d_log_p + d_picked).expand(at[:, 0].shape)[:, None])
+        if softcap:
+            g.mul_(1 - (x / (softcap * scale)).square_())
+        if kept is not None and bool(p[:, :1].isnan().any()):  # of an ignored pixel it may be: and nan · 0 is nan
+            g.masked_fill_(~kept[:, None], 0)
+        if not direct:
+            grad[images, :, pixels] = g
+
+    share(part, len(parts))

@@ -1,0 +1,335 @@
+"""The kernels of label_planes.py, and how they are launched. One program is a run of one image's pixels, and all their classes.
+
+A thread has 16 bytes of neighbouring pixels of each class. Of few classes they are all held in registers at once: each
+class is a tile of its own, for a tile with a dimension of classes would be padded to a power of two. Many are walked in a loop, with a
+running maximum and Σ exp(x - maximum) for each pixel.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_losses.compiler import WARP, compute_dtype
+from triton_losses.device_math import as_scalars, exact, exp
+from triton_losses.families.elementwise_kernels import name_of, triton_type
+from triton_losses.families.label_rows_kernels import LOWEST, LOWEST_DOUBLE, read_formula, transform
+from triton_losses.tuning import Tuned
+
+SPAN = 1024  # pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
+MOST_HELD = 160  # registers of a thread that may hold its pixels' logits, of the 255 it can have
+
+
+def few(logits):
+    """Whether a thread can hold all classes of its 16 bytes of pixels."""
+    return 0 < logits.shape[1] * (16 // logits.element_size()) * compute_dtype(logits.dtype).itemsize <= 4 * MOST_HELD
+
+
+@triton.jit
+def load_tiles(at, class_stride, mask, shape, COUNT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EVICT: tl.constexpr, COMPUTE: tl.constexpr):
+    """COUNT classes of a block of pixels: all loads first, so that they travel together."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        x = tl.load(at + i * class_stride, mask=mask, other=0.0, eviction_policy=EVICT).to(COMPUTE)
+        tiles += (transform(x, shape, CAPPED, SCALED),)
+    return tiles
+
+
+@triton.jit
+def take_classes(tiles, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Fold classes from c on into the pixels' running maximum, Σ exp(x - maximum) and Σ w_j (x_j - pivot)."""
+    higher = highest
+    for i in tl.static_range(len(tiles)):
+        higher = tl.maximum(higher, tiles[i])
+    total *= exp(highest - higher)
+    for i in tl.static_range(len(tiles)):
+        total += exp(tiles[i] - higher)
+        if MEAN_LOG_P:
+            d = tiles[i] - pivot
+            spread += d * tl.load(class_weights + c + i).to(d.dtype) if WEIGHTED else d
+    return higher, total, spread
+
+
+@triton.jit
+def labels_of(labels, start, lanes, mask, classes, ignore_index):
+    """Whether each pixel's label counts, and the label's class, or one that can be read all the same."""
+    label = tl.load(labels + start + lanes, mask=mask, other=0).to(tl.int64)
+    kept = mask & (label != ignore_index)
+    fits = (label >= 0) & (label < classes)
+    tl.device_assert(fits | ~kept, "a target is out of bounds: it is no class and not ignore_index")
+    return kept, tl.where(fits, label, 0).to(tl.int32)
+
+
+@triton.jit
+def statistics_of(
+    at, tiles, classes, class_stride, mask, pivot, class_weights, mean_weight, shape,
+    MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, FEW: tl.constexpr, UNROLL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Of each pixel: max x, log Σ exp(x - max), mean_log_p; from the tiles where they are FEW, else from one read."""
+    highest = tl.full(pivot.shape, LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
+    total = tl.zeros(pivot.shape, COMPUTE)
+    spread = tl.zeros(pivot.shape, COMPUTE)
+    if FEW:
+        highest, total, spread = take_classes(tiles, 0, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
+    else:
+        together = classes // UNROLL * UNROLL
+        for c in range(0, together, UNROLL):
+            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, UNROLL, CAPPED, SCALED, "evict_first", COMPUTE)
+            highest, total, spread = take_classes(loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
+        for c in range(together, classes):
+            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, 1, CAPPED, SCALED, "evict_first", COMPUTE)
+            highest, total, spread = take_classes(loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
+    log_total = tl.log(total)
+    if MEAN_LOG_P:
+        rest = pivot - highest - log_total
+        if WEIGHTED:
+            rest *= tl.load(mean_weight).to(COMPUTE)
+        spread = spread / classes + rest
+    return highest, log_total, spread
+
+
+@triton.jit
+def formula_of(
+    picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars,
+    FORMULA: tl.constexpr, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Each pixel's loss, its partials, and the weight of its class."""
+    weight = tl.where(kept, 1.0, 0.0).to(COMPUTE)
+    if WEIGHTED:
+        weight = tl.load(class_weights + place, mask=kept, other=0.0).to(COMPUTE)
+    statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total)
+    slots: tl.constexpr = SLOTS[:4] + SLOTS[5:]  # entropy is of rows alone
+    loss, partials = read_formula(FORMULA, slots, statistics, weight, (), exact(scalars, COMPUTE))
+    return loss, partials, weight
+
+
+def direction(which):
+    return name_of(f"label_planes_{which}")
+
+
+@triton.jit(repr=direction("forward"), debug=True, do_not_specialize=["ignore_index", "images"])
+def forward_kernel(
+    logits,  # (images, classes, pixels); a pixel's neighbours lie beside it
+    labels,  # (images, pixels)
+    class_weights,  # (classes,) where WEIGHTED
+    mean_weight,  # () where WEIGHTED
+    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written unless FEW
+    out,  # (images, pixels) losses; where REDUCE (2, images, spans): sums of losses and of weights
+    images, classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
+    FORMULA: tl.constexpr, SLOTS: tl.constexpr, REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    FEW: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
+    program = tl.program_id(0).to(tl.int64)
+    spans = tl.cdiv(pixels, SPAN)
+    image = program // spans
+    first = (program - image * spans) * SPAN
+    stride = class_stride.to(tl.int64) // VEC * VEC  # says that planes are aligned
+    start = logits + (image * (image_stride // VEC * VEC) + first)
+    place_in_rows = image * (pixels // VEC * VEC) + first
+    left = tl.minimum(pixels - first, SPAN).to(tl.int32) // VEC * VEC
+    shape = exact(shape, COMPUTE)
+    losses = tl.zeros((BLOCK,), COMPUTE)
+    weights = tl.zeros((BLOCK,), COMPUTE)
+    for step in range(0, left, BLOCK):
+        lanes = step + tl.arange(0, BLOCK)
+        mask = lanes < left
+        kept, place = labels_of(labels, place_in_rows, lanes, mask, classes, ignore_index)
+        picked = tl.load(start + place.to(tl.int64) * stride + lanes, mask=kept, other=0.0).to(COMPUTE)
+        picked = transform(picked, shape, CAPPED, SCALED)
+        highest = tl.zeros((BLOCK,), COMPUTE)
+        log_total = highest
+        mean_log_p = highest
+        if SOFTMAX:
+            tiles = load_tiles(start + lanes, stride, mask, shape, FEW, CAPPED, SCALED, "evict_first", COMPUTE)
+            pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
+            highest, log_total, mean_log_p = statistics_of(
+                start + lanes, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
+                SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, FEW, UNROLL, COMPUTE,
+            )  # fmt: skip
+            if not FEW:
+                count = images.to(tl.int64) * (pixels // VEC * VEC)
+                tl.store(saved + place_in_rows + lanes, highest, mask=mask)
+                tl.store(saved + count + place_in_rows + lanes, log_total, mask=mask)
+                if SLOTS[2]:
+                    tl.store(saved + 2 * count + place_in_rows + lanes, mean_log_p, mask=mask)
+        loss, _, weight = formula_of(
+            picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars, FORMULA, SLOTS, WEIGHTED, COMPUTE
+        )
+        loss = tl.where(kept, loss, 0.0).to(COMPUTE)
+        if REDUCE:
+            losses += loss
+            weights += weight
+        else:
+            tl.store(out + place_in_rows + lanes, loss.to(out.dtype.element_ty), mask=mask)
+    if REDUCE:
+        tl.store(out + program, tl.sum(losses, 0))
+        tl.store(out + images.to(tl.int64) * spans + program, tl.sum(weights, 0))
+
+
+@triton.jit
+def gradient_of(
+    x, c, highest, log_total, factors, place, kept, class_weights, shape,
+    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂x of class c; x is transformed already."""
+    softmax_factor, label_factor, uniform_factor = factors
+    g = tl.where(place == c, label_factor, 0.0).to(highest.dtype)
+    if SLOTS[1] or SLOTS[2] or SLOTS[3]:
+        g += exp((x - highest) - log_total) * softmax_factor
+    if SLOTS[2]:
+        g += uniform_factor * tl.load(class_weights + c).to(g.dtype) if WEIGHTED else uniform_factor
+    if CAPPED:
+        slope = x / (shape[0] * shape[1])  # tanh(logit / softcap)
+        g *= 1.0 - slope * slope
+    return tl.where(kept, g, 0.0)  # whatever stood there, nan too
+
+
+@triton.jit
+def write_tiles(
+    at, class_stride, tiles, c, mask, highest, log_total, factors, place, kept, class_weights, shape,
+    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    for i in tl.static_range(len(tiles)):
+        g = gradient_of(tiles[i], c + i, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
+        tl.store(at + i * class_stride, g.to(at.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit(repr=direction("backward"), debug=True, do_not_specialize=["ignore_index", "images"])
+def backward_kernel(
+    logits,  # (images, classes, pixels); a pixel's neighbours lie beside it
+    labels,  # (images, pixels)
+    class_weights,  # (classes,) where WEIGHTED
+    mean_weight,  # () where WEIGHTED
+    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; read unless FEW
+    grad,  # (images, classes, pixels), contiguous
+    upstream,  # () where SAME, else (images, pixels)
+    denominator,  # () where MEAN
+    images, classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
+    FORMULA: tl.constexpr, SLOTS: tl.constexpr, SAME: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
+    SCALED: tl.constexpr, FEW: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(pixels, BLOCK)
+    image = program // blocks
+    first = (program - image * blocks) * BLOCK
+    stride = class_stride.to(tl.int64) // VEC * VEC  # says that planes are aligned
+    plane = pixels.to(tl.int64) // VEC * VEC
+    place_in_rows = image * plane + first
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < tl.minimum(pixels - first, BLOCK).to(tl.int32) // VEC * VEC
+    at = logits + (image * (image_stride // VEC * VEC) + first) + lanes
+    out = grad + (image * classes * plane + first) + lanes
+    shape = exact(shape, COMPUTE)
+    kept, place = labels_of(labels, place_in_rows, lanes, mask, classes, ignore_index)
+    picked = tl.load(at + place.to(tl.int64) * stride, mask=kept, other=0.0).to(COMPUTE)
+    picked = transform(picked, shape, CAPPED, SCALED)
+    highest = tl.zeros((BLOCK,), COMPUTE)
+    log_total = highest
+    mean_log_p = highest
+    tiles = load_tiles(at, stride, mask, shape, FEW, CAPPED, SCALED, "evict_first", COMPUTE)
+    if SOFTMAX and FEW:
+        pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
+        highest, log_total, mean_log_p = statistics_of(
+            at, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
+            SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, FEW, UNROLL, COMPUTE,
+        )  # fmt: skip
+    elif SOFTMAX:
+        count = images.to(tl.int64) * plane
+        highest = tl.load(saved + place_in_rows + lanes, mask=mask, other=0.0)
+        log_total = tl.load(saved + count + place_in_rows + lanes, mask=mask, other=0.0)
+        if SLOTS[2]:
+            mean_log_p = tl.load(saved + 2 * count + place_in_rows + lanes, mask=mask, other=0.0)
+    _, partials, _ = formula_of(
+        picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars, FORMULA, SLOTS, WEIGHTED, COMPUTE
+    )
+    factor = tl.load(upstream).to(COMPUTE) if SAME else tl.load(upstream + place_in_rows + lanes, mask=mask, other=0.0).to(COMPUTE)
+    if MEAN:
+        factor = factor / tl.load(denominator)
+    if SCALED:
+        factor *= shape[1]
+    d_picked, d_log_p, d_mean_log_p, d_lse = partials
+    softmax_factor = d_lse - d_log_p
+    if SLOTS[2]:
+        softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(COMPUTE) if WEIGHTED else 1.0)
+    factors = (softmax_factor * factor, (d_log_p + d_picked) * factor, d_mean_log_p * factor / classes)
+    if FEW:
+        write_tiles(out, plane, tiles, 0, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
+    else:
+        together = classes // UNROLL * UNROLL
+        for c in range(0, together, UNROLL):
+            loaded = load_tiles(at + c * stride, stride, mask, shape, UNROLL, CAPPED, SCALED, "evict_first", COMPUTE)
+            write_tiles(
+                out + c * plane, plane, loaded, c, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED
+            )
+        for c in range(together, classes):
+            loaded = load_tiles(at + c * stride, stride, mask, shape, 1, CAPPED, SCALED, "evict_first", COMPUTE)
+            write_tiles(
+                out + c * plane, plane, loaded, c, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED
+            )
+
+
+def shared_arguments(logits, labels, class_weights, formula, slots, scalars, ignore_index, softcap, scale, saved):
+    """What both kernels take."""
+    images, classes, pixels = logits.shape
+    wide, weighted = compute_dtype(logits.dtype), class_weights is not None
+    strides = logits.stride()[:2]
+    vec = 16 // logits.element_size()
+    while any(s % vec for s in (pixels, *strides)):
+        vec //= 2
+    return dict(
+        logits=logits, labels=labels.contiguous(), class_weights=class_weights.contiguous() if weighted else logits,
+        mean_weight=class_weights.to(wide).mean() if weighted else logits, saved=saved,
+        images=images, classes=classes, pixels=pixels, image_stride=strides[0], class_stride=strides[1],
+        ignore_index=ignore_index, scalars=as_scalars(scalars, wide), shape=as_scalars((softcap, scale), wide),
+        FORMULA=formula.kernel, SLOTS=slots, WEIGHTED=weighted, CAPPED=softcap > 0, SCALED=scale != 1,
+        FEW=classes if few(logits) else 0, COMPUTE=triton_type(wide), VEC=vec,
+    )  # fmt: skip
+
+
+SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+
+
+def key(args):
+    x = args["logits"]
+    flags = tuple(args[name] for name in ("WEIGHTED", "CAPPED", "SCALED", "VEC"))
+    return args["FORMULA"].__name__, args["classes"], str(x.dtype), *flags, args.get("REDUCE", args.get("SAME")), x.data_ptr() % 16 == 0
+
+
+def sample(args):
+    most = SAMPLE_BYTES // max(args["classes"] * args["pixels"] * args["logits"].element_size(), 1)
+    return {**args, "images": min(args["images"], max(most, 1))}
+
+
+def config(args, threads, unroll, **more):  # a thread has 16 bytes of pixels
+    return {**more, "BLOCK": threads * 16 // args["logits"].element_size(), "UNROLL": unroll, "num_warps": threads // WARP}
+
+
+def configs(args):
+    return [config(args, threads, unroll) for threads in (64, 128, 256) for unroll in ((1,) if args["FEW"] else (2, 4, 8))]
+
+
+def rule(args):
+    return config(args, 128, 1 if args["FEW"] else 4)
+
+
+def in_spans(choice):
+    return {**choice, "SPAN": SPAN, "BLOCK": min(choice["BLOCK"], SPAN)}
+
+
+forward_launch = Tuned(
+    forward_kernel,
+    configs=lambda args: [in_spans(choice) for choice in configs(args)],
+    rule=lambda args: in_spans(rule(args)),
+    key=key,
+    programs=lambda args, config: args["images"] * -(-args["pixels"] // SPAN),
+    sample=sample,
+)
+backward_launch = Tuned(
+    backward_kernel,
+    configs=configs,
+    rule=rule,
+    key=key,
+    programs=lambda args, config: args["images"] * -(-args["pixels"] // config["BLOCK"]),
+    sample=sample,
+)
