@@ -1,8 +1,8 @@
 """The kernels of label_planes.py, and how they are launched. One program is a run of one image's pixels, and all their classes.
 
-A thread has 16 bytes of neighbouring pixels of each class. Of few classes they are all held in registers at once: each
-class is a tile of its own, for a tile with a dimension of classes would be padded to a power of two. Many are walked in a loop, with a
-running maximum and Σ exp(x - maximum) for each pixel.
+A thread has 16 bytes of neighbouring pixels of each class. Where its registers hold all classes at once, each class is a tile of
+its own: one tile with a dimension of classes would be padded to a power of two. More classes are walked in a loop, with a running
+maximum and Σ exp(x - maximum) for each pixel; the backward of few walks them twice, the second time out of the cache.
 """
 
 import triton
@@ -15,12 +15,19 @@ from triton_losses.families.label_rows_kernels import LOWEST, LOWEST_DOUBLE, rea
 from triton_losses.tuning import Tuned
 
 SPAN = 1024  # pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
-MOST_HELD = 160  # registers of a thread that may hold its pixels' logits, of the 255 it can have
+FEW = 32  # classes whose logits a program still finds in the cache when it reads them again: 16 bytes of each a thread
+HELD = {2: 12, 4: 32, 8: 24}  # classes that a thread holds without spilling, by the bytes of a logit
 
 
 def few(logits):
-    """Whether a thread can hold all classes of its 16 bytes of pixels."""
-    return 0 < logits.shape[1] * (16 // logits.element_size()) * compute_dtype(logits.dtype).itemsize <= 4 * MOST_HELD
+    """Whether the backward computes a pixel's statistics anew, so that the forward saves none."""
+    return 0 < logits.shape[1] <= FEW
+
+
+def held(logits):
+    """The number of classes where a thread can hold all those of its 16 bytes of pixels, else 0."""
+    classes = logits.shape[1]
+    return classes if classes <= HELD[logits.element_size()] else 0
 
 
 @triton.jit
@@ -61,22 +68,22 @@ def labels_of(labels, start, lanes, mask, classes, ignore_index):
 @triton.jit
 def statistics_of(
     at, tiles, classes, class_stride, mask, pivot, class_weights, mean_weight, shape,
-    MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, FEW: tl.constexpr, UNROLL: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
+    EVICT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Of each pixel: max x, log Σ exp(x - max), mean_log_p; from the tiles where they are FEW, else from one read."""
+    """Of each pixel: max x, log Σ exp(x - max), mean_log_p; from the tiles where they are HELD, else from one read."""
     highest = tl.full(pivot.shape, LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
     total = tl.zeros(pivot.shape, COMPUTE)
     spread = tl.zeros(pivot.shape, COMPUTE)
-    if FEW:
+    if HELD:
         highest, total, spread = take_classes(tiles, 0, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
     else:
         together = classes // UNROLL * UNROLL
         for c in range(0, together, UNROLL):
-            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, UNROLL, CAPPED, SCALED, "evict_first", COMPUTE)
+            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, UNROLL, CAPPED, SCALED, EVICT, COMPUTE)
             highest, total, spread = take_classes(loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
         for c in range(together, classes):
-            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, 1, CAPPED, SCALED, "evict_first", COMPUTE)
+            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, 1, CAPPED, SCALED, EVICT, COMPUTE)
             highest, total, spread = take_classes(loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
     log_total = tl.log(total)
     if MEAN_LOG_P:
@@ -96,9 +103,8 @@ def formula_of(
     weight = tl.where(kept, 1.0, 0.0).to(COMPUTE)
     if WEIGHTED:
         weight = tl.load(class_weights + place, mask=kept, other=0.0).to(COMPUTE)
-    statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total)
-    slots: tl.constexpr = SLOTS[:4] + SLOTS[5:]  # entropy is of rows alone
-    loss, partials = read_formula(FORMULA, slots, statistics, weight, (), exact(scalars, COMPUTE))
+    statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total, highest)  # no formula here takes the entropy
+    loss, partials = read_formula(FORMULA, SLOTS, statistics, weight, (), exact(scalars, COMPUTE))
     return loss, partials, weight
 
 
@@ -112,11 +118,11 @@ def forward_kernel(
     labels,  # (images, pixels)
     class_weights,  # (classes,) where WEIGHTED
     mean_weight,  # () where WEIGHTED
-    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written unless FEW
+    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written where SAVED
     out,  # (images, pixels) losses; where REDUCE (2, images, spans): sums of losses and of weights
     images, classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
     FORMULA: tl.constexpr, SLOTS: tl.constexpr, REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-    FEW: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
     program = tl.program_id(0).to(tl.int64)
@@ -140,13 +146,13 @@ def forward_kernel(
         log_total = highest
         mean_log_p = highest
         if SOFTMAX:
-            tiles = load_tiles(start + lanes, stride, mask, shape, FEW, CAPPED, SCALED, "evict_first", COMPUTE)
+            tiles = load_tiles(start + lanes, stride, mask, shape, HELD, CAPPED, SCALED, "evict_first", COMPUTE)
             pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
             highest, log_total, mean_log_p = statistics_of(
                 start + lanes, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
-                SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, FEW, UNROLL, COMPUTE,
+                SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_first", COMPUTE,
             )  # fmt: skip
-            if not FEW:
+            if SAVED:
                 count = images.to(tl.int64) * (pixels // VEC * VEC)
                 tl.store(saved + place_in_rows + lanes, highest, mask=mask)
                 tl.store(saved + count + place_in_rows + lanes, log_total, mask=mask)
@@ -200,13 +206,13 @@ def backward_kernel(
     labels,  # (images, pixels)
     class_weights,  # (classes,) where WEIGHTED
     mean_weight,  # () where WEIGHTED
-    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; read unless FEW
+    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; read where SAVED
     grad,  # (images, classes, pixels), contiguous
     upstream,  # () where SAME, else (images, pixels)
     denominator,  # () where MEAN
     images, classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
     FORMULA: tl.constexpr, SLOTS: tl.constexpr, SAME: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
-    SCALED: tl.constexpr, FEW: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    SCALED: tl.constexpr, HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
     program = tl.program_id(0).to(tl.int64)
@@ -227,12 +233,12 @@ def backward_kernel(
     highest = tl.zeros((BLOCK,), COMPUTE)
     log_total = highest
     mean_log_p = highest
-    tiles = load_tiles(at, stride, mask, shape, FEW, CAPPED, SCALED, "evict_first", COMPUTE)
-    if SOFTMAX and FEW:
+    tiles = load_tiles(at, stride, mask, shape, HELD, CAPPED, SCALED, "evict_first", COMPUTE)
+    if SOFTMAX and not SAVED:
         pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
         highest, log_total, mean_log_p = statistics_of(
             at, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
-            SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, FEW, UNROLL, COMPUTE,
+            SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_last", COMPUTE,
         )  # fmt: skip
     elif SOFTMAX:
         count = images.to(tl.int64) * plane
@@ -248,12 +254,12 @@ def backward_kernel(
         factor = factor / tl.load(denominator)
     if SCALED:
         factor *= shape[1]
-    d_picked, d_log_p, d_mean_log_p, d_lse = partials
+    d_picked, d_log_p, d_mean_log_p, d_lse, _ = partials
     softmax_factor = d_lse - d_log_p
     if SLOTS[2]:
         softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(COMPUTE) if WEIGHTED else 1.0)
     factors = (softmax_factor * factor, (d_log_p + d_picked) * factor, d_mean_log_p * factor / classes)
-    if FEW:
+    if HELD:
         write_tiles(out, plane, tiles, 0, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
     else:
         together = classes // UNROLL * UNROLL
@@ -283,7 +289,7 @@ def shared_arguments(logits, labels, class_weights, formula, slots, scalars, ign
         images=images, classes=classes, pixels=pixels, image_stride=strides[0], class_stride=strides[1],
         ignore_index=ignore_index, scalars=as_scalars(scalars, wide), shape=as_scalars((softcap, scale), wide),
         FORMULA=formula.kernel, SLOTS=slots, WEIGHTED=weighted, CAPPED=softcap > 0, SCALED=scale != 1,
-        FEW=classes if few(logits) else 0, COMPUTE=triton_type(wide), VEC=vec,
+        HELD=held(logits), SAVED=not few(logits), COMPUTE=triton_type(wide), VEC=vec,
     )  # fmt: skip
 
 
@@ -306,11 +312,11 @@ def config(args, threads, unroll, **more):  # a thread has 16 bytes of pixels
 
 
 def configs(args):
-    return [config(args, threads, unroll) for threads in (64, 128, 256) for unroll in ((1,) if args["FEW"] else (2, 4, 8))]
+    return [config(args, threads, unroll) for threads in (64, 128, 256) for unroll in ((1,) if args["HELD"] else (2, 4, 8))]
 
 
 def rule(args):
-    return config(args, 128, 1 if args["FEW"] else 4)
+    return config(args, 128, 1 if args["HELD"] else 4)
 
 
 def in_spans(choice):

@@ -67,10 +67,11 @@ def counted(labels, class_weights, cols, ignore_index, dtype):
         low, high = (int(v) for v in torch.aminmax(labels))
         if low < 0 or high >= cols or low <= ignore_index <= high:
             kept = labels != ignore_index
-            wrong = labels[kept & ((labels < 0) | (labels >= cols))]
-            if wrong.numel():
-                raise IndexError(f"Target {int(wrong[0])} is out of bounds: it must be in [0, {cols}), or ignore_index, {ignore_index}")
-            labels = torch.where(kept, labels, 0)
+            if low < 0 or high >= cols:
+                wrong = labels[kept & ((labels < 0) | (labels >= cols))]
+                if wrong.numel():
+                    raise IndexError(f"Target {int(wrong[0])} is out of bounds: it must be in [0, {cols}), or ignore_index, {ignore_index}")
+                labels = torch.where(kept, labels, 0)
     labels = labels.long()
     weights = None
     if class_weights is not None:
