@@ -1,14 +1,19 @@
 """Binary losses: one logit, chance or score per independent yes/no question."""
 
+import numbers
+
 import torch
 
 from triton_losses.blocks import aten_is_best, elements, share
 from triton_losses.compiler import tl
 from triton_losses.device_math import at_least, at_least_tiny, log1p, log1p_exp_minus_abs, power, quotient, relu, sigmoid, softplus, step
 from triton_losses.families.elementwise import blocks, elementwise
+from triton_losses.families.labelled_elements import labelled_elements
 from triton_losses.families.reduction import promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
 from triton_losses.op import readable
+
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @formula
@@ -129,18 +134,24 @@ def binary_cross_entropy_with_logits(
     return elementwise(weighted_logistic, (input, target, pos_weight), (), reduction, weight, target.dtype)
 
 
-def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none"):
+def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *, background=-1):
     """``-α_t (1 - p_t)^γ log p_t`` per logit, with ``p_t = σ(x)`` for y = 1 and ``1 - σ(x)`` for y = 0: the focal loss.
 
-    inputs: logits, floating, any shape. targets: the inputs' size; 0 or 1, or any chance between. alpha: weight of y = 1
-    against 1 - alpha of y = 0, so in [0, 1]; negative means no weighting. gamma: >= 0 (else ValueError), and right for every
-    such value, for logits of any size. reduction: "none", "mean" or "sum".
+    inputs: logits, floating, any shape. targets: the inputs' size; 0 or 1, or any chance between. Or, without a one-hot map,
+    integer class indices for inputs (..., C), of shape (...): y is 1 at the target's class, and nowhere where the target is
+    background; other targets outside [0, C) raise IndexError (a device assertion on a GPU). alpha: weight of y = 1 against
+    1 - alpha of y = 0, so in [0, 1]; negative means no weighting. gamma: >= 0 (else ValueError), and right for every such
+    value, for logits of any size. reduction: "none", "mean" (over all logits) or "sum".
     As ``torchvision.ops.sigmoid_focal_loss``. Lin et al. 2017, arXiv:1708.02002.
 
     >>> sigmoid_focal_loss(torch.tensor([0.0, 4.0]), torch.tensor([1.0, 1.0]))
     tensor([4.3322e-02, 1.4679e-06])
+    >>> sigmoid_focal_loss(torch.zeros(2, 3), torch.tensor([2, -1]), reduction="sum")  # a thing of class 2, and background
+    tensor(0.6932)
     """
-    check_same_size(inputs, targets)
+    indices = isinstance(targets, torch.Tensor) and targets.dtype in INDICES and inputs.dim() and targets.shape == inputs.shape[:-1]
+    if not indices:
+        check_same_size(inputs, targets)
     if not inputs.is_floating_point():
         raise NotImplementedError(f"inputs must be floating-point, got {inputs.dtype}")
     if not gamma >= 0:
@@ -148,7 +159,14 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none"):
     if not alpha <= 1:
         raise ValueError(f"alpha must be at most 1 (negative: no weighting), got {alpha}")
     alphas = (1.0, 0.0) if alpha < 0 else (1.0 - alpha, 2.0 * alpha - 1.0)
-    return elementwise(sigmoid_focal, (inputs, targets), (*alphas, gamma), reduction_of(reduction))
+    reduction = reduction_of(reduction)
+    if not indices:
+        return elementwise(sigmoid_focal, (inputs, targets), (*alphas, gamma), reduction)
+    if not isinstance(background, numbers.Integral):
+        raise TypeError(f"background must be an integer, got {background!r}")
+    if targets.device != inputs.device:
+        raise RuntimeError(f"expected all tensors to be on the same device, but inputs are on {inputs.device}, targets on {targets.device}")
+    return labelled_elements(sigmoid_focal, inputs, targets, (*alphas, gamma), int(background), reduction)
 
 
 def check_chances(**tensors):

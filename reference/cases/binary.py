@@ -33,10 +33,23 @@ def logits_and_bits(shape, dtype):
     return torch.randn(shape, dtype=dtype) * 3, torch.randint(2, shape).to(dtype)
 
 
+def logits_and_classes(shape, dtype):
+    """An index of a class for each row, every third of them background."""
+    classes = torch.randint(shape[-1], shape[:-1])
+    classes.view(-1)[1::3] = -1
+    return torch.randn(shape, dtype=dtype) * 3, classes
+
+
+def huge_logits_and_few_classes(shape, dtype):
+    return torch.randn(shape, dtype=dtype) * 1e4, torch.randint(min(2, shape[-1]), shape[:-1]).to(torch.uint8)
+
+
 def huge_logits_and_bits(shape, dtype):
     return torch.randn(shape, dtype=dtype) * 1e4, torch.randint(2, shape).to(dtype)
 
 
+CLASSES = ((7, 130), (5, 1), (4,), (2, 3, 16), (3, 3001))  # ragged, one class, one row, whole vectors, more than a block
+TIMED_CLASSES = {"quick": ((1 << 17, 80),), "full": ((1 << 20, 80), (1 << 20, 91))}
 SCORES = ("hinge_loss", "squared_hinge_loss", "perceptron_loss", "exponential_loss", "soft_margin_loss", "hinge_embedding_loss")
 
 
@@ -74,4 +87,6 @@ CASES = [
     binary("sigmoid_focal_loss", {"alpha": 0.6, "gamma": 1.5}),
     binary("sigmoid_focal_loss", {"alpha": -1.0, "gamma": 0.0}, logits_and_bits),
     binary("sigmoid_focal_loss", {"gamma": 0.5}, huge_logits_and_bits, note="huge logits"),
+    Case("sigmoid_focal_loss", logits_and_classes, {"alpha": 0.75}, shapes=CLASSES, bench=TIMED_CLASSES),
+    Case("sigmoid_focal_loss", huge_logits_and_few_classes, {"alpha": -1.0, "background": 0}, note="huge logits", shapes=CLASSES),
 ]

@@ -13,7 +13,7 @@ class Case:
     name: str  # of the function, in reference.losses and in triton_losses.functional
     draw: Callable  # (shape, dtype, device) -> tensors: input, target
     options: Mapping = field(default_factory=dict)
-    note: str = ""  # what is hard about the inputs; such a case is tested, not timed
+    note: str = ""  # what is hard, or special, about the inputs
     differentiable: int = 1  # how many of the leading tensors take a gradient
     shapes: tuple = ((7, 130), (1, 1), (3, 5, 4), (3, 3001))  # for tests: ragged, one element, more dimensions, more than a block
     bench: Mapping = field(default_factory=dict)  # preset -> shapes; none: not timed
@@ -49,3 +49,6 @@ TIMED_ROWS = {"quick": ((64, 10), (1024, 32000)), "full": ((64, 10), (8192, 1000
 TIMED_PAIRS = {"quick": ((64, 10), (1024, 32000)), "full": ((64, 10), (1024, 32000), (4096, 128256))}
 ROWS = ((7, 130), (5, 1), (1, 33), (6,), (2, 3, 4, 5), (3, 2071))  # ragged, one class, one row, unbatched, more dimensions, many blocks
 HARD = ((9, 70),)
+IMAGES = ((2, 3, 4, 8), (1, 19, 5, 7), (1, 35, 2, 3, 4), (1, 2, 1480))  # few classes and many, ragged pixels, volumes, more than a block
+HARD_IMAGES = ((3, 4, 3, 4),)
+TIMED_IMAGES = {"quick": ((4, 19, 256, 256),), "full": ((8, 19, 256, 512), (2, 4, 96, 96, 96))}

@@ -2,8 +2,8 @@
 
 import torch
 
-from reference.cases.case import IGNORED, TIMED_ROWS
-from reference.cases.draws import hard_rows, logits_and_labels, rows
+from reference.cases.case import IGNORED, TIMED_IMAGES, TIMED_ROWS
+from reference.cases.draws import hard_images, hard_rows, images, logits_and_labels, rows
 
 
 def logits_and_all_labels(shape, dtype):
@@ -82,6 +82,16 @@ def certain(shape, dtype):
     return input, labels
 
 
+def hard_pixels(shape, dtype):
+    """nan, infinite and finfo.min, beside ordinary ones."""
+    input, labels = logits_and_labels(shape, dtype)
+    pixels = input.flatten(2)
+    pixels[0, 1, 0], pixels[0, :, 1], pixels[0, 0, 2] = float("nan"), -float("inf"), float("inf")
+    pixels[1, :, 0], pixels[1, 1:, 1], pixels[2, 1:, 0] = torch.finfo(dtype).min, torch.finfo(dtype).min, -float("inf")
+    labels[2] = 0
+    return input, labels
+
+
 def per_class(input):
     return torch.rand(input.shape[min(input.dim() - 1, 1)], dtype=input.dtype).to(input.device) + 0.5
 
@@ -117,4 +127,14 @@ CASES = [
     rows("focal_loss", {"gamma": 0.0, "weight": per_class, "ignore_index": 0}, logits_and_all_labels),
     rows("focal_loss", {"gamma": 0.5, "alpha": 0.25, "weight": per_class}),
     *(hard_rows("focal_loss", draw, {"gamma": 0.5}) for draw in (certain, masked_vocabulary, masked_label, huge_logits, all_ignored)),
+    images("nll_loss", {"weight": per_class}, log_probabilities_and_labels),
+    images("cross_entropy", bench=TIMED_IMAGES),
+    images("cross_entropy", {"weight": per_class, "ignore_index": 0}, logits_and_all_labels),
+    images("cross_entropy", {"z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class}),
+    images("focal_loss", bench=TIMED_IMAGES),
+    images("focal_loss", {"gamma": 0.5, "alpha": 0.25, "weight": per_class}),
+    *(hard_images("cross_entropy", draw) for draw in (hard_pixels, masked_vocabulary, lowest_logits, offset_logits, huge_logits, all_ignored)),
+    hard_images("cross_entropy", offset_logits, {"label_smoothing": 0.1, "weight": per_class}),
+    hard_images("cross_entropy", hard_pixels, {"z_loss": 1e-2}),
+    *(hard_images("focal_loss", draw, {"gamma": 0.5}) for draw in (hard_pixels, masked_vocabulary, huge_logits)),
 ]

@@ -2,7 +2,7 @@
 
 import torch
 
-from reference.cases.case import HARD, IGNORED, ROWS, Case
+from reference.cases.case import HARD, HARD_IMAGES, IGNORED, IMAGES, ROWS, Case
 
 
 def numbers(shape, dtype):
@@ -37,3 +37,11 @@ def rows(name, options=(), draw=logits_and_labels, **more):
 
 def hard_rows(name, draw, options=()):
     return Case(name, draw, dict(options), note=draw.__name__.replace("_", " "), shapes=HARD)
+
+
+def images(name, options=(), draw=logits_and_labels, **more):
+    return Case(name, draw, dict(options), **{"note": "images", "shapes": IMAGES, **more})
+
+
+def hard_images(name, draw, options=()):
+    return Case(name, draw, dict(options), note=f"images, {draw.__name__.replace('_', ' ')}", shapes=HARD_IMAGES)

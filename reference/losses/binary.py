@@ -27,7 +27,10 @@ def soft_margin_loss(input, target, size_average=None, reduce=None, reduction="m
     return reduced(softplus(-target * input, threshold=50), reduction)  # torch's own overflows
 
 
-def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none"):
+def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *, background=-1):
+    if targets.dim() < inputs.dim():
+        found = torch.where(targets == background, inputs.shape[-1], targets.long())
+        targets = torch.nn.functional.one_hot(found, inputs.shape[-1] + 1)[..., :-1].to(inputs.dtype)
     p, q = inputs.sigmoid(), (-inputs).sigmoid()
     entropy = (1 - targets) * softplus(inputs, threshold=50) + targets * softplus(-inputs, threshold=50)
     losses = entropy * power(p * (1 - targets) + q * targets, gamma)

@@ -28,7 +28,7 @@ def readable(logits):
 
 def saved_of(logits, formula):
     """Room for each pixel's max x, log Σ exp(x - max) and, where the formula takes it, mean_log_p: for kernels, of many classes."""
-    images, classes, pixels = logits.shape
+    images, _, pixels = logits.shape
     taken = slots_of(formula)
     count = 0 if not runs_kernels(logits) or few(logits) or not any(taken[1:4]) else 3 if taken[2] else 2
     return logits.new_empty((count, images, pixels) if count else (0,), dtype=compute_dtype(logits.dtype))
@@ -48,7 +48,7 @@ def planes_forward(logits, labels, class_weights, formula, scalars, ignore_index
         if logits.device.type == "cpu":
             counted(labels, None, logits.shape[1], ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
         images, _, pixels = logits.shape
-        sums = None if whole else saved.new_empty(2, images, -(-pixels // SPAN))
+        sums = None if whole else saved.new_empty(2, images, -(-pixels * logits.element_size() // SPAN))
         forward_launch(
             **shared_arguments(readable(logits), labels, class_weights, formula, slots_of(formula), scalars, ignore_index, softcap, scale, saved),
             out=out if whole else sums, REDUCE=not whole,
@@ -145,10 +145,12 @@ def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_inde
         images, pixels = parts[i]
         x, g = transform(logits[images, :, pixels].to(wide), softcap, scale), grad[images, :, pixels]
         kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
-        p = x.softmax(1)
-        highest = log_total = picked = log_p = mean_log_p = lse = None
+        highest = x.amax(1)
+        g = torch.sub(x, highest[:, None], out=g if direct else None).exp_()
+        total = g.sum(1)
+        picked = log_p = mean_log_p = lse = None
         if needs & {"log_p", "mean_log_p", "lse"}:
-            highest, log_total = x.amax(1), p.amax(1).log_().neg_()  # the largest of p is 1 / Σ exp(x - max)
+            log_total = total.log()
             lse = highest + log_total
         if needs & {"picked", "log_p"}:
             picked = x.gather(1, at)[:, 0]
@@ -165,8 +167,7 @@ def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_inde
         if kept is not None:
             partials = [torch.where(kept, d, 0) if slot else 0.0 for slot, d in zip(slots[:4], partials)]
         d_picked, d_log_p, d_mean, d_lse = partials
-        slope = torch.as_tensor(d_lse - d_log_p - d_mean * mean_weight)
-        g = torch.mul(p, slope[..., None, :] if slope.dim() else slope, out=g if direct else p)
+        g.mul_(((d_lse - d_log_p - d_mean * mean_weight) / total)[:, None])
         if slots[2]:
             uniform = (d_mean / classes).expand(at[:, 0].shape)[:, None]
             g.add_(uniform if class_weights is None else uniform * class_weights[:, None])
@@ -174,7 +175,7 @@ def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_inde
             g.scatter_add_(1, at, (d_log_p + d_picked).expand(at[:, 0].shape)[:, None])
         if softcap:
             g.mul_(1 - (x / (softcap * scale)).square_())
-        if kept is not None and bool(p[:, :1].isnan().any()):  # of an ignored pixel it may be: and nan · 0 is nan
+        if kept is not None and bool(total.isnan().any()):  # whose product with an ignored pixel's 0 is nan
             g.masked_fill_(~kept[:, None], 0)
         if not direct:
             grad[images, :, pixels] = g

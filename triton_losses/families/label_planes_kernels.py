@@ -14,7 +14,7 @@ from triton_losses.families.elementwise_kernels import name_of, triton_type
 from triton_losses.families.label_rows_kernels import LOWEST, LOWEST_DOUBLE, read_formula, transform
 from triton_losses.tuning import Tuned
 
-SPAN = 1024  # pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
+SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
 FEW = 32  # classes whose logits a program still finds in the cache when it reads them again: 16 bytes of each a thread
 HELD = {2: 12, 4: 32, 8: 24}  # classes that a thread holds without spilling, by the bytes of a logit
 
@@ -56,9 +56,19 @@ def take_classes(tiles, c, highest, total, spread, pivot, class_weights, MEAN_LO
 
 
 @triton.jit
-def labels_of(labels, start, lanes, mask, classes, ignore_index):
+def where(program, blocks, pixels, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a program's block of pixels: the image, the lanes, which of them exist, and their places in (images, pixels)."""
+    image = program // blocks
+    first = (program - image * blocks) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < tl.minimum(pixels - first, BLOCK).to(tl.int32) // VEC * VEC
+    return image, lanes, mask, (image * (pixels // VEC * VEC) + first) + lanes
+
+
+@triton.jit
+def labels_of(at, mask, classes, ignore_index):
     """Whether each pixel's label counts, and the label's class, or one that can be read all the same."""
-    label = tl.load(labels + start + lanes, mask=mask, other=0).to(tl.int64)
+    label = tl.load(at, mask=mask, other=0).to(tl.int64)
     kept = mask & (label != ignore_index)
     fits = (label >= 0) & (label < classes)
     tl.device_assert(fits | ~kept, "a target is out of bounds: it is no class and not ignore_index")
@@ -122,54 +132,43 @@ def forward_kernel(
     out,  # (images, pixels) losses; where REDUCE (2, images, spans): sums of losses and of weights
     images, classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
     FORMULA: tl.constexpr, SLOTS: tl.constexpr, REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-    HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
     program = tl.program_id(0).to(tl.int64)
-    spans = tl.cdiv(pixels, SPAN)
-    image = program // spans
-    first = (program - image * spans) * SPAN
+    spans = tl.cdiv(pixels, BLOCK)
+    image, lanes, mask, places = where(program, spans, pixels, VEC, BLOCK)
     stride = class_stride.to(tl.int64) // VEC * VEC  # says that planes are aligned
-    start = logits + (image * (image_stride // VEC * VEC) + first)
-    place_in_rows = image * (pixels // VEC * VEC) + first
-    left = tl.minimum(pixels - first, SPAN).to(tl.int32) // VEC * VEC
+    at = logits + (image * (image_stride // VEC * VEC) + (program - image * spans) * BLOCK) + lanes
     shape = exact(shape, COMPUTE)
-    losses = tl.zeros((BLOCK,), COMPUTE)
-    weights = tl.zeros((BLOCK,), COMPUTE)
-    for step in range(0, left, BLOCK):
-        lanes = step + tl.arange(0, BLOCK)
-        mask = lanes < left
-        kept, place = labels_of(labels, place_in_rows, lanes, mask, classes, ignore_index)
-        picked = tl.load(start + place.to(tl.int64) * stride + lanes, mask=kept, other=0.0).to(COMPUTE)
-        picked = transform(picked, shape, CAPPED, SCALED)
-        highest = tl.zeros((BLOCK,), COMPUTE)
-        log_total = highest
-        mean_log_p = highest
-        if SOFTMAX:
-            tiles = load_tiles(start + lanes, stride, mask, shape, HELD, CAPPED, SCALED, "evict_first", COMPUTE)
-            pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
-            highest, log_total, mean_log_p = statistics_of(
-                start + lanes, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
-                SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_first", COMPUTE,
-            )  # fmt: skip
-            if SAVED:
-                count = images.to(tl.int64) * (pixels // VEC * VEC)
-                tl.store(saved + place_in_rows + lanes, highest, mask=mask)
-                tl.store(saved + count + place_in_rows + lanes, log_total, mask=mask)
-                if SLOTS[2]:
-                    tl.store(saved + 2 * count + place_in_rows + lanes, mean_log_p, mask=mask)
-        loss, _, weight = formula_of(
-            picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars, FORMULA, SLOTS, WEIGHTED, COMPUTE
-        )
-        loss = tl.where(kept, loss, 0.0).to(COMPUTE)
-        if REDUCE:
-            losses += loss
-            weights += weight
-        else:
-            tl.store(out + place_in_rows + lanes, loss.to(out.dtype.element_ty), mask=mask)
+    kept, place = labels_of(labels + places, mask, classes, ignore_index)
+    picked = tl.load(at + place.to(tl.int64) * stride, mask=mask & (place < classes), other=0.0).to(COMPUTE)
+    picked = transform(picked, shape, CAPPED, SCALED)
+    highest = tl.zeros((BLOCK,), COMPUTE)
+    log_total = highest
+    mean_log_p = highest
+    if SOFTMAX:
+        tiles = load_tiles(at, stride, mask, shape, HELD, CAPPED, SCALED, "evict_first", COMPUTE)
+        pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
+        highest, log_total, mean_log_p = statistics_of(
+            at, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
+            SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_first", COMPUTE,
+        )  # fmt: skip
+        if SAVED:
+            count = images.to(tl.int64) * (pixels // VEC * VEC)
+            tl.store(saved + places, highest, mask=mask)
+            tl.store(saved + count + places, log_total, mask=mask)
+            if SLOTS[2]:
+                tl.store(saved + 2 * count + places, mean_log_p, mask=mask)
+    loss, _, weight = formula_of(
+        picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars, FORMULA, SLOTS, WEIGHTED, COMPUTE
+    )
+    loss = tl.where(kept, loss, 0.0).to(COMPUTE)
     if REDUCE:
-        tl.store(out + program, tl.sum(losses, 0))
-        tl.store(out + images.to(tl.int64) * spans + program, tl.sum(weights, 0))
+        tl.store(out + program, tl.sum(loss, 0))
+        tl.store(out + images.to(tl.int64) * spans + program, tl.sum(weight, 0))
+    else:
+        tl.store(out + places, loss.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -217,18 +216,15 @@ def backward_kernel(
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(pixels, BLOCK)
-    image = program // blocks
+    image, lanes, mask, places = where(program, blocks, pixels, VEC, BLOCK)
     first = (program - image * blocks) * BLOCK
     stride = class_stride.to(tl.int64) // VEC * VEC  # says that planes are aligned
     plane = pixels.to(tl.int64) // VEC * VEC
-    place_in_rows = image * plane + first
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < tl.minimum(pixels - first, BLOCK).to(tl.int32) // VEC * VEC
     at = logits + (image * (image_stride // VEC * VEC) + first) + lanes
     out = grad + (image * classes * plane + first) + lanes
     shape = exact(shape, COMPUTE)
-    kept, place = labels_of(labels, place_in_rows, lanes, mask, classes, ignore_index)
-    picked = tl.load(at + place.to(tl.int64) * stride, mask=kept, other=0.0).to(COMPUTE)
+    kept, place = labels_of(labels + places, mask, classes, ignore_index)
+    picked = tl.load(at + place.to(tl.int64) * stride, mask=mask & (place < classes), other=0.0).to(COMPUTE)
     picked = transform(picked, shape, CAPPED, SCALED)
     highest = tl.zeros((BLOCK,), COMPUTE)
     log_total = highest
@@ -242,14 +238,14 @@ def backward_kernel(
         )  # fmt: skip
     elif SOFTMAX:
         count = images.to(tl.int64) * plane
-        highest = tl.load(saved + place_in_rows + lanes, mask=mask, other=0.0)
-        log_total = tl.load(saved + count + place_in_rows + lanes, mask=mask, other=0.0)
+        highest = tl.load(saved + places, mask=mask, other=0.0)
+        log_total = tl.load(saved + count + places, mask=mask, other=0.0)
         if SLOTS[2]:
-            mean_log_p = tl.load(saved + 2 * count + place_in_rows + lanes, mask=mask, other=0.0)
+            mean_log_p = tl.load(saved + 2 * count + places, mask=mask, other=0.0)
     _, partials, _ = formula_of(
         picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars, FORMULA, SLOTS, WEIGHTED, COMPUTE
     )
-    factor = tl.load(upstream).to(COMPUTE) if SAME else tl.load(upstream + place_in_rows + lanes, mask=mask, other=0.0).to(COMPUTE)
+    factor = tl.load(upstream).to(COMPUTE) if SAME else tl.load(upstream + places, mask=mask, other=0.0).to(COMPUTE)
     if MEAN:
         factor = factor / tl.load(denominator)
     if SCALED:
@@ -307,35 +303,33 @@ def sample(args):
     return {**args, "images": min(args["images"], max(most, 1))}
 
 
-def config(args, threads, unroll, **more):  # a thread has 16 bytes of pixels
-    return {**more, "BLOCK": threads * 16 // args["logits"].element_size(), "UNROLL": unroll, "num_warps": threads // WARP}
-
-
-def configs(args):
-    return [config(args, threads, unroll) for threads in (64, 128, 256) for unroll in ((1,) if args["HELD"] else (2, 4, 8))]
+def config(args, threads, unroll):  # a thread has 16 bytes of pixels
+    return {"BLOCK": threads * 16 // args["logits"].element_size(), "UNROLL": unroll, "num_warps": threads // WARP}
 
 
 def rule(args):
     return config(args, 128, 1 if args["HELD"] else 4)
 
 
-def in_spans(choice):
-    return {**choice, "SPAN": SPAN, "BLOCK": min(choice["BLOCK"], SPAN)}
+def configs(args):
+    return [config(args, threads, unroll) for threads in (64, 128, 256) for unroll in ((1,) if args["HELD"] else (2, 4, 8))]
+
+
+def in_spans(choice, args):
+    """The forward's blocks are SPANs: what may vary is how many threads share one, and how many classes travel together."""
+    return {**choice, "BLOCK": SPAN // args["logits"].element_size()}
+
+
+def programs(args, config):
+    return args["images"] * -(-args["pixels"] // config["BLOCK"])
 
 
 forward_launch = Tuned(
     forward_kernel,
-    configs=lambda args: [in_spans(choice) for choice in configs(args)],
-    rule=lambda args: in_spans(rule(args)),
+    configs=lambda args: [in_spans(choice, args) for choice in configs(args)],
+    rule=lambda args: in_spans(rule(args), args),
     key=key,
-    programs=lambda args, config: args["images"] * -(-args["pixels"] // SPAN),
+    programs=programs,
     sample=sample,
 )
-backward_launch = Tuned(
-    backward_kernel,
-    configs=configs,
-    rule=rule,
-    key=key,
-    programs=lambda args, config: args["images"] * -(-args["pixels"] // config["BLOCK"]),
-    sample=sample,
-)
+backward_launch = Tuned(backward_kernel, configs=configs, rule=rule, key=key, programs=programs, sample=sample)
