@@ -88,7 +88,7 @@ def planes_backward(
 def plane_blocks(logits):
     """(images, pixels) of each block: whole images while they are small, else a run of one image's pixels."""
     images, classes, pixels = logits.shape
-    most = 2 * elements(compute_dtype(logits.dtype))  # a pixel costs operations of its own: fewer, larger blocks
+    most = 4 * elements(compute_dtype(logits.dtype))  # a pixel costs operations of its own: fewer, larger blocks
     if classes * pixels <= most:
         step = max(most // max(classes * pixels, 1), 1)
         return [(slice(i, i + step), slice(None)) for i in range(0, images if classes * pixels else 0, step)]

@@ -1,0 +1,239 @@
+"""Images: label_rows' planes layout, chosen by stride. What stands in every case's own tests (values, gradients) is not repeated here."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.memory import peak_bytes
+from conftest import INTERPRET
+from reference.cases import CASES
+from test_losses import value_and_gradients
+from triton_losses import blocks, functional, row_formulas
+from triton_losses.families import label_rows
+from triton_losses.families.label_rows_blocks import slots_of
+from triton_losses.formula import FORMULAS, Formula
+
+IMAGES = [case for case in CASES if case.note == "images"]
+SHAPE = (2, 3, 4, 6)
+FORMULAS_OF_ROWS = {"cross_entropy_plain": (), "cross_entropy_with_z_loss": (0.1,), "cross_entropy_smoothed": (0.1, 0.2), "softmax_focal": (1.7, 0.3)}
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "some of the classes": lambda x: torch.cat([x, x, x], 1)[:, 3:6],
+    "some of the images": lambda x: torch.stack([x, x], 1)[:, 1],
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "classes last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+}
+
+
+def image(shape=SHAPE, device="cpu", dtype=torch.float32):
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]))
+    labels.view(-1)[4::5] = -100
+    return torch.randn(shape, dtype=dtype).to(device), labels.to(device)
+
+
+@pytest.fixture
+def walked(monkeypatch):
+    """What each layout was given: ("rows" or "planes", address of the logits)."""
+    found = []
+
+    def noting(layout, function):
+        def run(logits, *args, **options):
+            found.append((layout, logits.data_ptr()))
+            return function(logits, *args, **options)
+
+        return run
+
+    monkeypatch.setattr(label_rows, "walk", noting("rows", label_rows.walk))
+    for name in ("planes_forward", "planes_backward"):
+        monkeypatch.setattr(label_rows, name, noting("planes", getattr(label_rows, name)))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_loss"])
+def test_the_stride_chooses_the_layout_and_nothing_is_copied(name, layout, walked, device):
+    x, labels = image(device=device)
+    plain = torch.autograd.grad(getattr(functional, name)(x.requires_grad_(), labels), x)[0]
+    walked.clear()
+    x = LAYOUTS[layout](x.detach()).requires_grad_()
+    loss = getattr(functional, name)(x, labels)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert walked == [("rows" if layout.endswith("last") else "planes", x.data_ptr())] * 2
+    torch.testing.assert_close(gradient, plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), SHAPE, (2, 3, 2, 3, 4)], ids=str)
+def test_a_gradient_has_the_memory_format_that_torch_gives_it(shape, device):
+    formats = [torch.contiguous_format, *({4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(len(shape), []))]
+    for memory_format in formats:
+        x, labels = image(shape, device)
+        x, strides = x.to(memory_format=memory_format), []
+        for loss in (functional.cross_entropy, torch.nn.functional.cross_entropy):
+            leaf = x.clone().requires_grad_()
+            loss(leaf, labels).backward()
+            strides.append(leaf.grad.stride())
+        assert strides[0] == strides[1] == x.stride()
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(x.requires_grad_(), labels), x)
+        assert gradient.stride() == x.stride()  # without autograd's help
+
+
+@pytest.mark.parametrize("name", FORMULAS_OF_ROWS)
+def test_both_layouts_give_the_same(name, device):
+    """Of every option: class weights, ignore_index, softcap, temperature."""
+    x, labels = image((2, 35 if INTERPRET else 40, 3, 7), device, torch.float64)
+    weights = torch.rand(x.shape[1], device=device, dtype=torch.float64) + 0.5
+    for softcap, reduction in [(0.0, "mean"), (3.0, "none"), (3.0, "sum")]:
+        options = {"scalars": FORMULAS_OF_ROWS[name], "softcap": softcap, "temperature": 0.7, "reduction": reduction}
+        results = []
+        for planes in (False, True):
+            leaf = x.clone().requires_grad_()
+            logits = leaf.flatten(2) if planes else leaf.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+            loss = label_rows.label_rows(FORMULAS[name], logits, labels.flatten(1) if planes else labels.flatten(), weights, **options)
+            upstream = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64, device=device)
+            results.append((loss.detach().flatten(), torch.autograd.grad(loss, leaf, upstream.view_as(loss))[0]))
+        torch.testing.assert_close(*results)
+
+
+def test_those_are_all_formulas_that_images_meet():
+    theirs = {f.name for f in vars(row_formulas).values() if isinstance(f, Formula) and any(slots_of(f)[1:4]) and not slots_of(f)[4]}
+    assert theirs == {*FORMULAS_OF_ROWS, "chosen_log_p"}
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_loss"])
+def test_an_ignored_pixel_gets_zeros_whatever_stands_there(name, device):
+    x, labels = image(device=device)
+    (expected,) = torch.autograd.grad(getattr(functional, name)(x.requires_grad_(), labels), x)
+    ignored = (labels == -100)[:, None].expand_as(x)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        spoilt = x.detach().masked_fill(ignored, value).requires_grad_()
+        loss = getattr(functional, name)(spoilt, labels)
+        (gradient,) = torch.autograd.grad(loss, spoilt)
+        assert not gradient[ignored].any()
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("shape", [(4, 19, 128, 256), (16, 2, 256, 256), (1, 4, 96, 96, 72)], ids=str)
+def test_the_gradient_is_nearly_all_the_memory_that_is_needed(shape):
+    x, labels = image(shape)
+    x.requires_grad_()
+
+    def peak(loss):
+        def prepare():
+            x.grad = None
+            return lambda: loss(x, labels).backward()
+
+        return peak_bytes(prepare, torch.device("cpu"))
+
+    ours = peak(functional.cross_entropy)
+    assert ours < x.nbytes + 8 * blocks.BYTES  # what one thread's block takes
+    assert ours < peak(torch.nn.functional.cross_entropy)
+
+
+def test_any_upstream_gradient_is_right(device):
+    x, labels = image(device=device)
+    weight = torch.randn(4, 6, device=device)
+    upstreams = {
+        "expanded": lambda losses: losses.sum(),
+        "of some dimensions": lambda losses: (losses * weight).sum(),
+        "transposed": lambda losses: (losses.transpose(1, 2) * weight.T.contiguous() * 3).sum(),
+        "of one pixel": lambda losses: losses[1, 2, 3],
+    }
+    for reading in upstreams.values():
+        found = []
+        for loss in (functional.cross_entropy, torch.nn.functional.cross_entropy):
+            leaf = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(reading(loss(leaf, labels, reduction="none")), leaf)[0])
+        torch.testing.assert_close(*found)
+
+
+def test_second_derivatives_are_torchs(device):
+    x, labels = image((2, 3, 2, 2), device, torch.float64)
+    weight = torch.rand(3, device=device, dtype=torch.float64) + 0.5
+    found = []
+    for loss in (functional.cross_entropy, torch.nn.functional.cross_entropy):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, labels, weight, label_smoothing=0.1), leaf, create_graph=True)
+        found.append(torch.autograd.grad((gradient**2).sum(), leaf)[0])
+    torch.testing.assert_close(*found)
+    torch.autograd.gradgradcheck(lambda x: functional.focal_loss(x, labels, weight, 1.5), (x.requires_grad_(),))
+
+
+def test_gradients_of_each_image_by_vmap(device):
+    x, labels = image(device=device)
+    one = torch.func.grad(lambda image, labels: functional.cross_entropy(image[None], labels[None], reduction="sum"))
+    found = torch.func.vmap(one)(x, labels)
+    torch.testing.assert_close(found, torch.autograd.grad(functional.cross_entropy(x.requires_grad_(), labels, reduction="sum"), x)[0])
+
+
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_compiles_whole_and_changes_nothing(case, device):
+    torch._dynamo.reset()
+    tensors, options = case.arguments(SHAPE, torch.float32, device)
+    loss = getattr(functional, case.name)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        tensors = [tensors[0].to(memory_format=memory_format), *tensors[1:]]
+        eager = value_and_gradients(loss, case, tensors, options)
+        for c, e in zip(value_and_gradients(compiled, case, tensors, options), eager, strict=True):
+            torch.testing.assert_close(c, e)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_loss"])
+def test_one_graph_serves_every_size(name, device):
+    torch._dynamo.reset()
+    loss, graphs = getattr(functional, name), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(loss, fullgraph=True, backend=count, dynamic=True)
+    for shape in ((2, 3, 4, 6), (3, 5, 6, 2), (4, 7, 3, 5)):
+        x, labels = image(shape, device)
+        results = []
+        for function in (compiled, loss):
+            leaf = x.clone().requires_grad_()
+            value = function(leaf, labels)
+            results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+        torch.testing.assert_close(*results)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_fake_tensors_get_the_real_shapes_and_strides(case):
+    for reduction in ("none", "mean"):
+        tensors, options = case.arguments(SHAPE, reduction=reduction)
+        real = value_and_gradients(getattr(functional, case.name), case, tensors, options)
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(t.clone().requires_grad_(i < case.differentiable)) for i, t in enumerate(tensors)]
+        chosen = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        with mode:
+            value = getattr(functional, case.name)(*fakes, **chosen)
+            gradients = torch.autograd.grad(value, fakes[:1], torch.ones_like(value))
+        assert [(t.shape, t.dtype, t.stride()) for t in (value, *gradients)] == [(t.shape, t.dtype, t.stride()) for t in real]
+
+
+@pytest.mark.parametrize("classes", [3, 35], ids=["few classes", "many classes"])
+def test_the_row_ops_are_well_behaved(classes, device):
+    x, labels = (t.flatten(-2) for t in image((2, classes, 3, 4), device))
+    weights = torch.rand(classes, device=device)
+    tests = ("test_schema", "test_faketensor")
+    for reduction in ("none", "mean"):
+        options = ("cross_entropy_smoothed", [0.1, 0.01], -100, 0.0, 1.0, reduction)
+        torch.library.opcheck(label_rows.label_rows_forward.overload, (x, labels, weights, *options, torch.float32), test_utils=tests)
+        out, saved, denominator = label_rows.label_rows_forward(x, labels, weights, *options, torch.float32)
+        arguments = (x, labels, weights, saved, denominator, torch.randn_like(out), [], *options)
+        torch.library.opcheck(label_rows.label_rows_backward.overload, arguments, test_utils=tests)
+
+
+def test_empty_images_give_what_torch_gives(device):
+    for shape in ((0, 3, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)):
+        for reduction in ("none", "sum", "mean"):
+            x, labels = image(shape, device)
+            found = []
+            for loss in (functional.cross_entropy, torch.nn.functional.cross_entropy):
+                leaf = x.clone().requires_grad_()
+                value = loss(leaf, labels, reduction=reduction)
+                found.append((value.detach(), torch.autograd.grad(value.sum(), leaf)[0]))
+            torch.testing.assert_close(*found, equal_nan=True)
