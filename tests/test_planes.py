@@ -79,15 +79,15 @@ def test_a_gradient_has_the_memory_format_that_torch_gives_it(shape, device):
 
 @pytest.mark.parametrize("name", FORMULAS_OF_ROWS)
 def test_both_layouts_give_the_same(name, device):
-    """Of every option: class weights, ignore_index, softcap, temperature."""
-    x, labels = image((2, 35 if INTERPRET else 40, 3, 7), device, torch.float64)
-    weights = torch.rand(x.shape[1], device=device, dtype=torch.float64) + 0.5
-    for softcap, reduction in [(0.0, "mean"), (3.0, "none"), (3.0, "sum")]:
+    """Of every option: class weights, ignore_index, softcap, temperature; of few classes and of many."""
+    for classes, softcap, reduction in [(3, 3.0, "none"), (33, 0.0, "sum"), (33, 3.0, "mean")][: 2 if INTERPRET else 3]:
+        x, labels = image((2, classes, 2, 3), device, torch.float64)
+        weights = torch.rand(classes, device=device, dtype=torch.float64) + 0.5
         options = {"scalars": FORMULAS_OF_ROWS[name], "softcap": softcap, "temperature": 0.7, "reduction": reduction}
         results = []
         for planes in (False, True):
             leaf = x.clone().requires_grad_()
-            logits = leaf.flatten(2) if planes else leaf.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+            logits = leaf.flatten(2) if planes else leaf.permute(0, 2, 3, 1).reshape(-1, classes)
             loss = label_rows.label_rows(FORMULAS[name], logits, labels.flatten(1) if planes else labels.flatten(), weights, **options)
             upstream = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64, device=device)
             results.append((loss.detach().flatten(), torch.autograd.grad(loss, leaf, upstream.view_as(loss))[0]))
@@ -126,7 +126,7 @@ def test_the_gradient_is_nearly_all_the_memory_that_is_needed(shape):
         return peak_bytes(prepare, torch.device("cpu"))
 
     ours = peak(functional.cross_entropy)
-    assert ours < x.nbytes + 8 * blocks.BYTES  # what one thread's block takes
+    assert ours < x.nbytes + 12 * blocks.BYTES  # what one thread's block takes
     assert ours < peak(torch.nn.functional.cross_entropy)
 
 

@@ -88,11 +88,11 @@ def planes_backward(
 def plane_blocks(logits):
     """(images, pixels) of each block: whole images while they are small, else a run of one image's pixels."""
     images, classes, pixels = logits.shape
-    most = 4 * elements(compute_dtype(logits.dtype))  # a pixel costs operations of its own: fewer, larger blocks
-    if classes * pixels <= most:
-        step = max(most // max(classes * pixels, 1), 1)
+    most = 4 * elements(compute_dtype(logits.dtype)) // (classes + 2)  # pixels, which have operations of their own: fewer, larger blocks
+    if pixels <= most:
+        step = most // max(pixels, 1)
         return [(slice(i, i + step), slice(None)) for i in range(0, images if classes * pixels else 0, step)]
-    step = max(most // classes, 16)
+    step = max(most, 16)
     return [(slice(i, i + 1), slice(start, start + step)) for i in range(images) for start in range(0, pixels, step)]
 
 
