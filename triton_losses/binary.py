@@ -147,7 +147,7 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *
     >>> sigmoid_focal_loss(torch.tensor([0.0, 4.0]), torch.tensor([1.0, 1.0]))
     tensor([4.3322e-02, 1.4679e-06])
     >>> sigmoid_focal_loss(torch.zeros(2, 3), torch.tensor([2, -1]), reduction="sum")  # a thing of class 2, and background
-    tensor(0.6932)
+    tensor(0.6931)
     """
     indices = isinstance(targets, torch.Tensor) and targets.dtype in INDICES and inputs.dim() and targets.shape == inputs.shape[:-1]
     if not indices:
