@@ -52,8 +52,8 @@ def check(case, shape, dtype, reduction, device):
     exact = value_and_gradients(plain, case, [in_float64(t) for t in tensors], {k: in_float64(v) for k, v in options.items()})
     for i, (o, t, e) in enumerate(zip(ours, torchs, exact, strict=True)):
         assert o.dtype == t.dtype and o.shape == t.shape
-        # a head's gradients are sums over classes or rows: how far roundings add up there is for each order of summing its own luck
-        assert_within_budget(o, t, e, dtype, 8 if case.features and i else 2)
+        # these gradients are differences of sums: how far roundings add up there is for each order of summing its own luck
+        assert_within_budget(o, t, e, dtype, 8 if case.name == "linear_distillation_loss" and i else 2)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
