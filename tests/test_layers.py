@@ -15,6 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "blocks": 1, "tuning": 2}
 
 
+SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
+
+
 def layer_of(name):
     """A number that an import must not raise: the core below the families, those below the themes, and so on."""
     parts = name.split(".")
@@ -24,7 +27,7 @@ def layer_of(name):
         return 9
     if parts[1] == "families":
         return 3 if len(parts) == 3 and (parts[2].endswith("_kernels") or parts[2] == "reduction") else 4
-    return {**CORE, "row_formulas": 4.5, "functional": 6, "modules": 7, "objectives": 8}.get(parts[1], 5)
+    return {**CORE, **SHARED, "functional": 6, "modules": 7, "objectives": 8}.get(parts[1], 5)
 
 
 def imports_of(path):
@@ -76,7 +79,8 @@ torch.testing.assert_close(triton_losses.HuberLoss()(x, x.detach() + 1), torch.t
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("theme", ["regression", "binary", "classification", "divergence", "language", "metric", "objectives", "preference", "tuning", "sequence", "margin", "categorical"])
+@pytest.mark.parametrize("theme", [path.stem for path in (ROOT / "triton_losses").glob("*.py") if "
+    >>> " in path.read_text()])
 def test_the_examples_in_docstrings_are_true(theme):
     module = importlib.import_module(f"triton_losses.{theme}")
     scope = {**vars(module), "torch": torch}

@@ -6,7 +6,8 @@ import torch
 
 from triton_losses.blocks import aten_is_best, elements, share
 from triton_losses.compiler import tl
-from triton_losses.device_math import at_least, at_least_tiny, log1p, log1p_exp_minus_abs, power, quotient, relu, sigmoid, softplus, step
+from triton_losses.device_math import at_least, log1p, log1p_exp_minus_abs, quotient, relu, sigmoid, softplus, step
+from triton_losses.element_formulas import logistic, sigmoid_focal, weighted_logistic
 from triton_losses.families.elementwise import blocks, elementwise
 from triton_losses.families.labelled_elements import labelled_elements
 from triton_losses.families.reduction import promoted, reduction_of, result_dtype
@@ -14,36 +15,6 @@ from triton_losses.formula import formula
 from triton_losses.op import readable
 
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-@formula
-def logistic(x, y):
-    loss = relu(x) - x * y + log1p_exp_minus_abs(x)
-    return loss, sigmoid(x) - y, -x
-
-
-@formula
-def weighted_logistic(x, y, positive):
-    rest = log1p_exp_minus_abs(x)
-    yes = relu(-x) + rest  # -log σ(x)
-    no = relu(x) + rest  # -log σ(-x)
-    p = sigmoid(x)
-    return positive * y * yes + (1.0 - y) * no, (1.0 - y) * p - positive * y * (1.0 - p), positive * yes - no, y * yes
-
-
-@formula
-def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
-    p = sigmoid(x)
-    q = sigmoid(-x)
-    entropy = relu(x) - x * y + log1p_exp_minus_abs(x)
-    alpha = alpha_no + alpha_slope * y
-    miss = at_least_tiny(p * (1.0 - y) + q * y)  # 1 - p_t, without the difference
-    modulator = power(miss, gamma)
-    slope = quotient(modulator * entropy * gamma, miss)  # ∂(modulator · entropy)/∂miss
-    loss = alpha * modulator * entropy
-    dx = alpha * (modulator * (p - y) + slope * p * q * (1.0 - 2.0 * y))
-    dy = alpha_slope * modulator * entropy + alpha * (slope * (q - p) - modulator * x)
-    return loss, dx, dy
 
 
 @formula

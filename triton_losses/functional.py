@@ -15,6 +15,9 @@ from triton_losses.categorical import sparse_categorical_cross_entropy as sparse
 from triton_losses.classification import cross_entropy as cross_entropy
 from triton_losses.classification import focal_loss as focal_loss
 from triton_losses.classification import nll_loss as nll_loss
+from triton_losses.compound import combo_loss as combo_loss
+from triton_losses.compound import dice_ce_loss as dice_ce_loss
+from triton_losses.compound import dice_focal_loss as dice_focal_loss
 from triton_losses.divergence import distillation_loss as distillation_loss
 from triton_losses.divergence import kl_div as kl_div
 from triton_losses.language import linear_cross_entropy as linear_cross_entropy
@@ -38,5 +41,10 @@ from triton_losses.regression import multi_quantile_loss as multi_quantile_loss
 from triton_losses.regression import poisson_nll_loss as poisson_nll_loss
 from triton_losses.regression import quantile_loss as quantile_loss
 from triton_losses.regression import smooth_l1_loss as smooth_l1_loss
+from triton_losses.segmentation import dice_loss as dice_loss
+from triton_losses.segmentation import focal_tversky_loss as focal_tversky_loss
+from triton_losses.segmentation import generalized_dice_loss as generalized_dice_loss
+from triton_losses.segmentation import jaccard_loss as jaccard_loss
+from triton_losses.segmentation import tversky_loss as tversky_loss
 from triton_losses.sequence import ctc_loss as ctc_loss
 from triton_losses.sequence import ctc_loss_with_logits as ctc_loss_with_logits

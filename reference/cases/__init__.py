@@ -5,8 +5,8 @@ A draw makes a loss's tensors, the differentiated ones first. An option whose va
 called with the input, or with something of the shape of a head's logits.
 """
 
-from reference.cases import binary, categorical, classification, divergence, language, margin, metric, regression, sequence
+from reference.cases import binary, categorical, classification, divergence, language, margin, metric, regression, segmentation, sequence
 from reference.cases.case import Case as Case
 
-THEMES = regression, binary, classification, margin, categorical, divergence, language, metric, sequence
+THEMES = regression, binary, classification, margin, categorical, divergence, language, metric, segmentation, sequence
 CASES = [case for theme in THEMES for case in theme.CASES]

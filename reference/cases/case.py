@@ -22,6 +22,7 @@ class Case:
     steps: int = 0  # of a sequence: its shapes are (steps, rows, classes)
     reduces: bool = True  # whether it takes a reduction
     baseline: Callable | None = None  # what the bench compares with, where the reference is written to be right and not fast
+    classes: int = 0  # of an image's pixels: its shapes are (images, classes, pixels)
 
     def __str__(self):
         return "-".join([self.name, *([self.note.replace(" ", "_")] if self.note else []), *self.option_words()])
@@ -32,7 +33,8 @@ class Case:
     def shape(self, rows, columns):
         if self.steps:
             return (self.steps, rows, columns)
-        return (rows, self.features, columns) if self.features else (rows, columns)
+        between = [n for n in (self.features, self.classes) if n]
+        return (rows, *between, columns)
 
     def arguments(self, shape, dtype=torch.float32, device="cpu", seed=0, reduction=None):
         """Tensors and options, the same for the same seed on every device; with the reduction, where it takes one."""

@@ -42,5 +42,13 @@ from reference.losses.metric import cosine_similarity_loss as cosine_similarity_
 from reference.losses.regression import log_cosh_loss as log_cosh_loss
 from reference.losses.regression import multi_quantile_loss as multi_quantile_loss
 from reference.losses.regression import quantile_loss as quantile_loss
+from reference.losses.segmentation import combo_loss as combo_loss
+from reference.losses.segmentation import dice_ce_loss as dice_ce_loss
+from reference.losses.segmentation import dice_focal_loss as dice_focal_loss
+from reference.losses.segmentation import dice_loss as dice_loss
+from reference.losses.segmentation import focal_tversky_loss as focal_tversky_loss
+from reference.losses.segmentation import generalized_dice_loss as generalized_dice_loss
+from reference.losses.segmentation import jaccard_loss as jaccard_loss
+from reference.losses.segmentation import tversky_loss as tversky_loss
 from reference.losses.sequence import ctc_loss as ctc_loss
 from reference.losses.sequence import ctc_loss_with_logits as ctc_loss_with_logits

@@ -1,0 +1,34 @@
+"""The formulas of a logit and a chance, which themes share: binary losses, and what stands beside Dice."""
+
+from triton_losses.device_math import at_least_tiny, log1p_exp_minus_abs, power, quotient, relu, sigmoid
+from triton_losses.formula import formula
+
+
+@formula
+def logistic(x, y):
+    loss = relu(x) - x * y + log1p_exp_minus_abs(x)
+    return loss, sigmoid(x) - y, -x
+
+
+@formula
+def weighted_logistic(x, y, positive):
+    rest = log1p_exp_minus_abs(x)
+    yes = relu(-x) + rest  # -log σ(x)
+    no = relu(x) + rest  # -log σ(-x)
+    p = sigmoid(x)
+    return positive * y * yes + (1.0 - y) * no, (1.0 - y) * p - positive * y * (1.0 - p), positive * yes - no, y * yes
+
+
+@formula
+def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
+    p = sigmoid(x)
+    q = sigmoid(-x)
+    entropy = relu(x) - x * y + log1p_exp_minus_abs(x)
+    alpha = alpha_no + alpha_slope * y
+    miss = at_least_tiny(p * (1.0 - y) + q * y)  # 1 - p_t, without the difference
+    modulator = power(miss, gamma)
+    slope = quotient(modulator * entropy * gamma, miss)  # ∂(modulator · entropy)/∂miss
+    loss = alpha * modulator * entropy
+    dx = alpha * (modulator * (p - y) + slope * p * q * (1.0 - 2.0 * y))
+    dy = alpha_slope * modulator * entropy + alpha * (slope * (q - p) - modulator * x)
+    return loss, dx, dy
