@@ -26,7 +26,7 @@ COLUMNS = (128256, 50257)  # rows of whole 16-byte vectors, and rows that start 
 COUNTS = (2**31 + 1, 2**31 + 16)  # Triton compiles another kernel for multiples of 16
 PARKED = {True: 32, False: 16}  # bytes stored and loaded (AMD: registers): at times a compiler parks a few registers outside the loops
 PLAIN_TORCH = [case for case in CASES if case.draw is logits_and_probabilities or "distance_function" in case.options]
-KERNEL_CASES = [case for case in CASES if not case.note and case not in PLAIN_TORCH]
+KERNEL_CASES = [case for case in CASES if not case.note and case not in PLAIN_TORCH and not case.classes]  # images: test_builds_segmentation.py
 
 
 def call(case, rows, columns, dtype):

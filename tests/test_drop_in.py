@@ -24,6 +24,7 @@ from triton_losses import functional
 WITHOUT_MODULES = ("log_probs", "ctc_loss_with_logits")  # the last has ctc_loss's
 FUNCTIONS = {name: f for name, f in vars(functional).items() if inspect.isfunction(f) and not name.endswith(WITHOUT_MODULES)}
 MODULES = {n: c for n, c in vars(triton_losses).items() if isinstance(c, type) and hasattr(c, "function") and n[-4:] != "Head"}
+REGIONS = [case.name for case in CASES if case.classes]  # their means are of whole images
 HEADS = [name for name in FUNCTIONS if name.startswith("linear_")]  # test_head.py compares them with torch's: a weight's owner is ...Head
 SEQUENCES = [name for name in FUNCTIONS if name.startswith("ctc_")]  # of four tensors: test_sequence.py has what holds for pairs here
 TORCHS = [name for name in FUNCTIONS if hasattr(torch.nn.functional, name) and name not in HEADS]

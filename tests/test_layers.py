@@ -13,8 +13,6 @@ import torch
 pytestmark = pytest.mark.not_interpreted
 ROOT = pathlib.Path(__file__).parents[1]
 CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "blocks": 1, "tuning": 2}
-
-
 SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
 
 
@@ -79,8 +77,10 @@ torch.testing.assert_close(triton_losses.HuberLoss()(x, x.detach() + 1), torch.t
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("theme", [path.stem for path in (ROOT / "triton_losses").glob("*.py") if "
-    >>> " in path.read_text()])
+THEMES = [path.stem for path in FILES if "\n    >>> " in path.read_text() and path.parent.name == "triton_losses"]
+
+
+@pytest.mark.parametrize("theme", THEMES)
 def test_the_examples_in_docstrings_are_true(theme):
     module = importlib.import_module(f"triton_losses.{theme}")
     scope = {**vars(module), "torch": torch}

@@ -309,7 +309,7 @@ def backward_kernel(
 
 
 MOST_CLASSES = 320  # ten tiles of 32 classes: beyond, a pixel's classes do not fit the registers
-MOST_NUMBERS = 40  # exponentials that a thread holds
+MOST_BYTES = 96  # of the exponentials that a thread holds
 SPAN = 8192  # logits of a program, about: fixed, so that tuning never moves the partial sums
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
 
@@ -319,16 +319,16 @@ def span_of(classes):
     return max(triton.next_power_of_2(SPAN // classes), 1024)
 
 
-def config(args, threads=128, numbers=MOST_NUMBERS):
-    group = 1
-    while -(-args["C"] // group) * args["VEC"] > numbers and group < 32:
+def config(args, threads=128, most=MOST_BYTES):
+    group, each = 1, args["VEC"] * (8 if args["COMPUTE"] == tl.float64 else 4)
+    while -(-args["C"] // group) * each > most and group < 32:
         group *= 2
     lanes = threads // group
     return {"LANES": lanes, "GROUP": group, "STEPS": span_of(args["C"]) // (lanes * args["VEC"]), "num_warps": threads // WARP}
 
 
 def configs(args):
-    return [config(args, threads, numbers) for threads in (64, 128, 256) for numbers in (MOST_NUMBERS // 2, MOST_NUMBERS)]
+    return [config(args, threads, most) for threads in (64, 128, 256) for most in (MOST_BYTES, MOST_BYTES * 5 // 3)]
 
 
 def key(args):

@@ -1,0 +1,67 @@
+"""The regions kernels build for GPUs that this machine does not have: at every number of classes without spills, 16 bytes at a time."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
+
+from offline_build import TARGETS, accesses, loops_of
+from test_builds import forward_and_backward, offsets_of, pytestmark  # noqa: F401  the same conditions
+
+from triton_losses import functional
+
+PIXELS = 1 << 14
+
+
+def dice(dtype, classes, target=torch.uint8, pixels=PIXELS, loss="dice_ce_loss", **options):
+    """Forward and backward; the numbers are meaningless."""
+    logits = torch.zeros(1, classes, pixels, dtype=dtype, requires_grad=True)
+    labels = torch.zeros((1, pixels) if classes > 1 and not target.is_floating_point else logits.shape, dtype=target)
+    getattr(functional, loss)(logits, labels, sigmoid=classes == 1, softmax=classes > 1, **options).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 4, 19, 32, 150])
+def test_dice_with_cross_entropy_builds_for_any_number_of_classes(classes, dtype):
+    for build in forward_and_backward("sm_90", dice, dtype, classes):
+        found = {access for loop in loops_of(build.lines) for access in accesses(loop)}
+        wide = {("load", 128), *([("store", 128)] if "backward" in build.kernel.name else [])}
+        assert wide <= found, f"{build}: {found}"
+        narrow = {("load", 32), ("load", 64)}  # of four and of eight bytes that are labels
+        assert found <= wide | narrow, f"{build}: {found}"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("classes", [4, 19])
+def test_dice_builds_on_every_target(classes, name):
+    forward_and_backward(name, dice, torch.bfloat16, classes, loss="dice_loss")
+    forward_and_backward(name, dice, torch.bfloat16, classes)
+
+
+MORE = {
+    "soft maps": {"target": torch.float32, "classes": 19, "label_smoothing": 0.1},
+    "ignored": {"classes": 19, "ignore_index": 255},
+    "a focal loss": {"loss": "dice_focal_loss", "classes": 19, "use_softmax": True, "ignore_index": 255},
+    "a focal loss of one class": {"loss": "dice_focal_loss", "classes": 1, "target": torch.float32},
+    "soft labels": {"loss": "jaccard_loss", "classes": 4, "target": torch.float32, "soft_label": True},
+    "odd planes": {"classes": 4, "pixels": 1001},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", MORE.values(), ids=MORE)
+def test_its_options_build_without_spills(options, dtype):
+    forward_and_backward("sm_90", dice, dtype, **options)
+
+
+def test_every_configuration_of_regions_builds():
+    for build in forward_and_backward("sm_90", dice, torch.bfloat16, 19):
+        configs = build.launch.configs(build.arguments)
+        assert len(configs) > 2 and build.config in configs
+        pixels = {config["LANES"] * config["STEPS"] * build.arguments["VEC"] for config in configs}
+        assert len(pixels) == 1  # a program's, whatever the configuration
+
+
+def test_images_beyond_2_31_elements_are_built_with_64_bit_offsets():
+    for build in forward_and_backward("sm_90", dice, torch.bfloat16, 4):
+        assert offsets_of(build, "%logits") == {"i64"}, build
