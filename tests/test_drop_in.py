@@ -267,6 +267,8 @@ def test_modules_survive_copying_and_pickling(name):
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(twin) is type(module) and twin.reduction == "sum"
         twin.reduction = "mean"
+        if name == "LovaszLoss":  # of a batch there is one
+            continue
         assert not torch.equal(call(twin), call(module)) and module.reduction == "sum"
 
 

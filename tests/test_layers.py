@@ -25,7 +25,7 @@ def layer_of(name):
         return 9
     if parts[1] == "families":
         return 3 if len(parts) == 3 and (parts[2].endswith("_kernels") or parts[2] == "reduction") else 4
-    return {**CORE, **SHARED, "functional": 6, "modules": 7, "objectives": 8}.get(parts[1], 5)
+    return {**CORE, **SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}.get(parts[1], 5)
 
 
 def imports_of(path):

@@ -13,19 +13,13 @@ from triton_losses.modules import ContrastiveLoss as ContrastiveLoss
 from triton_losses.modules import CosineEmbeddingLoss as CosineEmbeddingLoss
 from triton_losses.modules import CosineSimilarityLoss as CosineSimilarityLoss
 from triton_losses.modules import CrossEntropyLoss as CrossEntropyLoss
-from triton_losses.modules import DiceCELoss as DiceCELoss
-from triton_losses.modules import DiceFocalLoss as DiceFocalLoss
-from triton_losses.modules import DiceLoss as DiceLoss
 from triton_losses.modules import DistillationLoss as DistillationLoss
 from triton_losses.modules import ExponentialLoss as ExponentialLoss
 from triton_losses.modules import FocalLoss as FocalLoss
-from triton_losses.modules import FocalTverskyLoss as FocalTverskyLoss
 from triton_losses.modules import GaussianNLLLoss as GaussianNLLLoss
-from triton_losses.modules import GeneralizedDiceLoss as GeneralizedDiceLoss
 from triton_losses.modules import HingeEmbeddingLoss as HingeEmbeddingLoss
 from triton_losses.modules import HingeLoss as HingeLoss
 from triton_losses.modules import HuberLoss as HuberLoss
-from triton_losses.modules import JaccardLoss as JaccardLoss
 from triton_losses.modules import KLDivLoss as KLDivLoss
 from triton_losses.modules import L1Loss as L1Loss
 from triton_losses.modules import LinearCrossEntropyHead as LinearCrossEntropyHead
@@ -60,6 +54,16 @@ from triton_losses.preference import kto_loss as kto_loss
 from triton_losses.preference import orpo_loss as orpo_loss
 from triton_losses.preference import sequence_log_probs as sequence_log_probs
 from triton_losses.preference import simpo_loss as simpo_loss
+from triton_losses.region_modules import ComboLoss as ComboLoss
+from triton_losses.region_modules import DeepSupervisionLoss as DeepSupervisionLoss
+from triton_losses.region_modules import DiceCELoss as DiceCELoss
+from triton_losses.region_modules import DiceFocalLoss as DiceFocalLoss
+from triton_losses.region_modules import DiceLoss as DiceLoss
+from triton_losses.region_modules import FocalTverskyLoss as FocalTverskyLoss
+from triton_losses.region_modules import GeneralizedDiceLoss as GeneralizedDiceLoss
+from triton_losses.region_modules import JaccardLoss as JaccardLoss
+from triton_losses.region_modules import LovaszLoss as LovaszLoss
+from triton_losses.region_modules import TverskyLoss as TverskyLoss
 from triton_losses.tuning import set_autotune as set_autotune
 from triton_losses.tuning import tune as tune
 

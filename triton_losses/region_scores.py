@@ -179,13 +179,16 @@ def loss_of_scores(score, wanted, dims, batch, weight, log_loss, gamma, empty, r
         losses = losses.clamp(min=1e-37) ** gamma  # or a perfect score's gradient would be inf · 0
     weight = class_weights_of(weight, losses, losses.shape[1]) if losses.shape[1] > 1 else None
     losses = losses if weight is None else losses * weight
-    count = losses.numel()
     if empty != "smooth":
         losses = torch.where(wanted > 0, losses, 0)
-        count = (wanted > 0).sum().clamp(min=1) if empty == "exclude" else count
     if reduction == "none":
         return losses.view(*losses.shape[bool(batch) :], *[1] * (dims - 2))
-    return losses.sum() / count if reduction == "mean" else losses.sum()
+    if reduction == "sum":
+        return losses.sum()
+    if empty == "exclude":  # each image's own mean first
+        present = ((wanted > 0) * (1.0 if weight is None else weight)).sum(1)
+        return (losses.sum(1) / torch.where(present == 0, 1, present)).mean()
+    return losses.sum() / losses.numel()
 
 
 def averaged(sums, average):

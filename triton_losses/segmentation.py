@@ -34,7 +34,8 @@ def dice_loss(
     class that counts. reduction: "mean" over images and classes, "sum", "none": (B, C, 1, ...), (C, 1, ...) with batch.
     ignore_index: pixels of this label count nowhere; of a map (not beside softmax), elements of this value.
     log_loss: -log score. classes: the indices of those that count. average: "micro" sums over classes first. empty: what a class
-    absent from the target costs: "smooth" what the formula says, "zero" nothing, "exclude" nothing, and it is not averaged over.
+    absent from the target costs: "smooth" what the formula says, "zero" nothing, "exclude" nothing, and the mean is then of each
+    image's mean over the classes that it has, by their weights.
     process_group: with batch, sums across its processes. return_stats: also the sums (B, C) of pt, p and t, without gradient.
     Options in the order of MONAI's ``DiceLoss``. Milletari et al. 2016, arXiv:1606.04797.
 

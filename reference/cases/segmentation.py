@@ -44,6 +44,12 @@ def logits_and_timed_target(shape, dtype):
     return torch.randn(shape, dtype=dtype) * 2, labels.to(dtype) if shape[1] == 1 else labels
 
 
+def logits_and_bits_with_void(shape, dtype):
+    input, bits = logits_and_bits(shape, dtype)
+    bits.view(-1)[4::5] = IGNORED
+    return input, bits
+
+
 def of_foreground(input):
     return torch.rand(max(input.shape[1] - 1, 1), dtype=input.dtype).to(input.device) + 0.5
 
@@ -109,5 +115,10 @@ CASES = [
     regions("dice_focal_loss", {**SIGMOID, "alpha": 0.25}, logits_and_bits),
     regions("dice_focal_loss", {**SOFTMAX, **VOID, "use_softmax": True, "gamma": 1.5, "weight": of_classes}, logits_and_image_with_void),
     regions("dice_focal_loss", {**SIGMOID, **VOID, "include_background": False}, logits_and_image_with_void),
+    regions("lovasz_loss", {}, shapes=IMAGES),
+    regions("lovasz_loss", {**VOID, "per_image": True, "classes": "all"}, logits_and_image_with_void),
+    regions("lovasz_loss", {"mode": "hinge", "per_image": True}, logits_and_bits),
+    regions("lovasz_loss", {"mode": "hinge", **VOID}, logits_and_bits_with_void),
+    hard("lovasz_loss", VOID, all_void),
     regions("combo_loss", {}, logits_and_bits, shapes=IMAGES),
 ]

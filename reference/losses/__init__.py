@@ -49,6 +49,7 @@ from reference.losses.segmentation import dice_loss as dice_loss
 from reference.losses.segmentation import focal_tversky_loss as focal_tversky_loss
 from reference.losses.segmentation import generalized_dice_loss as generalized_dice_loss
 from reference.losses.segmentation import jaccard_loss as jaccard_loss
+from reference.losses.segmentation import lovasz_loss as lovasz_loss
 from reference.losses.segmentation import tversky_loss as tversky_loss
 from reference.losses.sequence import ctc_loss as ctc_loss
 from reference.losses.sequence import ctc_loss_with_logits as ctc_loss_with_logits

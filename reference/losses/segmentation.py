@@ -58,7 +58,10 @@ def reduced(score, wanted, dims, batch, weight, log_loss, empty, reduction, gamm
         return losses[0].view(-1, *[1] * (dims - 2)) if batch else losses.view(*losses.shape, *[1] * (dims - 2))
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / present.sum().clamp(min=1) if empty == "exclude" else losses.mean()
+    if empty != "exclude":
+        return losses.mean()
+    weights = (present * torch.as_tensor(1.0 if weight is None else weight).to(losses)).sum(1)
+    return (losses.sum(1) / weights.masked_fill(weights == 0, 1)).mean()
 
 
 def dice_loss(
@@ -209,3 +212,36 @@ def combo_loss(
         input, target, sigmoid=True, reduction=reduction, smooth_nr=smooth, smooth_dr=smooth, batch=batch, weight=weight,
         lambda_dice=dice_weight, lambda_ce=bce_weight, ignore_index=ignore_index, return_stats=return_stats,
     )  # fmt: skip
+
+
+def lovasz_gradient(wanted):
+    """Algorithm 1 of the paper: the Jaccard loss's gradient by errors in descending order."""
+    total = wanted.sum()
+    jaccard = 1 - (total - wanted.cumsum(0)) / (total + (1 - wanted).cumsum(0))
+    return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+
+
+def lovasz_of(errors, wanted):
+    order = errors.detach().argsort(descending=True, stable=True)
+    return errors[order].clamp(min=0) @ lovasz_gradient(wanted[order])
+
+
+def lovasz_loss(input, target, mode="softmax", per_image=False, ignore_index=None, reduction="mean", *, classes="present"):
+    images = zip(input.split(1), target.split(1)) if per_image else [(input, target)]
+    losses = []
+    for x, y in images if len(input) else []:
+        if mode == "hinge":
+            x, y = x.flatten(), y.flatten()
+            kept = y != (float("nan") if ignore_index is None else ignore_index)
+            x, y = x[kept], y[kept].to(x.dtype)
+            losses.append(lovasz_of(1 - x * (2 * y - 1), y) if len(y) else x.sum())
+            continue
+        p, y = x.softmax(1).movedim(1, -1).flatten(0, -2), y.flatten()
+        kept = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
+        p, y = p[kept], y[kept]
+        each = range(p.shape[1]) if isinstance(classes, str) else classes
+        each = [c for c in each if classes != "present" or (y == c).any()]
+        of_classes = [lovasz_of(((y == c).to(p.dtype) - p[:, c]).abs(), (y == c).to(p.dtype)) for c in each]
+        losses.append(sum(of_classes) / len(each) if each and len(y) else p.sum() * 0)
+    losses = torch.stack(losses) if losses else input.new_zeros(0) + input.sum()
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
