@@ -16,7 +16,16 @@ from triton_losses.families import regions
 
 DICE = ("dice_loss", "jaccard_loss", "tversky_loss", "focal_tversky_loss", "generalized_dice_loss")
 COMPOUND = ("dice_ce_loss", "dice_focal_loss")
-few = settings(max_examples=4 if INTERPRET else 20, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=3 if INTERPRET else 10, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are so small that threads would do nothing but wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def image(shape=(2, 4, 5, 6), dtype=torch.float64, seed=0):
@@ -44,7 +53,7 @@ shapes = strategies.tuples(strategies.integers(1, 3), strategies.integers(2, 6),
 @given(shape=shapes, seed=strategies.integers(0, 2**31))
 def test_labels_are_their_one_hot_map_in_any_integer_type(shape, seed):
     x, y = image(shape, seed=seed)
-    for name in (*DICE, *COMPOUND):
+    for name in ("dice_loss", *COMPOUND):
         loss = functools.partial(getattr(functional, name), softmax=True)
         expected = value_and_gradient(loss, x, y)
         for target in (y.to(torch.uint8), y.to(torch.int16)[:, None], one_hot(y, shape[1])):
@@ -57,7 +66,7 @@ def test_labels_are_their_one_hot_map_in_any_integer_type(shape, seed):
 def test_ignored_pixels_might_as_well_not_be_there(shape, seed):
     x, y = image((*shape[:2], shape[2] + 1), seed=seed)
     y[..., -1] = 99
-    for name in (*DICE, *COMPOUND):
+    for name in ("dice_loss", *COMPOUND):
         for activation in ("softmax", "sigmoid"):
             loss = functools.partial(getattr(functional, name), **{activation: True})
             value, gradient = value_and_gradient(loss, x, y, ignore_index=99)
@@ -355,9 +364,9 @@ def test_a_unet_learns_to_segment_and_takes_the_path_that_eager_losses_take():
     torch.manual_seed(0)
     network = UNet()
     twin = copy.deepcopy(network)
-    ours = train(network, triton_losses.DiceCELoss(softmax=True, include_background=False), 60)
-    eager = train(twin, functools.partial(reference.losses.dice_ce_loss, softmax=True, include_background=False), 25)
-    torch.testing.assert_close(ours[:25], eager, rtol=2e-3, atol=1e-3)  # roundings grow from step to step
+    ours = train(network, triton_losses.DiceCELoss(softmax=True, include_background=False), 70)
+    eager = train(twin, functools.partial(reference.losses.dice_ce_loss, softmax=True, include_background=False), 15)
+    torch.testing.assert_close(ours[:15], eager, rtol=2e-3, atol=1e-3)  # roundings grow from step to step
     x, y = drawing(8, 32, torch.Generator().manual_seed(2))
     _, (overlap, predicted, wanted) = functional.dice_loss(one_hot(network(x).argmax(1), 4), y, return_stats=True)
     dice = 2 * overlap.sum(0) / (predicted + wanted).sum(0)
