@@ -11,6 +11,7 @@ import torch
 
 import reference.losses
 import triton_losses.functional
+from bench import peers
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ def compiled(function):
 PROVIDERS = {
     "triton_losses": Provider(ours),
     "eager": Provider(eager),
+    "monai": Provider(peers.monai),
+    "smp": Provider(peers.smp),
     "torch.compile": Provider(lambda case: compiled(eager(case)), compiles=True),
     "torch.compile(triton_losses)": Provider(lambda case: compiled(ours(case)), compiles=True),
 }

@@ -12,6 +12,7 @@ import torch
 
 import triton_losses
 
+pytestmark = pytest.mark.not_interpreted  # test_segmentation.py is for the kernels
 RECORDS = json.loads(peer_values.FILE.read_text())
 ENTRIES = {" ".join([*entry[:2], *(f"{k}={v}" for k, v in entry[2].items()), *entry[3:5]]): entry for entry in RECORDS["entries"]}
 
@@ -50,7 +51,6 @@ def test_equals_what_the_other_library_gave(entry):
         torch.testing.assert_close(mine, torch.tensor(theirs, dtype=mine.dtype), **tolerance(call[1]))
 
 
-@pytest.mark.not_interpreted
 @pytest.mark.parametrize("library", peer_values.PACKAGES)
 def test_the_file_is_what_the_installed_library_gives(library):
     if peer_values.losses_of(library) is None:

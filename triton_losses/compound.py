@@ -6,7 +6,7 @@ import torch
 
 from triton_losses.compiler import compute_dtype
 from triton_losses.element_formulas import logistic, sigmoid_focal, weighted_logistic
-from triton_losses.families.reduction import reduction_of, result_dtype
+from triton_losses.families.reduction import reduction_of
 from triton_losses.region_scores import (
     check_image,
     check_not_negative,
@@ -76,7 +76,7 @@ def compound(
         weights = numbers.mean(1) if mean_over_space else torch.ones_like(weights)
     rest = losses / torch.where(weights == 0, 1, weights)
     rest = rest.sum() if reduction == "sum" else rest
-    loss = sum(factor * part for factor, part in zip(lambdas.values(), (dice, rest)))
+    loss = sum(factor * part for factor, part in zip(lambdas.values(), (dice, rest), strict=True))
     return finished(loss, input, of_images, return_stats)
 
 

@@ -39,14 +39,13 @@ class DiceLoss(RegionLoss, function=F.dice_loss):
         return cls(**smp_options(mode, classes, log_loss, from_logits, 2 * smooth, ignore_index, class_weights))
 
     @classmethod
-    def from_nnunet(cls, *, batch_dice=False, do_bg=True, smooth=1.0, ignore_label=None, process_group=None, apply_nonlin="softmax"):
+    def from_nnunet(cls, *, apply_nonlin="softmax", batch_dice=False, do_bg=True, smooth=1.0, ignore_label=None, process_group=None):
         """nnU-Net's ``MemoryEfficientSoftDiceLoss``: minus Dice. apply_nonlin: "softmax", "sigmoid" or None."""
         if apply_nonlin not in ("softmax", "sigmoid", None):
             raise ValueError(f'apply_nonlin must be "softmax", "sigmoid" or None, got {apply_nonlin!r}')
         activation = {} if apply_nonlin is None else {apply_nonlin: True}
-        return MinusDiceLoss(
-            do_bg, batch=batch_dice, smooth_nr=smooth, smooth_dr=smooth, ignore_index=ignore_label, process_group=process_group, **activation
-        )
+        options = {"batch": batch_dice, "smooth_nr": smooth, "smooth_dr": smooth, "process_group": process_group}
+        return MinusDiceLoss(do_bg, ignore_index=ignore_label, **options, **activation)
 
     @classmethod
     def from_kornia(cls, *, average="micro", eps=1e-8, weight=None, ignore_index=-100):

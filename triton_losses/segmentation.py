@@ -98,8 +98,8 @@ def focal_tversky_loss(
 ):  # fmt: skip
     """``(1 - TI)^γ`` per image and class, TI the Tversky index: looks at the hard regions first for γ < 1.
 
-    gamma: γ > 0, else ValueError. The defaults are the paper's: ¾ = 1 / (4/3), and 0.7 of what is missed (its α; here, as in ``tversky_loss``, β).
-    input, target and the other options: as in ``dice_loss``. Abraham and Khan 2018, arXiv:1810.07842.
+    gamma: γ > 0, else ValueError. The defaults are the paper's: ¾ = 1 / (4/3), and 0.7 of what is missed, its α and here, as in
+    ``tversky_loss``, β. input, target and the other options: as in ``dice_loss``. Abraham and Khan 2018, arXiv:1810.07842.
 
     >>> focal_tversky_loss(torch.tensor([[[0.9, 0.2]]]), torch.tensor([[[1.0, 0.0]]]))
     tensor(0.2118)

@@ -6,7 +6,8 @@ from reference.cases.case import IGNORED, Case
 
 IMAGES = ((2, 5, 70), (1, 2, 1), (3, 4, 6, 5), (2, 3, 2, 3, 4), (2, 19, 3, 8), (1, 40, 8))  # ragged, one pixel, 2-D, 3-D, more classes
 IMAGE = IMAGES[:1]
-TIMED_IMAGES = {"quick": ((4, 1, 256, 256), (1, 4, 48, 48, 48), (2, 19, 128, 256)), "full": ((16, 1, 512, 512), (2, 4, 96, 96, 96), (8, 19, 256, 512))}
+TIMED_MAPS = {"quick": ((4, 1, 256, 256),), "full": ((16, 1, 512, 512),)}
+TIMED_IMAGES = {"quick": ((1, 4, 48, 48, 48), (2, 19, 128, 256)), "full": ((2, 4, 96, 96, 96), (8, 19, 256, 512))}
 
 
 def chances_and_bits(shape, dtype):
@@ -36,12 +37,6 @@ def logits_and_image_with_void(shape, dtype):
     input, labels = logits_and_image(shape, dtype)
     labels.view(-1)[4::5] = IGNORED
     return input, labels
-
-
-def logits_and_timed_target(shape, dtype):
-    """Labels, bytes; of one class its map."""
-    labels = torch.randint(max(shape[1], 2), (shape[0], 1, *shape[2:]), dtype=torch.uint8)
-    return torch.randn(shape, dtype=dtype) * 2, labels.to(dtype) if shape[1] == 1 else labels
 
 
 def logits_and_bits_with_void(shape, dtype):
@@ -90,7 +85,8 @@ def hard(name, options, draw):
 SOFTMAX, SIGMOID, VOID = {"softmax": True}, {"sigmoid": True}, {"ignore_index": IGNORED}
 CASES = [
     regions("dice_loss", {}, chances_and_bits),
-    regions("dice_loss", SOFTMAX, shapes=IMAGES),
+    regions("dice_loss", SOFTMAX, shapes=IMAGES, bench=TIMED_IMAGES),
+    regions("dice_loss", SIGMOID, logits_and_bits, bench=TIMED_MAPS),
     regions("dice_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_foreground}, logits_and_image_with_void),
     regions("dice_loss", {**SIGMOID, "batch": True, "squared_pred": True, "jaccard": True}, logits_and_bits),
     regions("dice_loss", {**SIGMOID, "soft_label": True, "log_loss": True}, logits_and_soft_maps),
@@ -110,7 +106,7 @@ CASES = [
     regions("dice_ce_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_classes}, logits_and_image_with_void),
     regions("dice_ce_loss", {**SOFTMAX, "weight": of_classes, "squared_pred": True}, logits_and_soft_maps),
     regions("dice_ce_loss", {**SIGMOID, **VOID, "weight": of_classes, "lambda_ce": 0.3}, logits_and_image_with_void),
-    regions("dice_ce_loss", {**SIGMOID, "jaccard": True}, logits_and_bits),
+    regions("dice_ce_loss", SIGMOID, logits_and_bits, bench=TIMED_MAPS),
     *(hard("dice_ce_loss", {**SOFTMAX, **VOID}, draw) for draw in (huge_logits_in_an_image, nan_where_ignored, masked_classes, all_void)),
     regions("dice_focal_loss", {**SIGMOID, "alpha": 0.25}, logits_and_bits),
     regions("dice_focal_loss", {**SOFTMAX, **VOID, "use_softmax": True, "gamma": 1.5, "weight": of_classes}, logits_and_image_with_void),

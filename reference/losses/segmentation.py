@@ -173,9 +173,7 @@ def dice_ce_loss(
         losses = binary_cross_entropy_with_logits(x, t, pos_weight=positive, reduction="none")
         losses, weights = losses.masked_fill(~kept, 0), kept.to(t.dtype)
     else:
-        losses, weights = by_rows(
-            x, t, kept, each_class(weight, input), label_smoothing, target.shape != input.shape, lambda log_p: -log_p
-        )
+        losses, weights = by_rows(x, t, kept, each_class(weight, input), label_smoothing, target.shape != input.shape, lambda log_p: -log_p)
     loss = joined(dice, losses, weights, (lambda_dice, lambda_ce), reduction)
     return (loss, stats) if return_stats else loss
 

@@ -92,7 +92,7 @@ class Regions(torch.autograd.Function):
             *options, formula, scalars, smoothing = ctx.options
             with torch.enable_grad():
                 results = whole_sums(logits, targets, class_weights, *options, FORMULAS.get(formula), scalars, smoothing)
-                results = [(r, d) for r, d in zip(results, (d_sums, d_losses)) if r.requires_grad]
+                results = [(r, d) for r, d in zip(results, (d_sums, d_losses), strict=True) if r.requires_grad]
             grad = torch.autograd.grad([r for r, _ in results], logits, [d for _, d in results], create_graph=again)[0]
         else:
             grad = regions_backward(logits, d_sums, d_losses, targets, class_weights, *ctx.options)
@@ -110,8 +110,8 @@ def regions(
     logits, targets = logits.contiguous(), targets.contiguous()
     targets = targets.view(torch.uint8) if targets.dtype == torch.bool else targets
     given = [float(s) for s in scalars], float(smoothing)
-    plain = logits.device.type not in ("cpu", "cuda", "xpu") or read_whole() or runs_kernels(logits) and logits.shape[1] > MOST_CLASSES
-    if plain:
+    too_many = runs_kernels(logits) and logits.shape[1] > MOST_CLASSES
+    if too_many or logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return whole_sums(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, *given)
     name = "" if formula is None else formula.name
     return Regions.apply(logits, targets, class_weights, activation, ignore_index, squared, smaller, name, *given)
