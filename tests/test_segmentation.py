@@ -135,6 +135,16 @@ def test_an_absent_class_costs_what_one_chooses():
     torch.testing.assert_close(functional.dice_loss(p, y, classes=[1, 0], reduction="none", **options).flatten(), wanted[[1, 0]])
 
 
+def test_ignoring_elements_of_a_map_leaves_the_map_as_it_was(device):
+    x, y = (t.to(device) for t in image((2, 3, 50), torch.float32))
+    t = one_hot(y, 3, torch.float32)
+    t[..., ::7] = -1
+    before = t.clone()
+    for options in ({}, {"sigmoid": True}):
+        value_and_gradient(functional.dice_loss, x, t, ignore_index=-1, **options)
+        assert torch.equal(t, before) and t._version == 1
+
+
 def test_a_perfect_prediction_has_a_finite_gradient():
     x, y = image()
     p = one_hot(y, 4)
