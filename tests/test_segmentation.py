@@ -116,6 +116,12 @@ def test_parts_that_see_the_input_differently_are_read_twice():
     torch.testing.assert_close(functional.dice_focal_loss(x, y, softmax=True), functional.dice_loss(x, y, softmax=True) + focal)
 
 
+def test_more_classes_than_a_kernel_holds(device):
+    x, y = (t.to(device) for t in image((1, regions.MOST_CLASSES + 1, 9), torch.float32))
+    ours, plain = (value_and_gradient(module.dice_ce_loss, x, y, softmax=True) for module in (functional, reference.losses))
+    torch.testing.assert_close(ours, plain)
+
+
 def test_stats_are_the_sums_that_a_dice_score_needs(device):
     x, y = (t.to(device) for t in image())
     p, t = x.softmax(1).flatten(2), one_hot(y, 4).flatten(2)
@@ -252,6 +258,9 @@ def test_weights_given_as_numbers_travel_with_the_module():
     x, y = image()
     torch.testing.assert_close(loss.double()(x, y), functional.dice_loss(x, y, softmax=True, weight=[1, 2, 3, 4]))
     torch.testing.assert_close(triton_losses.DiceLoss(softmax=True, weight=2)(x, y), 2 * functional.dice_loss(x, y, softmax=True))
+    for options in ({"softmax": True}, {"sigmoid": True}):
+        by_number, by_tensor = (functional.dice_ce_loss(x, y, weight=w, **options) for w in (2.0, torch.full((4,), 2.0).double()))
+        torch.testing.assert_close(by_number, by_tensor)
 
 
 # Refusals

@@ -110,7 +110,7 @@ def chosen_sums(sums, include_background, classes, batch, process_group):
         sums = torch.stack([sums[:, :, c] for c in classes], 2)
     elif not include_background:
         if count == 1:
-            warnings.warn("single channel prediction, `include_background=False` ignored.", stacklevel=4)
+            warnings.warn("single channel prediction, `include_background=False` ignored.", stacklevel=3)
         else:
             sums = sums[:, :, 1:]
     if batch:

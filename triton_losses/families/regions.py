@@ -55,9 +55,9 @@ def regions_forward(
     check_labels(targets, ignore_index, classes)
     given = launched(logits, targets, class_weights, *options)
     partial_sums = logits.new_empty(images, given["splits"], 3, classes, dtype=dtype)
-    partial_losses = logits.new_zeros(images, given["splits"], dtype=dtype)
+    partial_losses = logits.new_empty(images, given["splits"], dtype=dtype)
     forward_launch(partial_sums=partial_sums, partial_losses=partial_losses, **given)
-    return partial_sums.sum(1), partial_losses.sum(1)
+    return partial_sums.sum(1), partial_losses.sum(1) if formula else logits.new_zeros(images, dtype=dtype)
 
 
 @op
@@ -108,6 +108,7 @@ def regions(
     label, or elements of the map with this value, count nowhere. The sums are float32, or float64 for float64 logits.
     """
     logits, targets = logits.contiguous(), targets.contiguous()
+    class_weights = class_weights if class_weights is None else class_weights.contiguous()
     targets = targets.view(torch.uint8) if targets.dtype == torch.bool else targets
     given = [float(s) for s in scalars], float(smoothing)
     too_many = runs_kernels(logits) and logits.shape[1] > MOST_CLASSES
