@@ -47,16 +47,16 @@ def over_classes(x, HIGHEST: tl.constexpr, LANES: tl.constexpr, GROUP: tl.conste
 
 @triton.jit
 def load_labels(targets, at, inside, ignore_index, C: tl.constexpr, IGNORE: tl.constexpr):
-    """Labels, -1 where they do not count and C where they are none; and where they count."""
+    """Labels, -1 where they do not count and C where they are none."""
     raw = tl.load(targets + at, mask=inside, other=0)
     counts = inside & (raw != ignore_index) if IGNORE else inside
     label = tl.where((raw >= 0) & (raw < C), raw.to(tl.int32), C)
-    return tl.where(counts, label, -1), counts
+    return tl.where(counts, label, -1)
 
 
 @triton.jit
 def targets_of(
-    targets, label, counts, g: tl.constexpr, sub, plane, offset, inside, ignore_index,
+    targets, label, g: tl.constexpr, sub, plane, offset, inside, ignore_index,
     MAPS: tl.constexpr, IGNORE: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """t of tile g, 0 where it does not count, and where it does."""
@@ -66,7 +66,7 @@ def targets_of(
         t = raw.to(COMPUTE)
         t = tl.where(counts, t, 0.0) if IGNORE else t
     else:
-        t = tl.where(label == g * GROUP + sub, 1.0, 0.0).to(COMPUTE)
+        t, counts = tl.where(label == g * GROUP + sub, 1.0, 0.0).to(COMPUTE), label >= 0
     return t, counts
 
 
@@ -177,7 +177,7 @@ def forward_kernel(
         inside = (start + lane * VEC < plane)[:, None]
         base = logits + image * C * plane + start
         wants = targets + image * (C if MAPS else 1) * plane + start
-        label, counted = (sub, inside) if MAPS else load_labels(wants, at, inside, ignore_index, C, IGNORE)
+        label = sub if MAPS else load_labels(wants, at, inside, ignore_index, C, IGNORE)
         if not MAPS:
             highest = tl.maximum(highest, tl.max(label, 1))
         if SOFTMAX:
@@ -185,7 +185,7 @@ def forward_kernel(
             inverse, log_total = 1.0 / total, tl.log(total)
         new_overlap, new_predicted, new_wanted = (), (), ()
         for g in tl.static_range((C + GROUP - 1) // GROUP):
-            t, counts = targets_of(wants, label, counted, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
+            t, counts = targets_of(wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
             counts = counts & (g * GROUP + sub < C) if GROUP > 1 else counts
             if SOFTMAX:
                 p = es[g] * inverse
@@ -210,7 +210,7 @@ def forward_kernel(
             log_p = (picked_of(xs, label, sub, C, LANES, GROUP, VEC, COMPUTE) - top) - log_total
             w = tl.load(class_weights + tl.minimum(tl.maximum(label, 0), C - 1)).to(COMPUTE) if WEIGHTED else 1.0
             loss = row_formula(log_p, w, values, 0, FORMULA)
-            losses += tl.sum(tl.where(counted & (sub == 0), loss, 0.0), 1)  # one of a pixel's threads speaks for it
+            losses += tl.sum(tl.where((label >= 0) & (sub == 0), loss, 0.0), 1)  # one of a pixel's threads speaks for it
     program = tl.program_id(0).to(tl.int64)
     out = partial_sums + program * (3 * C)
     for g in tl.static_range((C + GROUP - 1) // GROUP):
@@ -257,13 +257,13 @@ def backward_kernel(
         base = logits + image * C * plane + start
         out = grad + image * C * plane + start
         wants = targets + image * (C if MAPS else 1) * plane + start
-        label, counted = (sub, inside) if MAPS else load_labels(wants, at, inside, ignore_index, C, IGNORE)
+        label = sub if MAPS else load_labels(wants, at, inside, ignore_index, C, IGNORE)
         if SOFTMAX:
             xs, es, top, total = softmax_of(base, sub, plane, offset, inside, C, LANES, GROUP, VEC, COMPUTE)
             inverse, log_total = 1.0 / total, tl.log(total)
             dot = tl.zeros_like(total)  # Σ p g, and Σ share · ∂L/∂log_p
             for g in tl.static_range((C + GROUP - 1) // GROUP):
-                t, counts = targets_of(wants, label, counted, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
+                t, counts = targets_of(wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
                 p = es[g] * inverse
                 dot += p * (d_overlap[g] * step_of(p, t, SMALLER) + (d_predicted[g] * p if SQUARED else d_predicted[g]))
                 if FORMULA is not None and EVERY_CLASS:
@@ -278,7 +278,7 @@ def backward_kernel(
                 own = row_formula(log_p, w, values, 1, FORMULA) * upstream
                 dot += own
         for g in tl.static_range((C + GROUP - 1) // GROUP):
-            t, counts = targets_of(wants, label, counted, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
+            t, counts = targets_of(wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
             if SOFTMAX:
                 p = es[g] * inverse
             else:
@@ -328,7 +328,7 @@ def config(args, threads=128, most=MOST_BYTES):
 
 
 def configs(args):
-    return [config(args, threads, most) for threads in (64, 128, 256) for most in (MOST_BYTES, MOST_BYTES * 5 // 3)]
+    return [*(config(args, threads) for threads in (64, 128, 256)), config(args, most=MOST_BYTES * 5 // 3)]
 
 
 def key(args):
