@@ -132,6 +132,17 @@ def test_stats_are_the_sums_that_a_dice_score_needs(device):
         assert not any(s.requires_grad for s in stats)
 
 
+def test_lovasz_may_ignore_what_is_wanted():
+    x, y = image((1, 1, 30))[0], torch.arange(30).view(1, 1, 30) % 3
+    ours, plain = (value_and_gradient(module.lovasz_loss, x, y, mode="hinge", ignore_index=2) for module in (functional, reference.losses))
+    torch.testing.assert_close(ours, plain)
+    assert functional.lovasz_loss(x, y.clamp(min=1), mode="hinge", ignore_index=2).isfinite()
+    only_absent = functional.lovasz_loss(x, y.clamp(max=1), mode="hinge", ignore_index=1)
+    torch.testing.assert_close(only_absent, reference.losses.lovasz_loss(x, y.clamp(max=1), mode="hinge", ignore_index=1))
+    with pytest.raises(ValueError, match="0 or 1 .* got 2"):
+        functional.lovasz_loss(x, y, mode="hinge")
+
+
 def test_an_absent_class_costs_what_one_chooses():
     p, y = torch.full((1, 3, 10), 0.25), torch.zeros(1, 10, dtype=torch.int64)
     wanted = torch.tensor([1 - 5.0 / 12.5, 1.0, 1.0])

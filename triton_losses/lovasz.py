@@ -27,9 +27,11 @@ def of_hinge(x, target, groups, ignore_index):
     if target.shape != x.shape and x.shape[1] > 1:
         raise ValueError(f'target must be a map {tuple(x.shape)} for mode="hinge", got {tuple(target.shape)}')
     t = target.reshape(x.shape)
-    errors, wanted = 1 - x * (2 * t.to(x.dtype) - 1), t == 1
-    if ignore_index is not None:  # sorted to the end, where they count nothing
-        errors = torch.where(t != ignore_index, errors, -float("inf"))
+    kept = torch.ones_like(t, dtype=torch.bool) if ignore_index is None else t != ignore_index
+    if readable(t) and ((t != 0) & (t != 1) & kept).any():
+        raise ValueError(f'every target must be 0 or 1 for mode="hinge", got {t[(t != 0) & (t != 1) & kept][0].item()}')
+    wanted = (t == 1) & kept
+    errors = torch.where(kept, 1 - x * (2 * t.to(x.dtype) - 1), -float("inf"))  # those sort to the end, and count nothing
     size = x[:1].numel() * (len(x) // max(groups, 1))
     return extension(errors.reshape(groups, size), wanted.reshape(groups, size).long())[0]
 

@@ -4,6 +4,7 @@ The sums are of the size (images, classes): all of this is plain torch, for auto
 """
 
 import math
+import numbers
 import warnings
 
 import torch
@@ -69,8 +70,10 @@ def region_sums(
     """Sums (B, 3, C) of pt, p, t, and (B,) of the formula of the same pixels."""
     check_image(input, target, to_onehot_y)
     activation = activation_of(input, sigmoid, softmax, other_act)
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
-        raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
+    if ignore_index is not None:
+        if not isinstance(ignore_index, numbers.Integral):  # NumPy's integers too
+            raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
+        ignore_index = int(ignore_index)
     logits, target = flat_image(input if other_act is None else other_act(input), target)
     if ignore_index is not None and target.dim() == 3 and activation == "softmax":
         raise ValueError("ignore_index beside softmax needs labels: a map's pixels share their classes' probabilities")
@@ -103,7 +106,7 @@ def chosen_sums(sums, include_background, classes, batch, process_group):
         raise ValueError("process_group sums a batch across processes: it needs batch=True, got batch=False")
     if classes is not None:
         classes = list(classes)
-        if not classes or not all(isinstance(c, int) and 0 <= c < count for c in classes):
+        if not classes or not all(isinstance(c, numbers.Integral) and 0 <= c < count for c in classes):
             raise ValueError(f"classes must be a list of class indices in [0, {count}), got {classes}")
         if not include_background:
             raise ValueError(f"classes says which classes count: include_background=False has no place beside it, got {classes=}")
