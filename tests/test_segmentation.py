@@ -132,6 +132,15 @@ def test_stats_are_the_sums_that_a_dice_score_needs(device):
         assert not any(s.requires_grad for s in stats)
 
 
+def test_bytes_hold_no_negative_label_to_ignore(device):
+    """-100 among bytes would be 156, a class of its own here."""
+    x, y = (t.to(device) for t in image((1, 160, 12), torch.float32))
+    y[..., ::2] = 156
+    for loss in (functional.dice_loss, functional.dice_ce_loss):
+        torch.testing.assert_close(loss(x, y.to(torch.uint8), softmax=True, ignore_index=-100), loss(x, y, softmax=True))
+    torch.testing.assert_close(functional.lovasz_loss(x, y.to(torch.uint8), ignore_index=-100), functional.lovasz_loss(x, y))
+
+
 def test_lovasz_may_ignore_what_is_wanted():
     x, y = image((1, 1, 30))[0], torch.arange(30).view(1, 1, 30) % 3
     ours, plain = (value_and_gradient(module.lovasz_loss, x, y, mode="hinge", ignore_index=2) for module in (functional, reference.losses))

@@ -15,6 +15,7 @@ from triton_losses.region_scores import (
     class_weights_of,
     dice_score,
     finished,
+    ignorable,
     loss_of_scores,
     region_sums,
     tversky_score,
@@ -51,7 +52,7 @@ def compound(
     by_softmax: the formula is of rows, else of elements. weights_of: what ``counted`` says -> Σ weights of each image.
     mean_over_space: "sum" adds up the images' means over space, not all losses.
     """
-    reduction = reduction_of(reduction)
+    reduction, ignore_index = reduction_of(reduction), ignorable(ignore_index, target)
     check_smooth(smooth_nr=smooth_nr, smooth_dr=smooth_dr)
     check_not_negative(**lambdas)
     if batch and reduction == "none":

@@ -7,7 +7,7 @@ import torch
 from triton_losses.compiler import compute_dtype
 from triton_losses.families.reduction import reduction_of, result_dtype
 from triton_losses.op import readable
-from triton_losses.region_scores import check_image
+from triton_losses.region_scores import check_image, ignorable
 
 MODES = ("softmax", "hinge")
 
@@ -83,6 +83,7 @@ def lovasz_loss(input, target, mode="softmax", per_image=False, ignore_index=Non
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     check_image(input, target, False)
+    ignore_index = ignorable(ignore_index, target)
     x = input.to(compute_dtype(input.dtype))
     groups = len(input) if per_image else min(len(input), 1)
     if mode == "hinge":

@@ -55,6 +55,18 @@ def check_image(input, target, to_onehot_y):
         raise ValueError(f"labels must be integers unless to_onehot_y=True, got {target.dtype}")
 
 
+def ignorable(ignore_index, target):
+    """None where the target's type cannot hold it: a comparison would take it for another number, -100 for 156 among bytes."""
+    if ignore_index is None:
+        return None
+    if not isinstance(ignore_index, numbers.Integral):  # NumPy's integers too
+        raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
+    if target.dtype != torch.bool and not target.is_floating_point():
+        limits = torch.iinfo(target.dtype)
+        return int(ignore_index) if limits.min <= ignore_index <= limits.max else None
+    return int(ignore_index)
+
+
 def flat_image(input, target):
     """Logits (B, C, P), and labels (B, P) or a map (B, C, P); of one class, labels are its map."""
     images, classes, *space = input.shape
@@ -70,10 +82,7 @@ def region_sums(
     """Sums (B, 3, C) of pt, p, t, and (B,) of the formula of the same pixels."""
     check_image(input, target, to_onehot_y)
     activation = activation_of(input, sigmoid, softmax, other_act)
-    if ignore_index is not None:
-        if not isinstance(ignore_index, numbers.Integral):  # NumPy's integers too
-            raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
-        ignore_index = int(ignore_index)
+    ignore_index = ignorable(ignore_index, target)
     logits, target = flat_image(input if other_act is None else other_act(input), target)
     if ignore_index is not None and target.dim() == 3 and activation == "softmax":
         raise ValueError("ignore_index beside softmax needs labels: a map's pixels share their classes' probabilities")
