@@ -326,7 +326,8 @@ MORE_REFUSED = [
     ("focal_tversky_loss", "gamma", {"gamma": 0}), ("generalized_dice_loss", "w_type", {"w_type": "cube"}),
     ("dice_ce_loss", "lambda_ce", {"lambda_ce": -1}), ("dice_ce_loss", "label_smoothing", {"label_smoothing": 1.5}),
     ("dice_ce_loss", "none", {"reduction": "none", "batch": True}), ("dice_focal_loss", "alpha", {"alpha": 2}),
-    ("dice_focal_loss", "gamma", {"gamma": -1}), ("lovasz_loss", "mode", {"mode": "hinged"}), ("lovasz_loss", "classes", {"classes": "some"}),
+    ("dice_focal_loss", "gamma", {"gamma": -1}), ("lovasz_loss", "mode", {"mode": "hinged"}),
+    ("lovasz_loss", "classes", {"classes": "some"}),
 ]  # fmt: skip
 
 
