@@ -147,21 +147,23 @@ def check_not_negative(**values):
             raise ValueError(f"{name} must be no less than 0, got {value}")
 
 
-def ratio(numerator, denominator):
-    """1 where there is neither: nothing was there and nothing was said to be."""
+def ratio(numerator, denominator, smooth_dr):
+    """1 where there is neither, which without smoothing may be: nothing was there and nothing was said to be."""
+    if smooth_dr > 0:
+        return numerator / denominator
     nothing = denominator == 0
     return torch.where(nothing, 1, numerator / torch.where(nothing, 1, denominator))
 
 
 def dice_score(sums, smooth_nr, smooth_dr):
     overlap, predicted, wanted = sums.unbind(1)
-    return ratio(2 * overlap + smooth_nr, predicted + wanted + smooth_dr)
+    return ratio(2 * overlap + smooth_nr, predicted + wanted + smooth_dr, smooth_dr)
 
 
 def tversky_score(sums, alpha, beta, smooth_nr, smooth_dr):
     overlap, predicted, wanted = sums.unbind(1)
     misses = alpha * (predicted - overlap) + beta * (wanted - overlap)
-    return ratio(overlap + smooth_nr, overlap + misses + smooth_dr)
+    return ratio(overlap + smooth_nr, overlap + misses + smooth_dr, smooth_dr)
 
 
 def class_weights_of(weight, like, count):

@@ -150,6 +150,6 @@ def generalized_dice_loss(
     if w_type != "uniform" and volume.numel():
         w = torch.where(volume == 0, 0, 1 / torch.where(volume == 0, 1, volume) ** (2 if w_type == "square" else 1))
         w = torch.where(volume == 0, w.amax(1, keepdim=True), w)
-    score = ratio(2 * (overlap * w).sum(1) + smooth_nr, ((predicted + wanted) * w).sum(1) + smooth_dr)[:, None]
+    score = ratio(2 * (overlap * w).sum(1) + smooth_nr, ((predicted + wanted) * w).sum(1) + smooth_dr, smooth_dr)[:, None]
     loss = loss_of_scores(score, score, input.dim(), batch, None, log_loss, 1, "smooth", reduction)
     return finished(loss, input, of_images, return_stats)
