@@ -116,7 +116,7 @@ def test_parts_that_see_the_input_differently_are_read_twice():
 
 
 def test_more_classes_than_a_kernel_holds(device):
-    x, y = (t.to(device) for t in image((1, regions.MOST_CLASSES + 1, 9), torch.float32))
+    x, y = (t.to(device) for t in image((1, 400, 9), torch.float32))
     ours, plain = (value_and_gradient(module.dice_ce_loss, x, y, softmax=True) for module in (functional, reference.losses))
     torch.testing.assert_close(ours, plain)
 
