@@ -376,9 +376,12 @@ def law(**more):
     return lambda test: few(given(rows=sizes, columns=sizes, seed=strategies.integers(0, 2**31), **more)(test))
 
 
+LAWFUL = {name: loss for name, loss in FUNCTIONS.items() if name not in (*SEQUENCES, *REGIONS)}
+
+
 @law()
 def test_the_mean_is_the_sum_over_the_number(rows, columns, seed):
-    for name, loss in ((name, FUNCTIONS[name]) for name in FUNCTIONS if name not in SEQUENCES):
+    for name, loss in LAWFUL.items():
         *inputs, target = draw(name, "cpu", (rows, columns), torch.float64, seed)
         labels = name in WITH_LABELS and name not in MARGINS
         number = (target != -100).sum() if labels and not target.is_floating_point() else loss(*inputs, target, reduction="none").numel()
@@ -387,7 +390,7 @@ def test_the_mean_is_the_sum_over_the_number(rows, columns, seed):
 
 @law(more_rows=sizes)
 def test_the_loss_of_two_batches_is_the_sum_of_their_losses(rows, more_rows, columns, seed):
-    for name, loss in ((name, FUNCTIONS[name]) for name in FUNCTIONS if name not in (*HEADS, *SEQUENCES)):
+    for name, loss in ((name, loss) for name, loss in LAWFUL.items() if name not in HEADS):
         batches = [draw(name, "cpu", (n, columns), torch.float64, seed + n) for n in (rows, more_rows)]
         together = loss(*(torch.cat(pair) for pair in zip(*batches)), reduction="sum")
         torch.testing.assert_close(together, sum(loss(*batch, reduction="sum") for batch in batches))

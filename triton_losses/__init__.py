@@ -8,7 +8,6 @@ from triton_losses.modules import BCELoss as BCELoss
 from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
 from triton_losses.modules import CTCLoss as CTCLoss
 from triton_losses.modules import CategoricalCrossEntropyLoss as CategoricalCrossEntropyLoss
-from triton_losses.modules import ComboLoss as ComboLoss
 from triton_losses.modules import ContrastiveLoss as ContrastiveLoss
 from triton_losses.modules import CosineEmbeddingLoss as CosineEmbeddingLoss
 from triton_losses.modules import CosineSimilarityLoss as CosineSimilarityLoss
@@ -43,7 +42,6 @@ from triton_losses.modules import SparseCategoricalCrossEntropyLoss as SparseCat
 from triton_losses.modules import SquaredHingeLoss as SquaredHingeLoss
 from triton_losses.modules import TripletMarginLoss as TripletMarginLoss
 from triton_losses.modules import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
-from triton_losses.modules import TverskyLoss as TverskyLoss
 from triton_losses.objectives import MultiOutputLoss as MultiOutputLoss
 from triton_losses.objectives import ParameterPenalty as ParameterPenalty
 from triton_losses.objectives import WeightedSum as WeightedSum

@@ -6,7 +6,7 @@ import torch
 
 from triton_losses.blocks import aten_is_best, elements, share
 from triton_losses.compiler import tl
-from triton_losses.device_math import at_least, log1p, log1p_exp_minus_abs, quotient, relu, sigmoid, softplus, step
+from triton_losses.device_math import at_least, log1p, quotient, relu, sigmoid, softplus, step
 from triton_losses.element_formulas import logistic, sigmoid_focal, weighted_logistic
 from triton_losses.families.elementwise import blocks, elementwise
 from triton_losses.families.labelled_elements import labelled_elements
