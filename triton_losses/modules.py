@@ -188,37 +188,6 @@ class CTCLoss(OptionsOfCTC):
         return f"{super().extra_repr()}, from_logits={self.from_logits!r}"
 
 
-class RegionLoss(Loss):
-    """A loss of regions, whose weight may be given as numbers too; it travels with the module as a tensor."""
-
-    def register_buffer(self, name, tensor, persistent=True):
-        super().register_buffer(name, tensor if tensor is None else torch.as_tensor(tensor), persistent)
-
-
-class DiceLoss(RegionLoss, function=F.dice_loss): ...
-
-
-class JaccardLoss(RegionLoss, function=F.jaccard_loss): ...
-
-
-class TverskyLoss(RegionLoss, function=F.tversky_loss): ...
-
-
-class FocalTverskyLoss(RegionLoss, function=F.focal_tversky_loss): ...
-
-
-class GeneralizedDiceLoss(RegionLoss, function=F.generalized_dice_loss): ...
-
-
-class DiceCELoss(RegionLoss, function=F.dice_ce_loss): ...
-
-
-class DiceFocalLoss(RegionLoss, function=F.dice_focal_loss): ...
-
-
-class ComboLoss(RegionLoss, function=F.combo_loss): ...
-
-
 class LinearCrossEntropyLoss(Loss, function=F.linear_cross_entropy, inputs=4, without=("token_weights", "kept_tokens", "options")):
     def forward(self, input, linear_weight, target, linear_bias=None, *, token_weights=None, kept_tokens=0):
         of_the_call = {"linear_bias": linear_bias, "token_weights": token_weights, "kept_tokens": kept_tokens}
