@@ -94,7 +94,7 @@ HARD_SEQUENCES = ((3, 3, 5),)
 
 
 def sequence(name, options=(), draw=numbers_and_targets, **more):
-    return Case(name, draw, dict(options), **{"steps": 6, "shapes": SEQUENCES, "baseline": BASELINES[name], **more})
+    return Case(name, draw, dict(options), **{"steps": 4, "shapes": SEQUENCES, "baseline": BASELINES[name], **more})
 
 
 def hard_sequence(name, draw, options=()):
