@@ -99,13 +99,14 @@ def likelihood_of(state, other, k, length):
 
 
 @triton.jit
-def fetch(inputs, highest, t, samples, step_stride, blank, labels, k, length, active, FROM_LOGITS: tl.constexpr):
+def fetch(inputs, highest, t, samples, step_stride, blank, labels, k, length, left, FROM_LOGITS: tl.constexpr):
     """The numbers that a step needs, as they lie in memory: a conversion would wait for them."""
     at = inputs + t * step_stride
+    active = left > 0
     top = 0.0
     if FROM_LOGITS:
         top = tl.load(highest + t * samples, mask=active, other=0.0)
-    return (tl.load(at + labels, mask=active & (k < length), other=0.0), tl.load(at + blank, mask=active, other=0.0), top)
+    return (tl.load(at + labels, mask=k < tl.where(active, length, 0), other=0.0), tl.load(at + blank, mask=active, other=0.0), top)
 
 
 def name_of_walk(spec):
@@ -169,7 +170,7 @@ def walk_kernel(
         queue = ()
         for d in tl.static_range(DEPTH):
             t = tl.where(reverse, last - 1 - begin - d, begin + d).to(tl.int64)
-            queue += fetch(inputs, highest, t, samples, step_stride, blank, own, k, length, begin + d < end, FROM_LOGITS)
+            queue += fetch(inputs, highest, t, samples, step_stride, blank, own, k, length, end - begin - d, FROM_LOGITS)
         for i in range(begin, end):
             t = tl.where(reverse, last - 1 - i, i).to(tl.int64)
             at = (n * steps + t) * 2 * width
@@ -182,7 +183,7 @@ def walk_kernel(
             label_mantissa, label_power = power_of(of_labels)
             ahead = tl.where(reverse, t - DEPTH, t + DEPTH)
             queue = queue[3:] + fetch(
-                inputs, highest, ahead, samples, step_stride, blank, own, k, length, i + DEPTH < end, FROM_LOGITS
+                inputs, highest, ahead, samples, step_stride, blank, own, k, length, end - i - DEPTH, FROM_LOGITS
             )  # fmt: skip
             b, b_power, y, y_power = transition(state, k, skip)
             if not APART:
