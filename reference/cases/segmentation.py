@@ -78,6 +78,11 @@ def regions(name, options, draw=logits_and_image, **more):
     return Case(name, draw, dict(options), **{"shapes": IMAGE, "classes": 5, **more})
 
 
+def more(name, options, draw=logits_and_image, **rest):
+    """Tested for its values; whether it compiles, and the like, a simpler case says."""
+    return regions(name, options, draw, note="more options", **rest)
+
+
 def hard(name, options, draw):
     return regions(name, options, draw, note=draw.__name__.replace("_", " "))
 
@@ -87,34 +92,34 @@ CASES = [
     regions("dice_loss", {}, chances_and_bits),
     regions("dice_loss", SOFTMAX, shapes=IMAGES, bench=TIMED_IMAGES),
     regions("dice_loss", SIGMOID, logits_and_bits, bench=TIMED_MAPS),
-    regions("dice_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_foreground}, logits_and_image_with_void),
-    regions("dice_loss", {**SIGMOID, "batch": True, "squared_pred": True, "jaccard": True}, logits_and_bits),
-    regions("dice_loss", {**SIGMOID, "soft_label": True, "log_loss": True}, logits_and_soft_maps),
-    regions("dice_loss", {**SOFTMAX, "average": "micro", "squared_pred": True}, logits_and_soft_maps),
-    regions("dice_loss", {**SOFTMAX, "empty": "exclude", "smooth_nr": 0, "smooth_dr": 0, "classes": (0, 1)}),
-    regions("dice_loss", {**SIGMOID, "empty": "zero", "smooth_nr": 0}, logits_and_bits),
+    more("dice_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_foreground}, logits_and_image_with_void),
+    more("dice_loss", {**SIGMOID, "batch": True, "squared_pred": True, "jaccard": True}, logits_and_bits),
+    more("dice_loss", {**SIGMOID, "soft_label": True, "log_loss": True}, logits_and_soft_maps),
+    more("dice_loss", {**SOFTMAX, "average": "micro", "squared_pred": True}, logits_and_soft_maps),
+    more("dice_loss", {**SOFTMAX, "empty": "exclude", "smooth_nr": 0, "smooth_dr": 0, "classes": (0, 1)}),
+    more("dice_loss", {**SIGMOID, "empty": "zero", "smooth_nr": 0}, logits_and_bits),
     *(hard("dice_loss", {**SOFTMAX, **VOID}, draw) for draw in (huge_logits_in_an_image, nan_where_ignored, masked_classes, all_void)),
     regions("jaccard_loss", SIGMOID, logits_and_bits),
-    regions("jaccard_loss", {**SOFTMAX, "weight": of_classes, "batch": True}),
+    more("jaccard_loss", {**SOFTMAX, "weight": of_classes, "batch": True}),
     regions("tversky_loss", SIGMOID, logits_and_bits),
-    regions("tversky_loss", {**SOFTMAX, "alpha": 0.3, "beta": 0.6, "log_loss": True}),
+    more("tversky_loss", {**SOFTMAX, "alpha": 0.3, "beta": 0.6, "log_loss": True}),
     regions("focal_tversky_loss", SOFTMAX),
     regions("generalized_dice_loss", SOFTMAX),
-    regions("generalized_dice_loss", {**SIGMOID, "w_type": "simple", "batch": True}, logits_and_bits),
+    more("generalized_dice_loss", {**SIGMOID, "w_type": "simple", "batch": True}, logits_and_bits),
     regions("dice_ce_loss", SOFTMAX, shapes=IMAGES, bench=TIMED_IMAGES, headline=True),
     regions("dice_ce_loss", {**SOFTMAX, **VOID, "weight": of_classes, "label_smoothing": 0.1}, logits_and_image_with_void, shapes=IMAGES),
-    regions("dice_ce_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_classes}, logits_and_image_with_void),
-    regions("dice_ce_loss", {**SOFTMAX, "weight": of_classes, "squared_pred": True}, logits_and_soft_maps),
-    regions("dice_ce_loss", {**SIGMOID, **VOID, "weight": of_classes, "lambda_ce": 0.3}, logits_and_image_with_void),
+    more("dice_ce_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_classes}, logits_and_image_with_void),
+    more("dice_ce_loss", {**SOFTMAX, "weight": of_classes, "squared_pred": True}, logits_and_soft_maps),
+    more("dice_ce_loss", {**SIGMOID, **VOID, "weight": of_classes, "lambda_ce": 0.3}, logits_and_image_with_void),
     regions("dice_ce_loss", SIGMOID, logits_and_bits, bench=TIMED_MAPS),
     *(hard("dice_ce_loss", {**SOFTMAX, **VOID}, draw) for draw in (huge_logits_in_an_image, nan_where_ignored, masked_classes, all_void)),
     regions("dice_focal_loss", {**SIGMOID, "alpha": 0.25}, logits_and_bits),
     regions("dice_focal_loss", {**SOFTMAX, **VOID, "use_softmax": True, "gamma": 1.5, "weight": of_classes}, logits_and_image_with_void),
-    regions("dice_focal_loss", {**SIGMOID, **VOID, "include_background": False}, logits_and_image_with_void),
+    more("dice_focal_loss", {**SIGMOID, **VOID, "include_background": False}, logits_and_image_with_void),
     regions("lovasz_loss", {}, shapes=IMAGES),
-    regions("lovasz_loss", {**VOID, "per_image": True, "classes": "all"}, logits_and_image_with_void),
+    more("lovasz_loss", {**VOID, "per_image": True, "classes": "all"}, logits_and_image_with_void),
     regions("lovasz_loss", {"mode": "hinge", "per_image": True}, logits_and_bits),
-    regions("lovasz_loss", {"mode": "hinge", **VOID}, logits_and_bits_with_void),
+    more("lovasz_loss", {"mode": "hinge", **VOID}, logits_and_bits_with_void),
     hard("lovasz_loss", VOID, all_void),
     regions("combo_loss", {}, logits_and_bits, shapes=IMAGES),
 ]
