@@ -9,7 +9,7 @@ import math
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import WARP, compute_dtype
+from triton_losses.compiler import INTERPRET, WARP, compute_dtype
 from triton_losses.device_math import as_scalars, exact, exp, sigmoid
 from triton_losses.families.elementwise_kernels import triton_type
 from triton_losses.tuning import Tuned
@@ -321,6 +321,8 @@ def span_of(classes):
 
 def config(args, threads=128, most=MOST_BYTES):
     group, each = 1, args["VEC"] * (8 if args["COMPUTE"] == tl.float64 else 4)
+    if INTERPRET:  # which takes as long for a small tile as for a large one
+        each, most = 1, 2
     while -(-args["C"] // group) * each > most and group < 32:
         group *= 2
     lanes = threads // group
