@@ -24,7 +24,9 @@ def layer_of(name):
     if len(parts) == 1:
         return 9
     if parts[1] == "families":
-        return 3 if len(parts) == 3 and (parts[2].endswith("_kernels") or parts[2] == "reduction") else 4
+        return 3 if parts[2:] == ["reduction"] else 4
+    if parts[1] == "kernels":
+        return 3
     return {**CORE, **SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}.get(parts[1], 5)
 
 

@@ -6,12 +6,12 @@ Functions are in ``triton_losses.functional`` under torch.nn.functional's names,
 from triton_losses import functional as functional
 from triton_losses.modules import BCELoss as BCELoss
 from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
-from triton_losses.modules import CTCLoss as CTCLoss
 from triton_losses.modules import CategoricalCrossEntropyLoss as CategoricalCrossEntropyLoss
 from triton_losses.modules import ContrastiveLoss as ContrastiveLoss
 from triton_losses.modules import CosineEmbeddingLoss as CosineEmbeddingLoss
 from triton_losses.modules import CosineSimilarityLoss as CosineSimilarityLoss
 from triton_losses.modules import CrossEntropyLoss as CrossEntropyLoss
+from triton_losses.modules import CTCLoss as CTCLoss
 from triton_losses.modules import DistillationLoss as DistillationLoss
 from triton_losses.modules import ExponentialLoss as ExponentialLoss
 from triton_losses.modules import FocalLoss as FocalLoss
@@ -25,8 +25,8 @@ from triton_losses.modules import LinearCrossEntropyHead as LinearCrossEntropyHe
 from triton_losses.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from triton_losses.modules import LinearDistillationLoss as LinearDistillationLoss
 from triton_losses.modules import LogCoshLoss as LogCoshLoss
-from triton_losses.modules import MSELoss as MSELoss
 from triton_losses.modules import MarginRankingLoss as MarginRankingLoss
+from triton_losses.modules import MSELoss as MSELoss
 from triton_losses.modules import MultiLabelMarginLoss as MultiLabelMarginLoss
 from triton_losses.modules import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
 from triton_losses.modules import MultiMarginLoss as MultiMarginLoss

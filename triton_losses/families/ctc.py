@@ -26,8 +26,7 @@ from triton_losses.families.ctc_blocks import gradient_blocks, statistics_blocks
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.ctc_kernels import gradient_launch, occupancy_launch, statistics_launch, walk_launch
-    from triton_losses.families.ctc_kernels import of_rows, sizes_of
+    from triton_losses.kernels.ctc import gradient_launch, occupancy_launch, of_rows, sizes_of, statistics_launch, walk_launch
 
 WIDEST = 1 << 13  # labels and a blank: of more, a program's states would not fit its registers, and plain PyTorch walks
 IMPOSSIBLE = -1e30  # a logarithm of 0 that has a derivative

@@ -29,7 +29,7 @@ from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.distribution_rows_kernels import backward_launch, forward_launch, row_arguments
+    from triton_losses.kernels.distribution_rows import backward_launch, forward_launch, row_arguments
 
 VECTOR = 16  # bytes; both rows of a pair must start at the same place within one
 

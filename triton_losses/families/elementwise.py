@@ -16,7 +16,7 @@ from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.elementwise_kernels import SPAN, backward_launch, forward_launch, triton_type
+    from triton_losses.kernels.elementwise import SPAN, backward_launch, forward_launch, triton_type
 
 MOST_OPERANDS = 4
 

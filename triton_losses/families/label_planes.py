@@ -18,7 +18,7 @@ from triton_losses.formula import FORMULAS
 from triton_losses.op import shapes_only
 
 if triton is not None:
-    from triton_losses.families.label_planes_kernels import SPAN, backward_launch, few, forward_launch, shared_arguments
+    from triton_losses.kernels.label_planes import SPAN, backward_launch, few, forward_launch, shared_arguments
 
 
 def readable(logits):

@@ -34,7 +34,7 @@ from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.label_rows_kernels import launch
+    from triton_losses.kernels.label_rows import launch
 
 MOST_PADDING = 64  # a row's stride may exceed its length by less than this; beyond it rows are copied
 

@@ -18,8 +18,8 @@ from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.elementwise_kernels import SPAN, triton_type
-    from triton_losses.families.labelled_elements_kernels import backward_launch, forward_launch
+    from triton_losses.kernels.elementwise import SPAN, triton_type
+    from triton_losses.kernels.labelled_elements import backward_launch, forward_launch
 
 
 def positions(labels, classes, background):

@@ -20,7 +20,7 @@ from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.margin_rows_kernels import backward_launch, forward_launch, row_arguments
+    from triton_losses.kernels.margin_rows import backward_launch, forward_launch, row_arguments
 
 
 def counted(labels):

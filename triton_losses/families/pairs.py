@@ -22,7 +22,7 @@ from triton_losses.formula import FORMULAS
 from triton_losses.op import op, read_whole, shapes_only
 
 if triton is not None:
-    from triton_losses.families.pairs_kernels import backward_launch, forward_launch, row_arguments
+    from triton_losses.kernels.pairs import backward_launch, forward_launch, row_arguments
 
 
 MOST_VECTORS = 3

@@ -23,7 +23,7 @@ from triton_losses.op import op, read_whole, shapes_only
 
 MOST_CLASSES = 0
 if triton is not None:
-    from triton_losses.families.regions_kernels import MOST_CLASSES, arguments, backward_launch, forward_launch
+    from triton_losses.kernels.regions import MOST_CLASSES, arguments, backward_launch, forward_launch
 
 
 def check_labels(targets, ignore_index, classes):

@@ -1,4 +1,4 @@
-"""The kernels of label_planes.py, and how they are launched. One program is a run of one image's pixels, and all their classes.
+"""The kernels of families/label_planes.py, and how they are launched. One program is a run of one image's pixels, and all their classes.
 
 A thread has 16 bytes of neighbouring pixels of each class. Where its registers hold all classes at once, each class is a tile of
 its own: one tile with a dimension of classes would be padded to a power of two. More classes are walked in a loop, with a running
@@ -10,8 +10,8 @@ import triton.language as tl
 
 from triton_losses.compiler import WARP, compute_dtype
 from triton_losses.device_math import as_scalars, exact, exp
-from triton_losses.families.elementwise_kernels import name_of, triton_type
-from triton_losses.families.label_rows_kernels import LOWEST, LOWEST_DOUBLE, read_formula, transform
+from triton_losses.kernels.elementwise import name_of, triton_type
+from triton_losses.kernels.label_rows import LOWEST, LOWEST_DOUBLE, read_formula, transform
 from triton_losses.tuning import Tuned
 
 SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums

@@ -1,4 +1,4 @@
-"""The kernels of ctc.py, and how they are launched.
+"""The kernels of families/ctc.py, and how they are launched.
 
 A number of the recursion is a pair: a mantissa, in [1, 2) or 0, and a power of 2 that a float holds exactly. Sums and products of
 such pairs round by half a unit in the last place and never under- or overflow, so there is nothing to renormalise across states and
@@ -10,10 +10,10 @@ import triton.language as tl
 
 from triton_losses.compiler import WARP, compute_dtype
 from triton_losses.device_math import LOG2E
-from triton_losses.families.elementwise_kernels import triton_type
-from triton_losses.families.label_rows_kernels import configs as row_configs
-from triton_losses.families.label_rows_kernels import edge_of, row_statistics, span_of, write_zeros
-from triton_losses.families.label_rows_kernels import rule as row_rule
+from triton_losses.kernels.elementwise import triton_type
+from triton_losses.kernels.label_rows import configs as row_configs
+from triton_losses.kernels.label_rows import edge_of, row_statistics, span_of, write_zeros
+from triton_losses.kernels.label_rows import rule as row_rule
 from triton_losses.tuning import Tuned
 
 NEVER = tl.constexpr(-1e30)  # the power of 2 of a 0; sums of a few stay finite, which -inf would not

@@ -1,4 +1,4 @@
-"""The kernels of elementwise.py, and how they are launched."""
+"""The kernels of families/elementwise.py, and how they are launched."""
 
 import torch
 import triton

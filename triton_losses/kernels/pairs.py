@@ -1,4 +1,4 @@
-"""The kernels of pairs.py, and how they are launched. One program is a few rows, walked together in blocks of columns.
+"""The kernels of families/pairs.py, and how they are launched. One program is a few rows, walked together in blocks of columns.
 
 A thread reads vectors of 16 bytes where every row starts at a multiple of them, and single numbers where not. Sums are kept
 per thread until the row ends: one exchange between threads, not one a block.
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from triton_losses.compiler import WARP
 from triton_losses.device_math import as_scalars, exact, load_zeros
-from triton_losses.families.elementwise_kernels import name_of, triton_type
+from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.tuning import Tuned
 
 VECTOR = 16  # bytes

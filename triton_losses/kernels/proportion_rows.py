@@ -1,6 +1,6 @@
-"""The kernels of proportion_rows.py, and how they are launched. One program is one row.
+"""The kernels of families/proportion_rows.py, and how they are launched. One program is one row.
 
-Rows are walked as in distribution_rows_kernels.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge.
+Rows are walked as in distribution_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton.language as tl
 
 from triton_losses.compiler import compute_dtype
 from triton_losses.device_math import as_scalars, exact, load_zeros
-from triton_losses.families.distribution_rows_kernels import edge_tile
-from triton_losses.families.elementwise_kernels import name_of, triton_type
-from triton_losses.families.label_rows_kernels import configs, label_of, programs, rule, span_of
+from triton_losses.kernels.distribution_rows import edge_tile
+from triton_losses.kernels.elementwise import name_of, triton_type
+from triton_losses.kernels.label_rows import configs, label_of, programs, rule, span_of
 from triton_losses.tuning import Tuned
 
 

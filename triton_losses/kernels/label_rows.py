@@ -1,4 +1,4 @@
-"""The kernel of label_rows.py, and how it is launched. One program is one row.
+"""The kernel of families/label_rows.py, and how it is launched. One program is one row.
 
 A row is walked in vectors of 16 bytes. Where rows start anywhere (50257 columns), the elements before the first aligned
 vector and after the last are one small masked tile, the *edge*: a mask over single elements would narrow every load.
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from triton_losses.compiler import WARP, compute_dtype
 from triton_losses.device_math import as_scalars, exact, exp, load_zeros, tanh
-from triton_losses.families.elementwise_kernels import name_of, triton_type
+from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.tuning import Tuned
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf would be NaN; and no float32 logit lies below

@@ -1,6 +1,6 @@
-"""The kernels of distribution_rows.py, and how they are launched. One program is one pair of rows.
+"""The kernels of families/distribution_rows.py, and how they are launched. One program is one pair of rows.
 
-Both rows are walked together, as label_rows_kernels.py walks one: in vectors of 16 bytes, the elements before the first
+Both rows are walked together, as label_rows.py walks one: in vectors of 16 bytes, the elements before the first
 aligned vector and after the last as one narrow tile, the *edge*. Here the edge has the shape of all other tiles, its two ends
 in the first two lanes, so that one function folds them all.
 """
@@ -11,8 +11,8 @@ import triton.language as tl
 
 from triton_losses.compiler import compute_dtype
 from triton_losses.device_math import as_scalars, exact, exp, load_zeros
-from triton_losses.families.elementwise_kernels import name_of, triton_type
-from triton_losses.families.label_rows_kernels import LOWEST, LOWEST_DOUBLE, configs, programs, rule, span_of, take, write_zeros
+from triton_losses.kernels.elementwise import name_of, triton_type
+from triton_losses.kernels.label_rows import LOWEST, LOWEST_DOUBLE, configs, programs, rule, span_of, take, write_zeros
 from triton_losses.tuning import Tuned
 
 

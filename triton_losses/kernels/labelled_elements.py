@@ -1,11 +1,11 @@
-"""The kernels of labelled_elements.py, and how they are launched. All rows are one run of elements, walked in vectors of 16 bytes."""
+"""The kernels of families/labelled_elements.py, and how they are launched. All rows are one run of elements, walked in vectors of 16 bytes."""
 
 import triton
 import triton.language as tl
 
 from triton_losses.compiler import WARP
 from triton_losses.device_math import exact, load_zeros
-from triton_losses.families.elementwise_kernels import SPAN, name_of
+from triton_losses.kernels.elementwise import SPAN, name_of
 from triton_losses.tuning import Tuned
 
 

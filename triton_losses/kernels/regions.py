@@ -1,4 +1,4 @@
-"""The kernels of regions.py, and how they are launched. One program is a run of pixels of one image, all their classes.
+"""The kernels of families/regions.py, and how they are launched. One program is a run of pixels of one image, all their classes.
 
 A tile is (LANES · GROUP, VEC): VEC neighbouring pixels of one class in one load, and GROUP classes in neighbouring threads, so
 that a sum over classes is a few shuffles and no barrier. A tuple of such tiles holds all classes of a pixel in registers.
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from triton_losses.compiler import INTERPRET, WARP, compute_dtype
 from triton_losses.device_math import as_scalars, exact, exp, sigmoid
-from triton_losses.families.elementwise_kernels import triton_type
+from triton_losses.kernels.elementwise import triton_type
 from triton_losses.tuning import Tuned
 
 
