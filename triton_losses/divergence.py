@@ -102,7 +102,7 @@ def distillation_loss(
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         if labels.shape != student_logits.shape[:-1]:
             raise ValueError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
-        labels = labels.reshape(-1)
+        labels = labels.reshape(-1).long()  # a byte has no room for -100
     q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (student_logits, teacher_logits))
     if direction == "reverse":
         p, q = q, p

@@ -96,7 +96,7 @@ def linear_cross_entropy(
     factors = None if token_weights is None else token_weights.reshape(-1).to(compute_dtype(input.dtype))
     given = {"bias": linear_bias, "class_weights": weight, "scalars": scalars, "ignore_index": ignore_index, "softcap": softcap}
     given |= {"temperature": temperature, "chunk_bytes": chunk_bytes, "kept_tokens": kept_tokens}
-    rows = input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1)
+    rows = input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1).long()  # a byte has no room for -100
     found = linear_rows(formula, *rows, upstream=factors, total=reduction != "none", stats=return_stats, **given)
     if reduction == "none":
         loss = (found.losses if factors is None else found.losses * factors).to(dtype).view(target.shape)
@@ -146,7 +146,7 @@ def linear_log_probs(
     check_head(input, linear_weight, target, linear_bias)
     check_shape_of_logits(temperature, softcap)
     found = linear_rows(
-        log_p_beside_entropy if return_entropy else chosen_log_p, input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1),
+        log_p_beside_entropy if return_entropy else chosen_log_p, input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1).long(),
         bias=linear_bias, ignore_index=ignore_index, softcap=softcap, temperature=temperature, chunk_bytes=chunk_bytes,
         kept_tokens=kept_tokens,
     )  # fmt: skip
@@ -171,7 +171,7 @@ def log_probs(logits, target, *, temperature=1.0, softcap=0.0, return_entropy=Fa
         raise ValueError(f"target must have logits' shape without classes, {tuple(logits.shape[:-1])}, got {tuple(target.shape)}")
     if target.dtype not in (torch.int64, torch.uint8):
         raise NotImplementedError(f"target must hold class indices, int64 or uint8, got {target.dtype}")
-    rows = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    rows = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).long()
     options = {"ignore_index": ignore_index, "softcap": softcap, "temperature": temperature}
     if return_entropy:
         log_p, entropy = row_statistics(*rows, **options)
@@ -271,7 +271,7 @@ def linear_distillation_loss(
         if labels.shape != where:
             raise ValueError(f"labels must have shape {tuple(where)}, got {tuple(labels.shape)}")
         check_devices(student_hidden, labels)
-        labels = labels.reshape(-1)
+        labels = labels.reshape(-1).long()
     found = linear_distribution_rows(
         formula, student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, kind, teacher, bias=student_bias, labels=labels,
         scalars=scalars, student_first=direction == "reverse", one_read=one_read, tail=tail, temperature=temperature,

@@ -37,8 +37,9 @@ def transform(x, softcap, scale):
 def whole_losses(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, operands=()):
     """Losses and weights of the rows, 0 where ignored; of either layout."""
     wide, slots = compute_dtype(logits.dtype), slots_of(formula)
+    labels = labels.long()  # a byte would be compared with -100 as with 156
     kept = labels != ignore_index
-    labels = torch.where(kept, labels, 0).long()
+    labels = torch.where(kept, labels, 0)
     weights = kept.to(wide) if class_weights is None else torch.where(kept, class_weights.to(wide)[labels], 0)
     x = transform(logits.to(wide), softcap, scale)
     picked = x.gather(1, labels[:, None])[:, 0]
