@@ -11,7 +11,7 @@ import torch
 
 import reference.losses
 import triton_losses.functional
-from bench import peers
+from reference import peers
 
 
 @dataclass(frozen=True)

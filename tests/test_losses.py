@@ -10,7 +10,6 @@ from conftest import INTERPRET
 from reference.cases import CASES
 from triton_losses import blocks, functional
 
-WIDE, NARROW = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 # the interpreter takes seconds for what the CPU path takes milliseconds for, and truncates to bfloat16
 ROUNDING = {torch.float64: 2**-50, torch.float32: 2**-22, torch.bfloat16: 2**-7 if INTERPRET else 2**-8, torch.float16: 2**-10}
 
@@ -56,21 +55,28 @@ def check(case, shape, dtype, reduction, device):
         assert_within_budget(o, t, e, dtype, 8 if case.name == "linear_distillation_loss" and i else 2)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+PLAIN = [case for case in CASES if not case.note]
+FIRST = {case.name: case for case in reversed(PLAIN)}.values()  # of each loss
+
+
+def crossed(*values):
+    """Every case with every value; interpreted, which takes seconds, the first case of each loss alone with the first of them."""
+    return [pytest.param(case, v, id=f"{case}-{v}") for case in CASES for v in values if not INTERPRET or v != values[0] or case in FIRST]
+
+
+@pytest.mark.parametrize("case, reduction", crossed("sum", "none", "mean"))
 def test_equals_the_reference_in_every_shape(case, reduction, device):
     for shape in case.shapes if reduction == "mean" or not INTERPRET else case.shapes[:1]:
         check(case, shape, torch.float32, reduction, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case, dtype", crossed(torch.float16, torch.bfloat16, torch.float64))
 def test_equals_the_reference_in_every_dtype(case, dtype, device):
     for reduction in ("mean",) if INTERPRET else ("none", "sum", "mean"):
         check(case, case.shapes[0], dtype, reduction, device)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.note], ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_takes_no_rows_and_gives_what_torch_gives(case, device):
     for reduction in ("none", "sum", "mean"):
         tensors, options = case.arguments(case.shape(0, 7), torch.float32, device, reduction=reduction)
@@ -80,7 +86,7 @@ def test_takes_no_rows_and_gives_what_torch_gives(case, device):
             torch.testing.assert_close(o, t, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.note], ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_strides_do_not_matter(case, device):
     """Transposed, sliced and expanded tensors, and an upstream gradient that is none of contiguous."""
     shape = case.shapes[0]
