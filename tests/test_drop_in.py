@@ -18,7 +18,7 @@ import reference.losses
 import triton_losses
 from conftest import INTERPRET
 from reference.cases import CASES
-from test_losses import ROUNDING
+from test_losses import ROUNDING, SOME
 from triton_losses import functional
 
 WITHOUT_MODULES = ("log_probs", "ctc_loss_with_logits")  # the last has ctc_loss's
@@ -301,7 +301,7 @@ def test_tensors_are_buffers_that_travel_with_the_module(name):
     assert {t.device.type for t in module.to("meta").buffers()} == {"meta"}
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_nothing_is_mutated_and_every_run_is_the_same(case, device):
     """Bit for bit: a second run, a second backward through the same graph, and every tensor that went in."""
     tensors, options = case.arguments(case.shape(6, 5), torch.float32, device, reduction="none")
@@ -316,7 +316,7 @@ def test_nothing_is_mutated_and_every_run_is_the_same(case, device):
     assert all(t._version == version and torch.equal(t, values) for t, (version, values) in zip(passed, before, strict=True))
 
 
-@pytest.mark.parametrize("case", [case for case in PLAIN if case.name != "ctc_loss" or "exact_gradient" in case.options], ids=str)
+@pytest.mark.parametrize("case", [case for case in PLAIN if (case in SOME and case.name != "ctc_loss") or "exact_gradient" in case.options], ids=str)
 def test_gradients_are_those_of_the_value_and_the_same_where_they_can_be_differentiated(case, device):
     loss, inputs = prepared(case, device, shape=(3, 4), dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
