@@ -29,7 +29,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("full", "forward"), Budget(seconds=0.35, least=3, most=50)),
+    "quick": Preset(("full", "forward"), Budget(seconds=0.25, least=3, most=50)),
     "full": Preset(tuple(PASSES), Budget(seconds=4.0, least=5, most=200)),
 }
 WHOLE_CASE = None  # the name under which a failure of no one provider is noted

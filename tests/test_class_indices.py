@@ -52,14 +52,14 @@ def test_second_derivatives_and_vmap(device):
 
 @pytest.mark.not_interpreted
 def test_no_map_is_made():
-    x, targets, _ = draw((40000, 80), -1)
+    x, targets, _ = draw((200000, 80), -1)
     x.requires_grad_()
 
     def prepare():
         x.grad = None
         return lambda: functional.sigmoid_focal_loss(x, targets, reduction="mean").backward()
 
-    assert peak_bytes(prepare, torch.device("cpu")) < 1.4 * x.nbytes  # the gradient, and blocks
+    assert peak_bytes(prepare, torch.device("cpu")) < 1.4 * x.nbytes  # the gradient, and a thread's blocks
 
 
 def test_the_ops_are_well_behaved(device):

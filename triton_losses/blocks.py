@@ -13,7 +13,7 @@ import torch
 
 from triton_losses.compiler import runs_kernels
 
-BYTES = 256 << 10  # of a block: a few of them fit a core's cache, and the allocator keeps rather than returns them
+BYTES = 1 << 20  # of a block: a few of them fit the cache, and the allocator keeps rather than returns them
 RUN = 16  # blocks that a thread takes at a time
 SMALL = 1 << 15  # elements up to which a call is all overhead
 ATEN = True  # whether it is called at all: tests say no

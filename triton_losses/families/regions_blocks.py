@@ -56,6 +56,10 @@ def whole_sums(logits, targets, class_weights, activation, ignore_index, squared
 # In blocks
 
 
+FEW = 1 << 16  # elements of the smallest block
+SHARE = 56  # of the logits that a block may be beyond that: a handful of buffers of it stay below a tenth of the gradient
+
+
 class Blocks:
     """Runs of pixels of one image, (classes, n) each."""
 
@@ -66,7 +70,8 @@ class Blocks:
         self.dtype, self.labels = compute_dtype(logits.dtype), targets.dim() == 2
         self.weights = class_weights if class_weights is None else class_weights.to(self.dtype)[:, None]
         self.index = torch.arange(classes, dtype=self.dtype)[:, None]
-        step = max(64, elements(self.dtype) // max(classes, 1))
+        most = min(elements(self.dtype), max(FEW, logits.numel() // SHARE))
+        step = max(64, most // max(classes, 1))
         self.parts = [(b, slice(i, min(i + step, pixels))) for b in range(images) for i in range(0, pixels, step)]
 
     def read(self, i):
