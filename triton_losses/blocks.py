@@ -57,9 +57,15 @@ def torch_stays_here():
     torch.set_num_threads(1)
 
 
-def share(work, count):
-    """``work(i)`` for every i below ``count``, in no order."""
+def share(work, count, bytes=None):
+    """``work(i)`` for every i below ``count``, in no order. bytes: of each block, where that is not BYTES.
+
+    What is done in a few milliseconds stays in this thread, where torch splits each operation among its own: they wait for work
+    in a loop, and for as long as they do, ours would have to share their cores.
+    """
     threads = min(torch.get_num_threads(), MOST_THREADS, -(-count // RUN))
+    if bytes is not None and count * bytes <= RUN * BYTES:
+        threads = 1
     if threads < 2:
         for i in range(count):
             work(i)

@@ -72,6 +72,7 @@ class Blocks:
         self.index = torch.arange(classes, dtype=self.dtype)[:, None]
         most = min(elements(self.dtype), max(FEW, logits.numel() // SHARE))
         step = max(64, most // max(classes, 1))
+        self.bytes = step * classes * self.dtype.itemsize
         self.parts = [(b, slice(i, min(i + step, pixels))) for b in range(images) for i in range(0, pixels, step)]
 
     def read(self, i):
@@ -138,7 +139,7 @@ class Blocks:
             for k, v in ((1, p), (2, t)):
                 torch.mv(v.square() if self.squared else v, ones, out=partial_sums[i, k])
 
-        share(add, len(self.parts))
+        share(add, len(self.parts), self.bytes)
         if not self.parts:
             return partial_sums.new_zeros(images, 3, classes), partial_losses.new_zeros(images)
         return partial_sums.view(images, -1, 3, classes).sum(1), partial_losses.view(images, -1).sum(1)
@@ -161,7 +162,7 @@ class Blocks:
                 dx.masked_fill_(~kept, 0)
             grad[image, :, run] = dx
 
-        share(write, len(self.parts))
+        share(write, len(self.parts), self.bytes)
 
     def through_softmax(self, dx, x, p, t, kept, upstream):
         """∂/∂p becomes ∂/∂x, and the row loss's joins it."""
