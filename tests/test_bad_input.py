@@ -231,6 +231,19 @@ def test_pytorchs_own_error_samples_are_refused_as_torch_refuses_them(name):
                 getattr(functional, name)(sample.input, *sample.args, **sample.kwargs)
 
 
+REFUSED_WHEN_MADE = {
+    "TripletMarginLoss": {"margin": -1.0}, "TripletMarginWithDistanceLoss": {"margin": 0}, "MultiMarginLoss": {"p": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_WHEN_MADE)
+def test_a_module_refuses_options_when_torchs_does(name):
+    ((option, value),) = REFUSED_WHEN_MADE[name].items()
+    for package in (torch.nn, triton_losses):
+        with pytest.raises(ValueError, match=str(value) if package is triton_losses else ""):
+            getattr(package, name)(**{option: value})
+
+
 OURS = [
     (ValueError, "-0.1", of("cross_entropy", NUMBERS, LABELS, z_loss=-0.1)),
     (ValueError, "nan", of("cross_entropy", NUMBERS, LABELS, z_loss=NAN)),

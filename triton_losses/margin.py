@@ -53,6 +53,13 @@ def check_range(target, low, classes):
             raise RuntimeError(f"target out of range: it must be in [{low}, {classes}), got {least if least < low else most}")
 
 
+def check_power_and_weight(p, weight):
+    if p not in (1, 2):
+        raise ValueError(f"only p == 1 and p == 2 supported, got {p}")
+    if weight is not None and weight.dim() != 1:
+        raise ValueError(f"weight must be one-dimensional, got {tuple(weight.shape)}")
+
+
 def by_margin(formula, x, labels, weight, p, margin, reduction):
     """Rows and their labels, by ATen on a CPU; the formula is max(0, margin + d)^p."""
     if x.device.type == "cpu" and not runs_kernels(x) and not read_whole():
@@ -73,12 +80,9 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
     tensor([0.1667, 0.0000])
     """
     reduction = reduction_of(reduction, size_average, reduce)
-    if p not in (1, 2):
-        raise ValueError(f"only p == 1 and p == 2 supported, got {p}")
+    check_power_and_weight(p, weight)
     if not isinstance(margin, (numbers.Number, torch.Tensor)):
         raise TypeError(f"margin must be a number, got {margin!r}")
-    if weight is not None and weight.dim() != 1:
-        raise ValueError(f"weight must be one-dimensional, got {tuple(weight.shape)}")
     check_scores(input, target)
     classes, rows = input.shape[-1] if input.dim() else 1, input.shape[0] if input.dim() == 2 else 1
     if target.dim() > 1 or target.numel() != rows:

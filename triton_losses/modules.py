@@ -9,6 +9,8 @@ import torch
 
 from triton_losses import functional as F
 from triton_losses.families.reduction import reduction_of
+from triton_losses.margin import check_power_and_weight
+from triton_losses.metric import check_margin
 
 LEGACY = ("size_average", "reduce")
 
@@ -16,9 +18,10 @@ LEGACY = ("size_average", "reduce")
 class Loss(torch.nn.Module):
     """A module made from a loss function: what the function takes beside ``inputs`` is an option, given when it is made."""
 
-    def __init_subclass__(cls, function=None, inputs=2, without=(), reductions=(), keyword_only=False, **more):
+    def __init_subclass__(cls, function=None, inputs=2, without=(), reductions=(), keyword_only=False, check=None, **more):
         """function: the loss. inputs: how many of its first parameters ``forward`` takes. without: parameters left out.
-        reductions: those it takes beside none, sum and mean. keyword_only: whether options go by their names alone."""
+        reductions: those it takes beside none, sum and mean. keyword_only: whether options go by their names alone. check: refuses
+        options of its parameters' names, where torch does so when the module is made."""
         super().__init_subclass__(**more)
         if function is None:  # a user's subclass
             return
@@ -38,6 +41,8 @@ class Loss(torch.nn.Module):
             bound.apply_defaults()
             values = bound.arguments
             values["reduction"] = reduction_of(values["reduction"], values.get("size_average"), values.get("reduce"), reductions)
+            if check is not None:
+                check(**{name: values[name] for name in inspect.signature(check).parameters})
             for name in cls.options:
                 if name in cls.tensors:
                     self.register_buffer(name, values[name])
@@ -137,7 +142,7 @@ class SparseCategoricalCrossEntropyLoss(Loss, function=F.sparse_categorical_cros
 class FocalLoss(Loss, function=F.focal_loss): ...
 
 
-class MultiMarginLoss(Loss, function=F.multi_margin_loss): ...
+class MultiMarginLoss(Loss, function=F.multi_margin_loss, check=check_power_and_weight): ...
 
 
 class MultiLabelMarginLoss(Loss, function=F.multilabel_margin_loss): ...
@@ -152,10 +157,10 @@ class DistillationLoss(Loss, function=F.distillation_loss, without=("labels",)):
 class MarginRankingLoss(Loss, function=F.margin_ranking_loss, inputs=3): ...
 
 
-class TripletMarginLoss(Loss, function=F.triplet_margin_loss, inputs=3): ...
+class TripletMarginLoss(Loss, function=F.triplet_margin_loss, inputs=3, check=check_margin): ...
 
 
-class TripletMarginWithDistanceLoss(Loss, function=F.triplet_margin_with_distance_loss, inputs=3): ...
+class TripletMarginWithDistanceLoss(Loss, function=F.triplet_margin_with_distance_loss, inputs=3, check=check_margin): ...
 
 
 class CosineEmbeddingLoss(Loss, function=F.cosine_embedding_loss, inputs=3): ...
