@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss of class indices is that of the one-hot map, bit for bit on a CPU, and makes no such map."""
+"""sigmoid_focal_loss of class indices is that of the one-hot map to a rounding, and makes no such map."""
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """Divergences: how far is one distribution from another?"""
 
-import numbers
 import warnings
 
 import torch
@@ -11,7 +10,7 @@ from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
-from triton_losses.row_formulas import divergence_formula
+from triton_losses.row_formulas import check_counting, divergence_formula
 
 
 @formula
@@ -93,15 +92,8 @@ def distillation_loss(
     chosen, scalars, one_read = divergence_formula(direction, beta)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-    if out_dtype not in (None, *DTYPES):
-        raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
-    if not isinstance(ignore_index, numbers.Integral):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    check_counting(labels, student_logits.shape[:-1], ignore_index, out_dtype)
     if labels is not None:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be integers, got {labels.dtype}")
-        if labels.shape != student_logits.shape[:-1]:
-            raise ValueError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
         labels = labels.reshape(-1).long()  # a byte has no room for -100
     q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (student_logits, teacher_logits))
     if direction == "reverse":

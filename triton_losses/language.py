@@ -1,6 +1,5 @@
 """The language model's head: losses of hidden states and the weight they are multiplied with, whose logits are never whole."""
 
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,14 @@ from triton_losses.families.label_rows import label_rows, row_statistics
 from triton_losses.families.linear_distribution_rows import linear_distribution_rows
 from triton_losses.families.linear_rows import linear_rows
 from triton_losses.families.reduction import DTYPES, reduction_of
-from triton_losses.row_formulas import check_shape_of_logits, chosen_log_p, cross_entropy_formula, divergence_formula, log_p_beside_entropy
+from triton_losses.row_formulas import (
+    check_counting,
+    check_shape_of_logits,
+    chosen_log_p,
+    cross_entropy_formula,
+    divergence_formula,
+    log_p_beside_entropy,
+)
 
 
 def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "linear_bias")):
@@ -261,15 +267,8 @@ def linear_distillation_loss(
         where, len(student_weight), student_hidden, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
         teacher_bias=teacher_bias, teacher_logits=teacher_logits, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs,
     )  # fmt: skip
-    if out_dtype not in (None, *DTYPES):
-        raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
-    if not isinstance(ignore_index, numbers.Integral):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    check_counting(labels, where, ignore_index, out_dtype)
     if labels is not None:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be integers, got {labels.dtype}")
-        if labels.shape != where:
-            raise ValueError(f"labels must have shape {tuple(where)}, got {tuple(labels.shape)}")
         check_devices(student_hidden, labels)
         labels = labels.reshape(-1).long()
     found = linear_distribution_rows(

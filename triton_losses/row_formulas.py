@@ -1,8 +1,13 @@
 """The formulas of a row of logits and a label, and of two rows of logits, which themes share: classification and divergence
 from logits, language from hidden states."""
 
+import numbers
+
+import torch
+
 from triton_losses.compiler import tl
 from triton_losses.device_math import at_least_tiny, exp, expm1, log2, power, relu, sign
+from triton_losses.families.reduction import DTYPES
 from triton_losses.formula import formula
 
 
@@ -82,6 +87,19 @@ def check_shape_of_logits(temperature, softcap):
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"softcap must be >= 0 (0: none), got {softcap}")
+
+
+def check_counting(labels, shape, ignore_index, out_dtype):
+    """Labels that say which rows count, of the rows' shape, and what is beside them."""
+    if out_dtype not in (None, *DTYPES):
+        raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if labels is not None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.shape != shape:
+            raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
 
 
 @formula
