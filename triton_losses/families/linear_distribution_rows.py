@@ -16,7 +16,9 @@ import torch
 from triton_losses.compiler import compute_dtype, runs_kernels
 from triton_losses.families import top_k_rows
 from triton_losses.families.distribution_rows import VECTOR, Whole, walk
-from triton_losses.families.linear_rows import again, cast, dtype_of_product, in_dtype, padded, product, sweep
+from triton_losses.families.linear_rows import (
+    again, cast, dtype_of_product, in_dtype, keep_gradients, kept_gradients, padded, product, sweep,
+)  # fmt: skip
 from triton_losses.op import op, read_whole
 
 
@@ -62,7 +64,7 @@ def linear_distribution_rows_pass(
     if kind != "top_k":
         rows_of = product_rows(*in_dtype(teacher_dtype, *teacher)) if kind == "products" else stored_rows(*teacher)
 
-    def visit(part, label, logits):
+    def visit(part, label, logits, _):
         found = losses.new_empty(2, len(logits))
         factors = upstream[part] if any(wanted) else None
         if kind == "top_k":
@@ -108,19 +110,21 @@ class LinearDistributionRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, first, second, third, total, wanted, options):
         teacher = [t for t in (first, second, third) if t is not None]  # by name: torch.compile without gradients miscounts *teacher
-        upstream = None
-        if any(wanted):
-            upstream = hidden.new_ones(hidden.shape[0], dtype=wide_dtype(*options[-2:]))
+        upstream = hidden.new_ones(hidden.shape[0], dtype=wide_dtype(*options[-2:])) if any(wanted) else None
         losses, *grads = linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *options)
-        ctx.total, ctx.options = total, options
-        ctx.save_for_backward(hidden, weight, bias, labels, first, second, third, *(grads if total else ()))
+        ctx.total, ctx.options, ctx.wanted = total, options, wanted
+        keep_gradients(ctx, (hidden, weight, bias, labels, first, second, third), grads if total else ())
         return losses.sum() if total else losses
 
     @staticmethod
     def backward(ctx, dout):
-        hidden, weight, bias, labels, first, second, third, *grads = ctx.saved_tensors
-        teacher = [t for t in (first, second, third) if t is not None]
-        wanted, factor = list(ctx.needs_input_grad[:3]), None
+        hidden, weight, bias, labels, *teacher = ctx.saved_tensors[:7]
+        teacher = [t for t in teacher if t is not None]
+        wanted = list(ctx.needs_input_grad[:3])
+
+        def gradients(upstream, wanted):
+            return linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)[1:]
+
         if again() or read_whole(dout):
             with torch.enable_grad():
                 losses = whole(hidden, weight, bias, teacher, labels, *ctx.options)
@@ -129,11 +133,11 @@ class LinearDistributionRows(torch.autograd.Function):
             found = iter(torch.autograd.grad(result, leaves, dout, create_graph=again()))
             grads = [next(found) if want else None for want in wanted]
         elif ctx.total:
-            factor = dout
+            ones = dout.new_ones(hidden.shape[0], dtype=wide_dtype(*ctx.options[-2:]))
+            grads = kept_gradients(ctx, ctx.saved_tensors[7:], dout, lambda: gradients(ones, ctx.wanted))
         else:
-            upstream = dout.contiguous()
-            _, *grads = linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)
-        return *cast(grads, (hidden, weight, bias), wanted, factor), *[None] * 7
+            grads = gradients(dout.contiguous(), wanted)
+        return *cast(grads, (hidden, weight, bias), wanted), *[None] * 7
 
 
 def linear_distribution_rows(

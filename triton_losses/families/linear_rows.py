@@ -5,9 +5,8 @@
                dhidden = G weight,   dweight += Gᵀ hidden,   dbias += Σ_r G_r     (sums in float32)
 
     LinearRows  a loss for each row, with any upstream gradient. Four GEMMs: the backward makes the logits again.
-    LinearSum   Σ_r u_r L_r with its gradient made in the forward. Three GEMMs. What it saves are gradients of the plain sum,
-                in float32, that never change: the backward multiplies them out of place, so that it may run as often as one
-                likes, and 1/N never meets float16.
+    LinearSum   Σ_r u_r L_r with its gradient made in the forward. Three GEMMs. What it keeps are gradients of the plain sum,
+                in float32, so that 1/N never meets float16. The backward hands them out; a second one makes them again.
 
 Rows whose label is `ignore_index` are dropped before the GEMMs: on a CPU always; on a GPU, where counting them would be a
 synchronisation, as far as the caller knows an upper bound of those that are left (`kept_tokens`). `sweep` is the chunks and
@@ -54,13 +53,14 @@ def parts_of(rows, labels, ignore_index, chunk, kept_tokens):
 
 
 def chunks(hidden, weight, bias, labels, ignore_index, chunk_bytes, kept_tokens):
-    """(rows, their hidden states, their labels, their logits) of each chunk; the logits of all share one buffer."""
+    """(rows, their hidden states, labels and logits, the room of these) of each chunk; all share one buffer."""
     classes = weight.shape[0]
     chunk = rows_of_chunk(padded(classes) * hidden.itemsize, hidden.device, chunk_bytes)
     buffer = hidden.new_empty(min(chunk, len(hidden)), padded(classes))
     for part in parts_of(len(hidden), labels, ignore_index, chunk, kept_tokens):
         x = hidden[part]
-        yield part, x, None if labels is None else labels[part], product(x, weight, bias, buffer[: len(x), :classes])
+        room = buffer[: len(x)]
+        yield part, x, None if labels is None else labels[part], product(x, weight, bias, room[:, :classes]), room
 
 
 def product(hidden, weight, bias, out):
@@ -69,7 +69,7 @@ def product(hidden, weight, bias, out):
 
 
 def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens):
-    """``visit(rows, their labels, their logits)`` for every chunk, whose logits it makes their gradient where any is wanted.
+    """``visit(rows, their labels, their logits, their room)`` of each chunk makes its logits their gradient where any is wanted.
 
     wanted: of hidden, weight and bias. Returns their gradients, in float32 or wider, those wanted, else empty.
     """
@@ -77,8 +77,8 @@ def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chun
     if not shapes_only():
         first = True
         x, w, b = in_dtype(dtype, hidden, weight, bias)
-        for part, x, label, logits in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
-            visit(part, label, logits)
+        for part, x, label, logits, room in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
+            visit(part, label, logits, room)
             if any(wanted):
                 add_gradients(grads, part, x, w, logits, wanted, first)
                 first = False
@@ -116,11 +116,11 @@ def linear_rows_forward(
     losses, weights, saved = (hidden.new_zeros(shape, dtype=wide) for shape in ((rows,), (rows,), (4, rows)))
     likeliest = labels.new_full((rows if stats else 0,), -1, dtype=torch.int64)
 
-    def visit(part, label, logits):
+    def visit(part, label, logits, room):
         kept = saved.new_empty(4, len(label))
         if stats:  # now: the chunk may become its gradient
             likeliest[part] = logits.argmax(1)
-        making = {"grad": logits, "upstream": upstream[part]} if any(wanted) else {}
+        making = {"grad": logits, "upstream": upstream[part], "room": room} if any(wanted) else {}
         options = formula, scalars, ignore_index, softcap, scale, kept
         losses[part], some = walk(logits, label, class_weights, *options, forward=True, entropy=stats, **making)
         weights[part] = 1.0 if some is None else some
@@ -140,7 +140,7 @@ def linear_rows_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted (else empty)."""
 
-    def visit(part, label, logits):
+    def visit(part, label, logits, _):
         walk(
             logits, label, class_weights, formula, scalars, ignore_index, softcap, scale, saved[:, part].contiguous(),
             grad=logits, upstream=upstream[part], operands=[v[part] for v in operands],
@@ -227,8 +227,23 @@ def differentiable_gradients(ctx, dout, wanted, upstream=None, d_entropy=None):
     return [next(found) if want else None for want in wanted]
 
 
-def cast(grads, tensors, wanted, factor=None):
-    return [(g if factor is None else g * factor).to(t.dtype) if want else None for g, t, want in zip(grads, tensors, wanted)]
+def cast(grads, tensors, wanted):
+    return [g.to(t.dtype) if want else None for g, t, want in zip(grads, tensors, wanted)]
+
+
+def keep_gradients(ctx, tensors, grads):
+    """Save tensors, and gradients for the backward to change and hand out; in a graph, which may not change what it saves, save both."""
+    compiling = torch.compiler.is_compiling()
+    ctx.grads = None if compiling else grads
+    ctx.save_for_backward(*tensors, *(grads if compiling else ()))
+
+
+def kept_gradients(ctx, saved, dout, make_again):
+    """Those gradients, or in a second backward others like them, times dout."""
+    if saved:
+        return [g * dout for g in saved]
+    grads, ctx.grads = ctx.grads, None
+    return [g.mul_(dout) for g in (make_again() if grads is None else grads)]
 
 
 class LinearSum(torch.autograd.Function):
@@ -243,19 +258,21 @@ class LinearSum(torch.autograd.Function):
         found = linear_rows_forward(hidden, weight, bias, labels, class_weights, upstream, wanted, *ctx.options, stats)
         losses, weights, saved, likeliest, *grads = found
         ctx.mark_non_differentiable(losses, weights, saved, likeliest)
-        ctx.save_for_backward(hidden, weight, bias, labels, class_weights, upstream, losses, *grads)
+        ctx.wanted = wanted
+        keep_gradients(ctx, (hidden, weight, bias, labels, class_weights, upstream, losses), grads)
         return (losses * upstream).sum(), losses, weights, saved, likeliest
 
     @staticmethod
     def backward(ctx, dout, *_):
-        hidden, weight, bias, _, _, upstream, losses, *grads = ctx.saved_tensors
-        wanted, upstream_wanted, factor = ctx.needs_input_grad[:3], ctx.needs_input_grad[5], dout
+        *tensors, upstream, losses = ctx.saved_tensors[:7]
+        wanted, upstream_wanted = ctx.needs_input_grad[:3], ctx.needs_input_grad[5]
         if again() or read_whole(dout):
             *grads, d_upstream = differentiable_gradients(ctx, dout, [*wanted, upstream_wanted], upstream)
-            factor = None
         else:
             d_upstream = losses * dout if upstream_wanted else None
-        return *cast(grads, (hidden, weight, bias), wanted, factor), None, None, d_upstream, *[None] * 10
+            make_again = lambda: linear_rows_forward(*tensors, upstream, ctx.wanted, *ctx.options, False)[4:]  # noqa: E731
+            grads = kept_gradients(ctx, ctx.saved_tensors[7:], dout, make_again)
+        return *cast(grads, tensors[:3], wanted), None, None, d_upstream, *[None] * 10
 
 
 def dtype_of_product(hidden, weight):
