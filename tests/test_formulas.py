@@ -121,6 +121,16 @@ def test_a_reading_cut_to_some_outputs_gives_those_outputs(name):
         assert torch.equal(*(torch.as_tensor(v) for v in (f.partials(wanted)(*operands, *scalars)[0], partial)))
 
 
+@pytest.mark.parametrize("name", ["logistic", "weighted_logistic", "sigmoid_focal", "squared_error"])  # the last has no such line
+def test_a_slope_takes_what_is_already_known(name):
+    operands, scalars = operands_of(name)
+    f = FORMULAS[name]
+    (expected,) = f.partials((True, *[False] * (len(max(f.cuts)) - 1)))(*operands, *scalars)
+    assert torch.equal(f.slope_given("sigmoid(x)")(operands[0].sigmoid(), *operands, *scalars), expected)
+    if name == "logistic":
+        assert torch.equal(f.slope_given("sigmoid(x)")(torch.ones(50), *operands, *scalars), 1 - operands[1])
+
+
 @pytest.mark.parametrize("name", [name for name in ELEMENTWISE if "margin_excess" not in name])  # torch looks for what exceeds
 def test_nan_stays_nan(name):
     (input, *rest), scalars = operands_of(name)

@@ -9,9 +9,10 @@ from hypothesis import given, settings, strategies
 
 import reference.losses
 import triton_losses
+from bench.memory import peak_bytes
 from conftest import INTERPRET
 from triton_losses import functional
-from triton_losses.families import regions
+from triton_losses.families import regions, regions_blocks
 
 DICE = ("dice_loss", "jaccard_loss", "tversky_loss", "focal_tversky_loss", "generalized_dice_loss")
 COMPOUND = ("dice_ce_loss", "dice_focal_loss")
@@ -170,6 +171,42 @@ def test_ignoring_elements_of_a_map_leaves_the_map_as_it_was(device):
         assert torch.equal(t, before) and t._version == 1
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", ["dice_loss", *COMPOUND])
+def test_nan_in_ignored_pixels_reaches_no_other_pixel_and_no_gradient(name, activation):
+    x, y = image((2, 3, 40))
+    x[0, :, 3] = torch.tensor([80.0, -40.0, 0.0])  # so unlikely a label that its logarithm is not taken of its probability
+    y[0, 3], y[:, 5] = 1, 99
+    loss = functools.partial(getattr(functional, name), ignore_index=99, **{activation: True})
+    loss = functools.partial(loss, use_softmax=True) if activation == "softmax" and name == "dice_focal_loss" else loss
+    expected = value_and_gradient(loss, x, y)
+    x[:, :, 5] = torch.nan
+    torch.testing.assert_close(value_and_gradient(loss, x, y), expected)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alone", [0, regions_blocks.ALONE], ids=["on_threads", "alone"])
+def test_images_of_many_blocks_are_as_those_of_one(alone, dtype, monkeypatch):
+    x, y = image((3, 3, 700), dtype)
+    maps = one_hot(y, 3, torch.float32).masked_fill(torch.rand(3, 3, 700) < 0.1, -1)
+    calls = [
+        functools.partial(functional.dice_ce_loss, softmax=True, ignore_index=2),
+        functools.partial(functional.dice_focal_loss, softmax=True, use_softmax=True, gamma=1.5),
+        functools.partial(functional.dice_loss, softmax=True, squared_pred=True),
+        functools.partial(functional.dice_loss, softmax=True, soft_label=True),
+        lambda x, _: functional.dice_ce_loss(x, maps, sigmoid=True, ignore_index=-1, weight=torch.tensor([0.5, 1.0, 2.0])),
+        lambda x, _: functional.dice_focal_loss(x, maps, sigmoid=True, ignore_index=-1, alpha=0.3),
+    ]
+    expected = [value_and_gradient(call, x, y) for call in calls]
+    monkeypatch.setattr(regions_blocks, "FEW", 300)
+    monkeypatch.setattr(regions_blocks, "ALONE", alone)
+    torch.set_num_threads(2)
+    for call, (value, gradient) in zip(calls, expected):
+        for found, wanted in zip(value_and_gradient(call, x, y), (value, gradient)):
+            torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-8)
+
+
 def test_a_perfect_prediction_has_a_finite_gradient():
     x, y = image()
     p = one_hot(y, 4)
@@ -187,6 +224,34 @@ def test_half_precision_sums_do_not_overflow_and_equal_the_float32_ones(device):
 
 
 # Autograd
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", ["dice_loss", *COMPOUND])
+def test_a_second_backward_is_the_first_to_the_last_bit(name, activation, device):
+    x, y = (t.to(device) for t in image((2, 3, 40), torch.float32))
+    x.requires_grad_()
+    loss = getattr(functional, name)(x, y, **{activation: True})
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+
+
+@pytest.mark.not_interpreted
+def test_only_what_is_to_be_differentiated_keeps_its_probabilities():
+    x, y = (t for t in image((2, 3, 90_000), torch.float32))
+    x.requires_grad_()
+
+    def of(mode):
+        def prepare():
+            def work():
+                with mode():
+                    return functional.dice_loss(x, y, softmax=True)
+
+            return work
+
+        return peak_bytes(prepare, x.device)
+
+    assert of(torch.no_grad) < 0.7 * x.nbytes and of(torch.enable_grad) > x.nbytes
 
 
 @pytest.mark.parametrize("name", [*DICE, *COMPOUND, "combo_loss"])

@@ -14,7 +14,7 @@ import torch
 from triton_losses.compiler import runs_kernels
 
 BYTES = 1 << 20  # of a block: a few of them fit the cache, and the allocator keeps rather than returns them
-RUN = 16  # blocks that a thread takes at a time
+RUN = 16  # blocks that a thread takes at a time, at most
 SMALL = 1 << 15  # elements up to which a call is all overhead
 ATEN = True  # whether it is called at all: tests say no
 MOST_THREADS = 16  # beyond it Python's lock, taken once an operation, is what they wait for
@@ -57,25 +57,24 @@ def torch_stays_here():
     torch.set_num_threads(1)
 
 
-def share(work, count, bytes=None):
-    """``work(i)`` for every i below ``count``, in no order. bytes: of each block, where that is not BYTES.
+def share(work, count, alone=RUN):
+    """``work(i)`` for every i below ``count``, in no order. alone: how many blocks at most stay in this thread.
 
-    What is done in a few milliseconds stays in this thread, where torch splits each operation among its own: they wait for work
-    in a loop, and for as long as they do, ours would have to share their cores.
+    There torch splits each operation among its own threads: they wait for work in a loop, and for as long as they do, a few
+    milliseconds, ours would have to share their cores.
     """
-    threads = min(torch.get_num_threads(), MOST_THREADS, -(-count // RUN))
-    if bytes is not None and count * bytes <= RUN * BYTES:
-        threads = 1
-    if threads < 2:
+    threads = min(torch.get_num_threads(), MOST_THREADS, count)
+    if threads < 2 or count <= alone:
         for i in range(count):
             work(i)
         return
-    runs, inference = iter(range(0, count, RUN)), torch.is_inference_mode_enabled()
+    run = max(1, min(RUN, count // (4 * threads)))  # or one thread would be left with much of the work
+    runs, inference = iter(range(0, count, run)), torch.is_inference_mode_enabled()
 
     def take():
         with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
             for start in runs:
-                for i in range(start, min(start + RUN, count)):
+                for i in range(start, min(start + run, count)):
                     work(i)
 
     for taken in [pool(threads).submit(take) for _ in range(threads)]:

@@ -6,8 +6,9 @@ from triton_losses.formula import formula
 
 @formula
 def logistic(x, y):
+    p = sigmoid(x)
     loss = relu(x) - x * y + log1p_exp_minus_abs(x)
-    return loss, sigmoid(x) - y, -x
+    return loss, p - y, -x
 
 
 @formula

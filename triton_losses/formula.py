@@ -11,6 +11,7 @@ outputs need.
 """
 
 import ast
+import functools
 import inspect
 import itertools
 import textwrap
@@ -46,22 +47,26 @@ class Formula:
         self.cuts = {wanted: self.reading(outputs[wanted], in_tuple=True) for wanted in wishes}  # now: torch.compile cannot trace it
         self.needs = {wanted: self.lines_for(outputs[wanted])[1].intersection(self.parameters) for wanted in wishes}
 
-    def lines_for(self, outputs):
-        """The lines that these outputs need, and the names that they read."""
+    def lines_for(self, outputs, given=()):
+        """The lines that these outputs need beside what is given, and the names that they read."""
         *lines, result = self.body.body
         kept, names = [], names_in(*(result.value.elts[i] for i in outputs))
         for line in reversed(lines):
-            if isinstance(line, ast.Assign) and names & names_in(*line.targets):
+            if isinstance(line, ast.Assign) and (names & names_in(*line.targets)).difference(given):
                 kept.insert(0, line)
                 names |= names_in(line.value)
         return kept, names
 
-    def reading(self, outputs, in_tuple=False):
-        """The source cut down to what these outputs need, as a function that returns them; a lone one bare or in a tuple."""
+    def reading(self, outputs, in_tuple=False, given=()):
+        """The source cut down to what these outputs need, as a function that returns them; a lone one bare or in a tuple.
+
+        given: names of lines whose values the function takes, before the formula's own parameters.
+        """
         found = [self.body.body[-1].value.elts[i] for i in outputs]
         result = ast.Return(ast.Tuple(found, ast.Load()) if len(found) > 1 or in_tuple else found[0])
-        lines = [*self.lines_for(outputs)[0], result]
-        cut = ast.FunctionDef(self.name, self.body.args, lines, [], lineno=1, col_offset=0, type_params=[])
+        lines = [*self.lines_for(outputs, given)[0], result]
+        parameters = ast.arguments([], [ast.arg(name) for name in (*given, *self.parameters)], None, [], [], None, [])
+        cut = ast.FunctionDef(self.name, parameters, lines, [], lineno=1, col_offset=0, type_params=[])
         scope = dict(self.scope)
         exec(compile(ast.fix_missing_locations(ast.Module([cut], [])), f"<formula {self.name}>", "exec"), scope)
         return scope[self.name]
@@ -69,6 +74,12 @@ class Formula:
     def partials(self, wanted):
         """A function that returns, as a tuple, the partial derivative by each operand whose entry in ``wanted`` is True."""
         return self.cuts[wanted]
+
+    @functools.cache
+    def slope_given(self, expression):
+        """The partial derivative by the first operand; takes the value of this expression first, if a line of the source is that."""
+        lines = [line for line in self.body.body if isinstance(line, ast.Assign) and ast.unparse(line.value) == expression]
+        return self.reading((1,), given=tuple(line.targets[0].id for line in lines) or ("unused",))
 
 
 def names_in(*nodes):

@@ -19,7 +19,7 @@ import torch
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.regions_blocks import Blocks, takes_weight, whole_sums
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import op, read_whole, readable, shapes_only
 
 MOST_CLASSES = 0
 if triton is not None:
@@ -51,7 +51,7 @@ def regions_forward(
         return logits.new_zeros(images, 3, classes, dtype=dtype), logits.new_zeros(images, dtype=dtype)
     options = activation, ignore_index, squared, smaller, FORMULAS.get(formula), scalars, smoothing
     if not runs_kernels(logits):
-        return Blocks(logits, targets, class_weights, *options).forward()
+        return Blocks(logits, targets, class_weights, *options).forward()[:2]
     check_labels(targets, ignore_index, classes)
     given = launched(logits, targets, class_weights, *options)
     partial_sums = logits.new_empty(images, given["splits"], 3, classes, dtype=dtype)
@@ -65,23 +65,32 @@ def regions_backward(
     logits: torch.Tensor, d_sums: torch.Tensor, d_losses: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None,
     activation: str, ignore_index: int | None, squared: bool, smaller: bool, formula: str, scalars: list[float], smoothing: float,
 ) -> torch.Tensor:  # fmt: skip
-    grad = torch.empty_like(logits)
     if shapes_only() or not logits.numel():
-        return grad
+        return torch.empty_like(logits)
     options = activation, ignore_index, squared, smaller, FORMULAS.get(formula), scalars, smoothing
-    d_sums, d_losses = d_sums.contiguous(), d_losses.contiguous()
-    if runs_kernels(logits):
-        backward_launch(d_sums=d_sums, d_losses=d_losses, grad=grad, **launched(logits, targets, class_weights, *options))
-    else:
-        Blocks(logits, targets, class_weights, *options).backward(grad, d_sums, d_losses)
+    if not runs_kernels(logits):
+        return Blocks(logits, targets, class_weights, *options).backward(d_sums, d_losses)
+    grad, d_sums, d_losses = torch.empty_like(logits), d_sums.contiguous(), d_losses.contiguous()
+    backward_launch(d_sums=d_sums, d_losses=d_losses, grad=grad, **launched(logits, targets, class_weights, *options))
     return grad
 
 
+def blocks(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
+    return Blocks(logits, targets, class_weights, activation, ignore_index, squared, smaller, FORMULAS.get(formula), scalars, smoothing)
+
+
 class Regions(torch.autograd.Function):
+    """In blocks, and where nobody watches, no op stands between: a backward that overwrites what forward kept is none for a graph."""
+
     @staticmethod
-    def forward(ctx, logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
+    def forward(ctx, logits, targets, class_weights, keep, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
         ctx.options = activation, ignore_index, squared, smaller, formula, scalars, smoothing
         ctx.save_for_backward(logits, targets, class_weights)
+        ctx.probabilities = None
+        if keep:
+            with torch.autocast("cpu", enabled=False):
+                sums, losses, ctx.probabilities = blocks(logits, targets, class_weights, *ctx.options).forward(keep=True)
+            return sums, losses
         return regions_forward(logits, targets, class_weights, *ctx.options)
 
     @staticmethod
@@ -94,9 +103,13 @@ class Regions(torch.autograd.Function):
                 results = whole_sums(logits, targets, class_weights, *options, FORMULAS.get(formula), scalars, smoothing)
                 results = [(r, d) for r, d in zip(results, (d_sums, d_losses), strict=True) if r.requires_grad]
             grad = torch.autograd.grad([r for r, _ in results], logits, [d for _, d in results], create_graph=again)[0]
+        elif ctx.probabilities is not None:
+            probabilities, ctx.probabilities = ctx.probabilities, None  # a second backward computes its own
+            with torch.autocast("cpu", enabled=False):
+                grad = blocks(logits, targets, class_weights, *ctx.options).backward(d_sums, d_losses, probabilities)
         else:
             grad = regions_backward(logits, d_sums, d_losses, targets, class_weights, *ctx.options)
-        return grad, *[None] * 9
+        return grad, *[None] * 10
 
 
 def regions(
@@ -115,4 +128,6 @@ def regions(
     if too_many or logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return whole_sums(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, *given)
     name = "" if formula is None else formula.name
-    return Regions.apply(logits, targets, class_weights, activation, ignore_index, squared, smaller, name, *given)
+    differentiated = logits.requires_grad and torch.is_grad_enabled()
+    keep = differentiated and logits.numel() > 0 and readable(logits) and not runs_kernels(logits)
+    return Regions.apply(logits, targets, class_weights, keep, activation, ignore_index, squared, smaller, name, *given)

@@ -26,6 +26,10 @@ def zero_where_no_share(share, losses):
     return torch.where(share == 0, 0, share * losses)  # 0 · inf would be nan
 
 
+def total(losses, kept):
+    return (losses if kept is None else losses.masked_fill(~kept, 0)).sum()
+
+
 # Whole
 
 
@@ -57,46 +61,73 @@ def whole_sums(logits, targets, class_weights, activation, ignore_index, squared
 
 
 FEW = 1 << 16  # elements of the smallest block
-SHARE = 56  # of the logits that a block may be beyond that: a handful of buffers of it stay below a tenth of the gradient
+ALONE = 64 << 20  # bytes of logits that the calling thread reads without help: beyond, another process on a core costs too much
+SHARE = 12  # of the logits that a block's buffers may be together beyond that: less than a tenth of the gradient
 
 
 class Blocks:
-    """Runs of pixels of one image, (classes, n) each."""
+    """Runs of pixels of one image, (classes, n) each.
 
-    def __init__(self, logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
+    The probabilities of all pixels lie where their gradient is to lie: a forward that is to be differentiated computes them once,
+    and the backward turns them into the gradient in place.
+    """
+
+    def __init__(
+        self, logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing
+    ):  # fmt: skip
         self.logits, self.targets, self.activation, self.ignore_index = logits, targets, activation, ignore_index
         self.squared, self.smaller, self.formula, self.scalars, self.smoothing = squared, smaller, formula, scalars, smoothing
         images, classes, pixels = logits.shape
         self.dtype, self.labels = compute_dtype(logits.dtype), targets.dim() == 2
         self.weights = class_weights if class_weights is None else class_weights.to(self.dtype)[:, None]
+        operand = formula is not None and activation != "softmax" and takes_weight(formula, scalars)
+        self.weight_operand = [1.0 if self.weights is None else self.weights] * operand
         self.index = torch.arange(classes, dtype=self.dtype)[:, None]
-        most = min(elements(self.dtype), max(FEW, logits.numel() // SHARE))
-        step = max(64, most // max(classes, 1))
-        self.bytes = step * classes * self.dtype.itemsize
-        self.parts = [(b, slice(i, min(i + step, pixels))) for b in range(images) for i in range(0, pixels, step)]
+        by_label = activation == "softmax" and self.labels and not smoothing
+        buffers = 1 + self.labels * (1 + 3 / classes) + 2 * (formula is not None and not by_label)
+        most = min(elements(self.dtype), max(FEW, int(logits.numel() / buffers / SHARE)))
+        self.step = max(64, most // classes)
+        self.step = -(-pixels // -(-pixels // self.step))  # of about one size
+        self.logits_of, self.targets_of, self.probabilities_of, self.sigmoid_is_due = self.runs(logits), self.runs(targets), None, False
+        self.count, self.by_label, self.alone = len(self.logits_of), by_label, ALONE // (self.step * classes * self.dtype.itemsize)
+
+    def runs(self, image):
+        """The blocks of a tensor (images, ..., pixels)."""
+        return [run for one in image.unbind() for run in one.split(self.step, -1)]
+
+    def begin_probabilities(self):
+        """A tensor for all probabilities, which read fills; None if they are not of the gradient's type."""
+        if self.activation == "none" or self.logits.dtype != self.dtype:
+            return None
+        if self.activation == "softmax":  # whole: of a slice of pixels it would make a copy
+            return self.logits.softmax(1)
+        self.sigmoid_is_due = True
+        return torch.empty_like(self.logits)
 
     def read(self, i):
         """x, p, t and which of them count, (n,) of labels or (classes, n) of a map, None where all do; else p and t are 0."""
-        image, run = self.parts[i]
-        x, raw, kept = self.logits[image, :, run].to(self.dtype), self.targets[image, ..., run], None
+        x, raw, kept = self.logits_of[i].to(self.dtype), self.targets_of[i], None
         if self.ignore_index is not None:
             kept = raw != self.ignore_index
             kept = None if kept.all() else kept
         raw = raw.to(self.dtype) if kept is None else raw.to(self.dtype).masked_fill(~kept, -1 if self.labels else 0)
         # a comparison that writes floats is ten times as fast as one that writes truth values
-        t = torch.eq(raw, self.index, out=torch.empty_like(x)) if self.labels else raw
-        p = activate(x[None], self.activation)[0]
+        t = torch.eq(raw, self.index, out=torch.empty_like(x, memory_format=torch.contiguous_format)) if self.labels else raw
+        if self.sigmoid_is_due:
+            p = torch.sigmoid(x, out=self.probabilities_of[i])
+        else:
+            p = activate(x[None], self.activation)[0] if self.probabilities_of is None else self.probabilities_of[i]
         if kept is not None:
-            p = p * kept  # ten times as fast as masked_fill, but nan stays nan
-            if p.sum().isnan():
-                x, p = (v.masked_fill(~kept, 0) for v in (x, p))
+            finite = x.sum().isfinite()
+            p = p * kept if self.activation == "none" else p.mul_(kept)  # ten times as fast as masked_fill, but nan stays nan
+            if not finite:
+                x, p = x.masked_fill(~kept, 0), p.masked_fill_(~kept, 0)
         return x, p, t, kept
 
-    def check_labels(self, i, t, kept):
-        """Every label that counts hit a class."""
-        image, run = self.parts[i]
-        if t.sum() != (t.shape[1] if kept is None else kept.sum()):
-            raw, classes = self.targets[image, run], t.shape[0]
+    def check_labels(self, i, pixels, kept):
+        """Every label that counts hit a class; pixels: how many hit each."""
+        raw, classes = self.targets_of[i], len(pixels)
+        if pixels.sum() != (len(raw) if kept is None else kept.sum()):
             raw = raw if kept is None else raw[kept]
             wrong = raw[(raw < 0) | (raw >= classes)]
             if wrong.numel():
@@ -105,90 +136,110 @@ class Blocks:
 
     def of_label(self, x, p, t, pt, kept):
         """log p of each pixel's own class, and that class's weight."""
-        ones = p.new_ones(len(p))
-        own = ones @ pt
+        own = pt.new_ones(len(pt)) @ pt
         if kept is not None:
             own = own + ~kept
         log_p = own.log() if own.amin() > CERTAIN else (x.log_softmax(0).clamp_(min=torch.finfo(x.dtype).min) * t).sum(0)
-        return log_p, own.new_ones(()) if self.weights is None else self.weights[:, 0] @ t
+        return log_p, self.weight_of_label(t)
 
-    def losses(self, x, p, t, pt, kept):
-        formula, scalars, weights = self.formula, self.scalars, 1.0 if self.weights is None else self.weights
-        if self.activation != "softmax":
-            losses = formula.value(x, t, weights, *scalars) if takes_weight(formula, scalars) else formula.value(x, t, *scalars) * weights
-        elif self.labels and not self.smoothing:
-            losses = formula.value(*self.of_label(x, p, t, pt, kept), *scalars)
+    def weight_of_label(self, t):
+        return t.new_ones(()) if self.weights is None else self.weights[:, 0] @ t
+
+    def losses_of_labels(self, x, p, t, pt, kept):
+        return total(self.formula.value(*self.of_label(x, p, t, pt, kept), *self.scalars), kept)
+
+    def losses_of_elements(self, x, t, kept):
+        if self.activation == "softmax":
+            weights = (1.0 if self.weights is None else self.weights) + 0 * t
+            losses = zero_where_no_share(share_of(t, self.smoothing), self.formula.value(x.log_softmax(0), weights, *self.scalars))
         else:
-            losses = zero_where_no_share(share_of(t, self.smoothing), formula.value(x.log_softmax(0), weights + 0 * t, *scalars))
-        return (losses if kept is None else losses.masked_fill(~kept, 0)).sum()
+            losses = self.formula.value(x, t, *self.weight_operand, *self.scalars)
+            losses = losses if self.weights is None or self.weight_operand else losses * self.weights
+        return total(losses, kept)
 
-    def forward(self):
+    def forward(self, keep=False):
+        """Sums, losses, and all probabilities if they are to be kept and are of the gradient's type."""
         images, classes, _ = self.logits.shape
-        partial_sums = self.logits.new_empty(len(self.parts), 3, classes, dtype=self.dtype)
-        partial_losses = partial_sums.new_zeros(len(self.parts))
+        probabilities = self.begin_probabilities() if keep else None
+        if probabilities is not None:
+            self.probabilities_of = self.runs(probabilities)
+        partial_sums = self.logits.new_empty(self.count, 3, classes, dtype=self.dtype)
+        partial_losses = partial_sums.new_zeros(self.count)
+        sums_of, losses_of = partial_sums.unbind(), partial_losses.unbind()
 
         def add(i):
             x, p, t, kept = self.read(i)
-            ones = p.new_ones(p.shape[1])
+            overlap, predicted, wanted = sums_of[i].unbind()
+            torch.sum(p.square() if self.squared else p, 1, out=predicted)
+            torch.sum(t.square() if self.squared else t, 1, out=wanted)
             if self.labels:
-                self.check_labels(i, t, kept)
+                self.check_labels(i, wanted, kept)
+            if self.formula is not None and not self.by_label:
+                losses_of[i].copy_(self.losses_of_elements(x, t, kept))
             pt = torch.minimum(p, t) if self.smaller else p * t
-            torch.mv(pt, ones, out=partial_sums[i, 0])
-            if self.formula is not None:
-                partial_losses[i] = self.losses(x, p, t, pt, kept)
-            for k, v in ((1, p), (2, t)):
-                torch.mv(v.square() if self.squared else v, ones, out=partial_sums[i, k])
+            torch.sum(pt, 1, out=overlap)
+            if self.formula is not None and self.by_label:
+                losses_of[i].copy_(self.losses_of_labels(x, p, t, pt, kept))
 
-        share(add, len(self.parts), self.bytes)
-        if not self.parts:
-            return partial_sums.new_zeros(images, 3, classes), partial_losses.new_zeros(images)
-        return partial_sums.view(images, -1, 3, classes).sum(1), partial_losses.view(images, -1).sum(1)
+        share(add, self.count, self.alone)
+        return partial_sums.view(images, -1, 3, classes).sum(1), partial_losses.view(images, -1).sum(1), probabilities
 
-    def backward(self, grad, d_sums, d_losses):
+    def backward(self, d_sums, d_losses, probabilities=None):
+        """The gradient; in place of the probabilities, where these are given."""
+        probabilities = self.begin_probabilities() if probabilities is None else probabilities
+        grad = torch.empty_like(self.logits) if probabilities is None else probabilities
+        grad_of = self.runs(grad)
+        if probabilities is not None:
+            self.probabilities_of = grad_of
+        d_overlaps, d_predictions, _ = (d[:, :, None].unbind() for d in d_sums.unbind(1))
+        each = self.count // len(d_sums)
+
         def write(i):
-            image, run = self.parts[i]
+            image, out = i // each, grad_of[i]
             x, p, t, kept = self.read(i)
-            d_overlap, d_predicted = d_sums[image, 0, :, None], d_sums[image, 1, :, None]
-            step = torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.smaller else t
-            dx = step * d_overlap
-            dx.add_(2 * d_predicted * p if self.squared else d_predicted)
-            if self.activation == "softmax":
-                self.through_softmax(dx, x, p, t, kept, d_losses[image])
-            elif self.activation == "sigmoid":
-                dx.mul_(torch.addcmul(p, p, p, value=-1))
-            if self.formula is not None and self.activation != "softmax":
-                dx.add_(self.slope(x, t) * d_losses[image])
-            if kept is not None and not (self.activation == "softmax" and self.labels and not self.smoothing):  # there p and t make it 0
+            d_overlap, d_predicted = d_overlaps[image], d_predictions[image]
+            dx = (torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.smaller else t) * d_overlap
+            dx = dx.addcmul_(p, d_predicted, value=2) if self.squared else dx.add_(d_predicted)
+            dx = self.through_activation(dx, x, p, t, kept, d_losses[image], out if out.dtype == dx.dtype else dx)
+            if kept is not None and not self.by_label:  # there p and t make it 0
                 dx.masked_fill_(~kept, 0)
-            grad[image, :, run] = dx
+            if dx is not out:
+                out.copy_(dx)
 
-        share(write, len(self.parts), self.bytes)
+        share(write, self.count, self.alone)
+        return grad
 
-    def through_softmax(self, dx, x, p, t, kept, upstream):
-        """∂/∂p becomes ∂/∂x, and the row loss's joins it."""
-        formula, scalars, own = self.formula, self.scalars, None
-        dx.mul_(p)
-        dot = dx.new_ones(len(dx)) @ dx
-        if formula is not None:
-            wanted = (True,)
-            if self.labels and not self.smoothing:
-                (own,) = formula.partials(wanted)(*self.of_label(x, p, t, p * t, kept), *scalars)
-                own = own * upstream
-                dot += own
-                own = t * own
-            else:
-                weights = (1.0 if self.weights is None else self.weights) + 0 * t
-                (slope,) = formula.partials(wanted)(x.log_softmax(0), weights, *scalars)
-                own = zero_where_no_share(share_of(t, self.smoothing), slope * upstream)
-                dot += own.sum(0)
-        dx.addcmul_(p, dot, value=-1)
-        if own is not None:
-            dx.add_(own)
+    def through_activation(self, dp, x, p, t, kept, upstream, out):
+        """∂/∂p becomes ∂/∂x, the formula's with it; in ``out``, which may be where p lies."""
+        if self.activation == "softmax":
+            return self.through_softmax(dp.mul_(p), x, p, t, kept, upstream, out)
+        own = None if self.formula is None else self.slope(x, p, t)
+        if self.activation == "sigmoid":
+            torch.ops.aten.sigmoid_backward.grad_input(dp, p, grad_input=out)  # from here on p is no more
+        else:
+            out = dp
+        return out if own is None else out.addcmul_(own, upstream)
 
-    def slope(self, x, t):
+    def through_softmax(self, dp_p, x, p, t, kept, upstream, out):
+        formula, scalars, own, wanted = self.formula, self.scalars, None, (True,)
+        dot = dp_p.new_ones(len(p)) @ dp_p
+        if formula is not None and self.by_label:
+            needs_log_p = formula.parameters[0] in formula.needs[wanted]
+            log_p, weight = self.of_label(x, p, t, p * t, kept) if needs_log_p else (dot, self.weight_of_label(t))
+            (slope,) = formula.partials(wanted)(log_p, weight, *scalars)
+            own = slope * upstream
+            dot += own
+        elif formula is not None:
+            weights = (1.0 if self.weights is None else self.weights) + 0 * t
+            (slope,) = formula.partials(wanted)(x.log_softmax(0), weights, *scalars)
+            own = zero_where_no_share(share_of(t, self.smoothing), slope * upstream)
+            dot += own.sum(0)
+            t = own.new_ones(())
+        torch.addcmul(dp_p, p, dot, value=-1, out=out)
+        return out if own is None else out.addcmul_(t, own)
+
+    def slope(self, x, p, t):
         """∂L/∂x of each element."""
-        formula, scalars, weights = self.formula, self.scalars, 1.0 if self.weights is None else self.weights
-        wanted = (True, *[False] * (len(next(iter(formula.cuts))) - 1))
-        if takes_weight(formula, scalars):
-            return formula.partials(wanted)(x, t, weights, *scalars)[0]
-        return formula.partials(wanted)(x, t, *scalars)[0] * weights
+        given = (p,) if self.activation == "sigmoid" else (x.sigmoid(),)
+        slope = self.formula.slope_given("sigmoid(x)")(*given, x, t, *self.weight_operand, *self.scalars)
+        return slope if self.weights is None or self.weight_operand else slope * self.weights
