@@ -12,6 +12,8 @@ import torch
 import reference.losses
 from conftest import INTERPRET
 from test_losses import assert_within_budget
+from triton_losses.compiler import compute_dtype
+from triton_losses.families.label_rows import walk
 from triton_losses.language import linear_cross_entropy, linear_log_probs, log_probs
 
 FEATURES, CLASSES = 5, 70
@@ -119,6 +121,24 @@ def test_log_probs_equal_those_of_plain_logits(where, chunk_bytes, softcap, temp
     logits = (2 * torch.randn(*where, CLASSES, dtype=torch.float64)).to(device).requires_grad_()
     ours, plain = (value_and_gradients(both(f(logits, labels, **options)), [logits]) for f in (log_probs, reference.losses.log_probs))
     assert_same(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cols", [1, 2, 7, 8, 33, 300])
+def test_the_likeliest_class_is_the_first_of_the_highest(cols, dtype, device):
+    torch.manual_seed(cols)
+    logits = torch.randint(-3, 3, (9, cols)).to(dtype)  # many are equal
+    logits[0], logits[1] = -torch.inf, torch.arange(cols) / 64
+    logits[2], logits[3, cols // 2 :] = -torch.arange(cols) / 64, -torch.inf
+    labels = torch.randint(cols, (9,))
+    labels[4] = -100
+    expected = logits.argmax(1)
+    expected[4] = -1
+    logits, labels = logits.to(device), labels.to(device)
+    saved, likeliest = logits.new_empty(4, 9, dtype=compute_dtype(dtype)), torch.empty_like(labels)
+    for capped in (0.0, 20.0):
+        walk(logits, labels, None, "cross_entropy_plain", [], -100, capped, 1.5, saved, forward=True, likeliest=likeliest.fill_(-7))
+        assert likeliest.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -41,22 +41,23 @@ MOST_PADDING = 64  # a row's stride may exceed its length by less than this; bey
 
 def walk(
     logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, room=None,
+    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, likeliest=None, room=None,
 ):  # fmt: skip
     """One pass over the rows, by kernels or in blocks.
 
     forward: fill ``saved`` (4, rows) with what a backward needs, and return losses and weights (rows,); weights None: all 1.
     entropy: fill saved[3] with the rows' entropies, whether the formula takes them or not.
+    likeliest: (rows,) integers, to fill with the first of each row's highest columns, -1 where ignored.
     grad: fill it, which may be ``logits``, with the gradient of Σ upstream · losses / denominator. Both may be asked for.
     room: where logits and grad are both the first columns of it, contiguous (rows, more columns), what lies beyond them is free.
     """
     arguments = (logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, softcap, scale)
     if not runs_kernels(logits):
-        return walk_blocks(*arguments, saved, forward, grad, upstream, denominator, operands, entropy, room)
+        return walk_blocks(*arguments, saved, forward, grad, upstream, denominator, operands, entropy, likeliest, room)
     if logits.device.type == "cpu":
         counted(labels, None, logits.shape[1], ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
     losses = saved.new_empty(2, logits.shape[0]) if forward else None
-    launch(*arguments, slots_of(FORMULAS[formula]), saved, losses, grad, upstream, denominator, operands, entropy)
+    launch(*arguments, slots_of(FORMULAS[formula]), saved, losses, likeliest, grad, upstream, denominator, operands, entropy)
     return (None, None) if losses is None else losses.unbind(0)
 
 

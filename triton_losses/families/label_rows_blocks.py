@@ -91,7 +91,7 @@ def row_blocks(rows, cols, dtype):
 
 def walk_blocks(
     logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, room=None,
+    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, likeliest=None, room=None,
 ):  # fmt: skip
     """label_rows.walk, in PyTorch; the formula takes more than `picked`.
 
@@ -109,7 +109,7 @@ def walk_blocks(
     highest, log_total, mean_log_p, entropies = saved
     entropy = entropy or slots[4] > 0
     buffers = {}  # a thread's own, for a row may be larger than what the allocator keeps
-    in_room = room is not None and forward and grad is not None and direct and not (transformed or slots[2] or entropy)
+    in_room = room is not None and forward and grad is not None and direct and not (transformed or slots[2] or entropy or likeliest is not None)
 
     def part(i):
         x = logits[parts[i]].to(wide)
@@ -121,7 +121,11 @@ def walk_blocks(
             out = grad[parts[i]]
         elif len(parts) > 1:
             out = buffers.setdefault(threading.get_ident(), x.new_empty(0)).resize_(x.shape)
-        top = torch.amax(x, 1, out=highest[parts[i]])
+        top = highest[parts[i]]
+        if likeliest is None:
+            torch.amax(x, 1, out=top)
+        else:
+            torch.max(x, 1, out=(top, likeliest[parts[i]]))
         shifted = torch.sub(x, top[:, None], out=out)
         if slots[2]:
             mean_log_p[parts[i]] = shifted.mean(1) if class_weights is None else shifted.mv(class_weights).div_(cols)
@@ -145,6 +149,8 @@ def walk_blocks(
             mean_log_p.sub_(log_total * mean_weight)
         if entropy:
             torch.sub(log_total, entropies, out=entropies)
+    if likeliest is not None and kept is not None:
+        likeliest.masked_fill_(~kept, -1)
     log_p = None if picked is None else picked - highest - log_total
     statistics = (None, log_p, mean_log_p, highest + log_total if slots[3] else None, entropies)
     arguments = (*arguments_of(formula, statistics, 1.0 if weights is None else weights), *operands, *scalars)

@@ -118,17 +118,16 @@ def linear_rows_forward(
 
     def visit(part, label, logits, room):
         kept = saved.new_empty(4, len(label))
-        if stats:  # now: the chunk may become its gradient
-            likeliest[part] = logits.argmax(1)
+        best = likeliest.new_empty(len(label)) if stats else None
         making = {"grad": logits, "upstream": upstream[part], "room": room} if any(wanted) else {}
         options = formula, scalars, ignore_index, softcap, scale, kept
-        losses[part], some = walk(logits, label, class_weights, *options, forward=True, entropy=stats, **making)
+        losses[part], some = walk(logits, label, class_weights, *options, forward=True, entropy=stats, likeliest=best, **making)
+        if stats:
+            likeliest[part] = best
         weights[part] = 1.0 if some is None else some
         saved[:, part] = kept
 
     grads = sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
-    if stats:
-        likeliest.masked_fill_(labels == ignore_index, -1)
     return losses, weights, saved, likeliest, *grads
 
 

@@ -11,9 +11,9 @@ import triton.language as tl
 from triton_losses.compiler import WARP, compute_dtype
 from triton_losses.device_math import LOG2E
 from triton_losses.kernels.elementwise import triton_type
-from triton_losses.kernels.label_rows import configs as row_configs
-from triton_losses.kernels.label_rows import edge_of, row_statistics, span_of, write_zeros
-from triton_losses.kernels.label_rows import rule as row_rule
+from triton_losses.kernels.rows import configs as row_configs
+from triton_losses.kernels.rows import edge_of, row_statistics, span_of, write_zeros
+from triton_losses.kernels.rows import rule as row_rule
 from triton_losses.tuning import Tuned
 
 NEVER = tl.constexpr(-1e30)  # the power of 2 of a 0; sums of a few stay finite, which -inf would not
@@ -248,8 +248,8 @@ def statistics_kernel(
     log_total = tl.full((), 0.0, COMPUTE)
     if t < tl.load(input_lengths + n):
         start = t * step_stride + n * sample_stride
-        highest, log_total, _, _ = row_statistics(
-            logits, start, cols, 0.0, None, None, False, False, False, False, False, "evict_first", EDGE, COMPUTE, VEC, LANES, UNROLL
+        highest, log_total, _, _, _ = row_statistics(
+            logits, start, cols, 0.0, None, None, False, False, False, False, False, False, "evict_first", EDGE, COMPUTE, VEC, LANES, UNROLL,
         )
     tl.store(out + program, highest)
     tl.store(out + steps.to(tl.int64) * samples + program, log_total)

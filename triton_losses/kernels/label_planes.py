@@ -11,7 +11,8 @@ import triton.language as tl
 from triton_losses.compiler import WARP, compute_dtype
 from triton_losses.device_math import as_scalars, exact, exp
 from triton_losses.kernels.elementwise import name_of, triton_type
-from triton_losses.kernels.label_rows import LOWEST, LOWEST_DOUBLE, read_formula, transform
+from triton_losses.kernels.label_rows import read_formula
+from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, transform
 from triton_losses.tuning import Tuned
 
 SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums

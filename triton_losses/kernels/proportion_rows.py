@@ -11,7 +11,8 @@ from triton_losses.compiler import compute_dtype
 from triton_losses.device_math import as_scalars, exact, load_zeros
 from triton_losses.kernels.distribution_rows import edge_tile
 from triton_losses.kernels.elementwise import name_of, triton_type
-from triton_losses.kernels.label_rows import configs, label_of, programs, rule, span_of
+from triton_losses.kernels.label_rows import label_of
+from triton_losses.kernels.rows import configs, programs, rule, span_of
 from triton_losses.tuning import Tuned
 
 

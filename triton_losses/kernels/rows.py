@@ -1,0 +1,205 @@
+"""A row of logits, read once: how kernels walk it, its statistics, and the configurations of a program that walks it.
+
+A row is walked in vectors of 16 bytes. Where rows start anywhere (50257 columns), the elements before the first aligned
+vector and after the last are one small masked tile, the *edge*: a mask over single elements would narrow every load.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_losses.compiler import WARP
+from triton_losses.device_math import exp, load_zeros, tanh
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf would be NaN; and no float32 logit lies below
+LOWEST_DOUBLE = tl.constexpr(-1.7976931348623157e308)
+
+
+@triton.jit
+def take(tiles, top, total):
+    """Fold tiles into each lane's running maximum and Σ exp(x - maximum): one rescale for all of them."""
+    new_top = top
+    for i in tl.static_range(len(tiles)):
+        new_top = tl.maximum(new_top, tl.max(tiles[i], 1))
+    total *= exp(top - new_top)
+    for i in tl.static_range(len(tiles)):
+        total += tl.sum(exp(tiles[i] - new_top[:, None]), 1)
+    return new_top, total
+
+
+@triton.jit
+def take_moment(tiles, top, total, moment):
+    """The same for Σ exp(x - maximum) (x - maximum); before `take`, whose new maximum it uses."""
+    new_top = top
+    for i in tl.static_range(len(tiles)):
+        new_top = tl.maximum(new_top, tl.max(tiles[i], 1))
+    moment = exp(top - new_top) * (moment + tl.where(total > 0, (top - new_top) * total, 0.0))
+    for i in tl.static_range(len(tiles)):
+        d = tl.maximum(tiles[i] - new_top[:, None], LOWEST)  # finite, for 0 · -inf is nan
+        moment += tl.sum(exp(d) * d, 1)
+    return moment
+
+
+@triton.jit
+def take_place(tiles, v, top, place, LANES: tl.constexpr):
+    """Where each lane's running maximum is, by the vector; before `take`, for it is of the maximum so far."""
+    for i in tl.static_range(len(tiles)):
+        highest = tl.max(tiles[i], 1)
+        place = tl.where(highest > top, v + i * LANES, place)
+        top = tl.maximum(top, highest)
+    return place
+
+
+@triton.jit
+def first_of_highest(x, columns, mask):
+    """The highest of these, and the first column that has it."""
+    x = tl.where(mask, x, -float("inf"))
+    highest = tl.max(tl.ravel(x), 0)
+    return highest, tl.min(tl.ravel(tl.where(mask & (x == highest), columns, 2147483647)), 0)
+
+
+@triton.jit
+def weighted_sum(x, columns, mask, class_weights, pivot, WEIGHTED: tl.constexpr):
+    """Σ w_j (x_j - pivot) of each lane: near the row's own values, so that a common offset costs no digits."""
+    d = x - pivot
+    if WEIGHTED:
+        d *= load_zeros(class_weights + columns, mask).to(x.dtype)
+    return d if mask is None else tl.where(mask, d, 0.0)
+
+
+@triton.jit
+def span_of(start, cols, VEC: tl.constexpr, EDGE: tl.constexpr):
+    """Of the row at ``start``: elements before its first aligned vector, and its aligned vectors."""
+    head = 0
+    if EDGE:
+        head = tl.minimum((VEC - start % VEC) % VEC, cols).to(tl.int32)
+    return head, (cols - head) // VEC
+
+
+@triton.jit
+def edge_of(head, vectors, cols, VEC: tl.constexpr):
+    """Columns of the edge, and which of them exist."""
+    i = tl.arange(0, 2 * VEC)
+    columns = tl.where(i < VEC, i, head + vectors * VEC + i - VEC)
+    return columns, (columns < cols) & ((i >= VEC) | (i < head))
+
+
+@triton.jit
+def transform(x, shape, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """scale · softcap · tanh(x / softcap)"""
+    if CAPPED:
+        x = shape[0] * tanh(x / shape[0])
+    if SCALED:
+        x = x * shape[1]
+    return x
+
+
+@triton.jit
+def row_statistics(
+    logits, start, cols, pivot, class_weights, shape,
+    MEAN_LOG_P: tl.constexpr, ENTROPY: tl.constexpr, LIKELIEST: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
+    SCALED: tl.constexpr, EVICT: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Of one row x, read once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), the entropy of softmax(x), and the likeliest column."""
+    head, vectors = span_of(start, cols, VEC, EDGE)
+    first = logits + (start + head) // VEC * VEC  # says that it is aligned
+    lanes = tl.arange(0, LANES)
+    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    top = tl.full((LANES,), LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
+    total = tl.zeros((LANES,), COMPUTE)
+    spread = tl.zeros((LANES,), COMPUTE)
+    moment = tl.zeros((LANES,), COMPUTE)
+    place = tl.zeros((LANES,), tl.int32)
+    likeliest = tl.zeros((), tl.int32)
+    unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
+    for v in range(0, unmasked, LANES * UNROLL):
+        tiles = ()
+        for u in tl.static_range(UNROLL):
+            at = (v + u * LANES) * VEC + tile
+            tiles += (transform(tl.load(first + at, eviction_policy=EVICT).to(COMPUTE), shape, CAPPED, SCALED),)
+            if MEAN_LOG_P:
+                spread += tl.sum(weighted_sum(tiles[u], head + at, None, class_weights, pivot, WEIGHTED), 1)
+        if ENTROPY:
+            moment = take_moment(tiles, top, total, moment)
+        if LIKELIEST:
+            place = take_place(tiles, v, top, place, LANES)
+        top, total = take(tiles, top, total)
+    for v in range(unmasked, vectors, LANES):
+        mask = (v + lanes < vectors)[:, None]
+        at = v * VEC + tile
+        x = tl.load(first + at, mask=mask, other=-float("inf"), eviction_policy=EVICT).to(COMPUTE)
+        x = transform(x, shape, CAPPED, SCALED)
+        if CAPPED:
+            x = tl.where(mask, x, -float("inf"))
+        if MEAN_LOG_P:
+            spread += tl.sum(weighted_sum(x, head + at, mask & (at >= 0), class_weights, pivot, WEIGHTED), 1)
+        if ENTROPY:
+            moment = take_moment((x,), top, total, moment)
+        if LIKELIEST:
+            place = take_place((x,), v, top, place, LANES)
+        top, total = take((x,), top, total)
+    highest = tl.max(top, 0)
+    shrink = exp(top - highest)
+    if ENTROPY:
+        moment = tl.sum(shrink * (moment + tl.where(total > 0, (top - highest) * total, 0.0)), 0)
+    total = tl.sum(total * shrink, 0)
+    spread = tl.sum(spread, 0)
+    if LIKELIEST:  # each lane's best vector once more: the column within it was not kept
+        mask = (place + lanes < vectors)[:, None]
+        at = (place + lanes)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        x = transform(tl.load(first + at, mask=mask, other=0.0).to(COMPUTE), shape, CAPPED, SCALED)
+        highest_here, likeliest = first_of_highest(x, head + at, mask & (at >= 0))
+    if EDGE:
+        columns, mask = edge_of(head, vectors, cols, VEC)
+        x = transform(tl.load(logits + start + columns, mask=mask, other=0.0).to(COMPUTE), shape, CAPPED, SCALED)
+        x = tl.where(mask, x, -float("inf"))
+        higher = tl.maximum(highest, tl.max(x, 0))
+        if LIKELIEST:
+            highest_there, there = first_of_highest(x, columns, mask)
+            nearest = tl.where(highest_there == highest_here, tl.minimum(likeliest, there), likeliest)
+            likeliest = tl.where(highest_there > highest_here, there, nearest)
+        if MEAN_LOG_P:
+            spread += tl.sum(weighted_sum(x, columns, mask, class_weights, pivot, WEIGHTED), 0)
+        if ENTROPY:
+            d = tl.maximum(x - higher, LOWEST)
+            moment = exp(highest - higher) * (moment + tl.where(total > 0, (highest - higher) * total, 0.0)) + tl.sum(exp(d) * d, 0)
+        total = total * exp(highest - higher) + tl.sum(exp(x - higher), 0)
+        highest = higher
+    log_total = tl.log(total)
+    entropy = log_total
+    if ENTROPY:
+        entropy = log_total - moment / total
+    return highest, log_total, spread, entropy, tl.minimum(likeliest, cols - 1)
+
+
+@triton.jit
+def write_zeros(grad, start, cols, EDGE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr):
+    head, vectors = span_of(start, cols, VEC, EDGE)
+    first = (start + head) // VEC * VEC
+    lanes = tl.arange(0, LANES)
+    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    for v in range(0, vectors, LANES):
+        tl.store(grad + first + v * VEC + tile, tl.zeros((LANES, VEC), grad.dtype.element_ty), mask=(v + lanes < vectors)[:, None])
+    if EDGE:
+        columns, exists = edge_of(head, vectors, cols, VEC)
+        tl.store(grad + start + columns, tl.zeros((2 * VEC,), grad.dtype.element_ty), mask=exists)
+
+
+def config(warps, unroll):
+    return {"LANES": warps * WARP, "UNROLL": unroll, "num_warps": warps}
+
+
+def configs(args):
+    vectors = args["cols"] // args["VEC"]
+    widths = [w for w in (1, 2, 4, 8, 16) if w == 1 or w * WARP <= 2 * vectors]
+    return [config(w, u) for w in widths[-4:] for u in (1, 2, 4) if u == 1 or w * WARP * u <= vectors]
+
+
+def rule(args):
+    vectors = max(args["cols"] // args["VEC"], 1)
+    warps = max(1, min(8, triton.next_power_of_2(vectors // (2 * WARP))))
+    return config(warps, 2 if vectors >= 2 * warps * WARP else 1)
+
+
+def programs(args, config):
+    return args["rows"]
