@@ -17,11 +17,14 @@ from bench.report import failures_of, frame_of, table_of, write
 from reference import cases
 
 
+PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries have, at full size; full: hours"
+
+
 def command_line():
     parser = argparse.ArgumentParser("python -m bench", description="Time and memory of the losses beside plain PyTorch.")
     parser.add_argument("losses", metavar="LOSS", nargs="*", help="part of a loss's name; all timed losses if none is given")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="quick: within 3 minutes (default); full: hours")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help=PRESETS_ARE)
     parser.add_argument("--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS))
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--memory-curve", action="store_true", help="instead of times: the heads' peak memory as the vocabulary grows")
@@ -48,7 +51,7 @@ def listing(timed):
 
 
 def dtypes_of(preset, device):
-    return (torch.float32,) if preset == "quick" and device.type == "cpu" else (torch.float32, torch.bfloat16)
+    return (torch.float32,) if preset != "full" and device.type == "cpu" else (torch.float32, torch.bfloat16)
 
 
 def run(timed, device, preset, wanted):

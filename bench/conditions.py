@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import triton_losses
+from reference import peers
 
 ON_A_CPU = (
     "On a CPU, triton_losses runs the PyTorch reading of its formulas in cache-sized blocks. That is what was timed here: "
@@ -43,6 +44,7 @@ def conditions(device, load_before):
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)} (host: {hardware})"
     versions = f"torch {torch.__version__}, triton {triton_version()}, Python {platform.python_version()}"
+    versions = ", ".join([versions, *(f"{name} {version}" for name, version in peers.versions().items())])
     lines = [hardware, f"triton_losses {triton_losses.__version__}, {versions}"]
     if device.type == "cpu":
         lines.append(ON_A_CPU)

@@ -30,6 +30,7 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(("full", "forward"), Budget(seconds=0.25, least=3, most=50)),
+    "peers": Preset(("full",), Budget(seconds=6.0, least=7, most=60)),
     "full": Preset(tuple(PASSES), Budget(seconds=4.0, least=5, most=200)),
 }
 WHOLE_CASE = None  # the name under which a failure of no one provider is noted

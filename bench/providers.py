@@ -18,6 +18,7 @@ from reference import peers
 class Provider:
     make: Callable
     compiles: bool = False  # seconds a case: the quick preset compiles headline cases alone
+    slow: bool = False  # seconds a call: not in the quick preset
 
 
 def ours(case):
@@ -37,6 +38,7 @@ PROVIDERS = {
     "eager": Provider(eager),
     "monai": Provider(peers.monai),
     "smp": Provider(peers.smp),
+    "torch, chunked": Provider(peers.torch_chunked, slow=True),
     "torch.compile": Provider(lambda case: compiled(eager(case)), compiles=True),
     "torch.compile(triton_losses)": Provider(lambda case: compiled(ours(case)), compiles=True),
 }
@@ -46,4 +48,5 @@ def providers_of(case, shape, preset, wanted):
     """The names, in order, of the providers that this preset runs on this shape of the case."""
     shapes = case.bench[preset]
     may_compile = preset == "full" or (case.headline and shape == max(shapes, key=lambda shape: torch.Size(shape).numel()))
-    return [name for name in PROVIDERS if name in wanted and (may_compile or not PROVIDERS[name].compiles)]
+    fitting = {name for name, it in PROVIDERS.items() if (may_compile or not it.compiles) and not (it.slow and preset == "quick")}
+    return [name for name in PROVIDERS if name in wanted and name in fitting]

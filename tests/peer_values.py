@@ -1,25 +1,22 @@
 """What other libraries' segmentation losses give, over a grid of options: made once, kept in peer_values.json.
 
-    pip install --no-deps monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0 && python tests/peer_values.py
+    pip install --no-deps monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0 && PYTHONPATH=. python tests/peer_values.py
 
 test_peers.py compares ours with the file, and the file with a library that is installed. Only the losses of
 segmentation-models-pytorch are imported, so that its encoders' packages need not be there.
 """
 
-import importlib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import pathlib
-import sys
-import types
 
 import torch
 
+from reference.peers import PACKAGES, losses_of
+
 FILE = pathlib.Path(__file__).with_suffix(".json")
 SHAPES = {"image": (2, 3, 3, 3), "volume": (1, 2, 2, 3, 3), "one class": (2, 1, 3, 3)}
-PACKAGES = {"monai": "monai", "smp": "segmentation-models-pytorch", "kornia": "kornia"}
 
 
 def logits(shape):
@@ -100,21 +97,6 @@ def grid():
         yield "kornia", "DiceLoss", {"average": average}, "image", "labels"
         yield "kornia", "DiceLoss", {"average": average, "ignore_index": 255}, "image", "void"
     yield "kornia", "DiceLoss", {"average": "macro", "weight": [0.5, 1.0, 2.0]}, "image", "labels"
-
-
-def losses_of(library):
-    """The library's module of losses, or None where it is not installed."""
-    name = {"monai": "monai.losses", "smp": "segmentation_models_pytorch.losses", "kornia": "kornia.losses"}[library]
-    root = name.split(".")[0]
-    if root in sys.modules:
-        return importlib.import_module(name)
-    spec = importlib.util.find_spec(root)
-    if spec is None:
-        return None
-    if library == "smp":  # without what the package itself imports
-        sys.modules[root] = types.ModuleType(root)
-        sys.modules[root].__path__ = list(spec.submodule_search_locations)
-    return importlib.import_module(name)
 
 
 def measured(library, loss, options, shape, kind):

@@ -1,13 +1,13 @@
 """The formulas of a logit and a chance, which themes share: binary losses, and what stands beside Dice."""
 
-from triton_losses.device_math import at_least_tiny, log1p_exp_minus_abs, power, quotient, relu, sigmoid
+from triton_losses.device_math import at_least_tiny, less_product, log1p_exp_minus_abs, power, quotient, relu, sigmoid
 from triton_losses.formula import formula
 
 
 @formula
 def logistic(x, y):
     p = sigmoid(x)
-    loss = relu(x) - x * y + log1p_exp_minus_abs(x)
+    loss = less_product(relu(x), x, y) + log1p_exp_minus_abs(x)
     return loss, p - y, -x
 
 
@@ -24,7 +24,7 @@ def weighted_logistic(x, y, positive):
 def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
     p = sigmoid(x)
     q = sigmoid(-x)
-    entropy = relu(x) - x * y + log1p_exp_minus_abs(x)
+    entropy = less_product(relu(x), x, y) + log1p_exp_minus_abs(x)
     alpha = alpha_no + alpha_slope * y
     miss = at_least_tiny(p * (1.0 - y) + q * y)  # 1 - p_t, without the difference
     modulator = power(miss, gamma)

@@ -6,8 +6,9 @@ from reference.cases.case import IGNORED, Case
 
 IMAGES = ((2, 5, 70), (1, 2, 1), (3, 4, 6, 5), (2, 3, 2, 3, 4), (2, 19, 3, 8), (1, 40, 8))  # ragged, one pixel, 2-D, 3-D, more classes
 IMAGE = IMAGES[:1]
-TIMED_MAPS = {"quick": ((4, 1, 256, 256),), "full": ((16, 1, 512, 512),)}
-TIMED_IMAGES = {"quick": ((1, 4, 48, 48, 48), (2, 19, 128, 256)), "full": ((2, 4, 96, 96, 96), (8, 19, 256, 512))}
+MAPS, VOLUMES_AND_STREETS = ((16, 1, 512, 512),), ((2, 4, 96, 96, 96), (8, 19, 256, 512))
+TIMED_MAPS = {"quick": ((4, 1, 256, 256),), "peers": MAPS, "full": MAPS}
+TIMED_IMAGES = {"quick": ((1, 4, 48, 48, 48), (2, 19, 128, 256)), "peers": VOLUMES_AND_STREETS, "full": VOLUMES_AND_STREETS}
 
 
 def chances_and_bits(shape, dtype):

@@ -26,9 +26,6 @@ def zero_where_no_share(share, losses):
     return torch.where(share == 0, 0, share * losses)  # 0 · inf would be nan
 
 
-def total(losses, kept):
-    return (losses if kept is None else losses.masked_fill(~kept, 0)).sum()
-
 
 # Whole
 
@@ -62,11 +59,11 @@ def whole_sums(logits, targets, class_weights, activation, ignore_index, squared
 
 FEW = 1 << 16  # elements of the smallest block
 ALONE = 64 << 20  # bytes of logits that the calling thread reads without help: beyond, another process on a core costs too much
-SHARE = 12  # of the logits that a block's buffers may be together beyond that: less than a tenth of the gradient
+SHARE = 10.5  # of the logits that a block's buffers may be together beyond that: less than a tenth of the gradient
 
 
 class Blocks:
-    """Runs of pixels of one image, (classes, n) each.
+    """Runs of pixels of an image, or several small images at a time: (images, classes, pixels) each.
 
     The probabilities of all pixels lie where their gradient is to lie: a forward that is to be differentiated computes them once,
     and the backward turns them into the gradient in place.
@@ -79,24 +76,29 @@ class Blocks:
         self.squared, self.smaller, self.formula, self.scalars, self.smoothing = squared, smaller, formula, scalars, smoothing
         images, classes, pixels = logits.shape
         self.dtype, self.labels = compute_dtype(logits.dtype), targets.dim() == 2
+        self.by_label = activation == "softmax" and self.labels and not smoothing
         self.weights = class_weights if class_weights is None else class_weights.to(self.dtype)[:, None]
         operand = formula is not None and activation != "softmax" and takes_weight(formula, scalars)
         self.weight_operand = [1.0 if self.weights is None else self.weights] * operand
         self.index = torch.arange(classes, dtype=self.dtype)[:, None]
-        by_label = activation == "softmax" and self.labels and not smoothing
-        buffers = 1 + self.labels * (1 + 3 / classes) + 2 * (formula is not None and not by_label)
-        most = min(elements(self.dtype), max(FEW, int(logits.numel() / buffers / SHARE)))
-        self.step = max(64, most // classes)
-        self.step = -(-pixels // -(-pixels // self.step))  # of about one size
-        self.logits_of, self.targets_of, self.probabilities_of, self.sigmoid_is_due = self.runs(logits), self.runs(targets), None, False
-        self.count, self.by_label, self.alone = len(self.logits_of), by_label, ALONE // (self.step * classes * self.dtype.itemsize)
+        self.ones = torch.ones(classes, dtype=self.dtype)
 
-    def runs(self, image):
-        """The blocks of a tensor (images, ..., pixels)."""
-        return [run for one in image.unbind() for run in one.split(self.step, -1)]
+        buffers = 1 + self.labels * (1 + 3 / classes) + 2 * (formula is not None and not self.by_label)
+        most = max(64, min(elements(self.dtype), max(FEW, int(logits.numel() / buffers / SHARE))) // classes)
+        self.runs_of_image = -(-pixels // most)
+        self.pixels = -(-pixels // self.runs_of_image)  # runs are of about one size
+        self.images = most // pixels if self.runs_of_image == 1 else 1
+        self.count = -(-images // self.images) * self.runs_of_image
+        self.alone = ALONE // (self.images * self.pixels * classes * self.dtype.itemsize)
+        self.logits_of, self.targets_of, self.probabilities_of = self.blocks(logits), self.blocks(targets), None
+        self.sigmoid_is_due = False
+
+    def blocks(self, tensor):
+        """Those of a tensor (images, ..., pixels)."""
+        return [run for some in tensor.split(self.images) for run in some.split(self.pixels, -1)]
 
     def begin_probabilities(self):
-        """A tensor for all probabilities, which read fills; None if they are not of the gradient's type."""
+        """A tensor for all probabilities, which `read` fills; None if they are not of the gradient's type."""
         if self.activation == "none" or self.logits.dtype != self.dtype:
             return None
         if self.activation == "softmax":  # whole: of a slice of pixels it would make a copy
@@ -105,8 +107,9 @@ class Blocks:
         return torch.empty_like(self.logits)
 
     def read(self, i):
-        """x, p, t and which of them count, (n,) of labels or (classes, n) of a map, None where all do; else p and t are 0."""
+        """x, p, t and which of them count, None where all do; else p and t are 0. Of labels the last has one class."""
         x, raw, kept = self.logits_of[i].to(self.dtype), self.targets_of[i], None
+        raw = raw[:, None] if self.labels else raw
         if self.ignore_index is not None:
             kept = raw != self.ignore_index
             kept = None if kept.all() else kept
@@ -116,7 +119,7 @@ class Blocks:
         if self.sigmoid_is_due:
             p = torch.sigmoid(x, out=self.probabilities_of[i])
         else:
-            p = activate(x[None], self.activation)[0] if self.probabilities_of is None else self.probabilities_of[i]
+            p = activate(x, self.activation) if self.probabilities_of is None else self.probabilities_of[i]
         if kept is not None:
             finite = x.sum().isfinite()
             p = p * kept if self.activation == "none" else p.mul_(kept)  # ten times as fast as masked_fill, but nan stays nan
@@ -126,9 +129,9 @@ class Blocks:
 
     def check_labels(self, i, pixels, kept):
         """Every label that counts hit a class; pixels: how many hit each."""
-        raw, classes = self.targets_of[i], len(pixels)
-        if pixels.sum() != (len(raw) if kept is None else kept.sum()):
-            raw = raw if kept is None else raw[kept]
+        raw, classes = self.targets_of[i], self.logits.shape[1]
+        if pixels.sum() != (raw.numel() if kept is None else kept.sum()):
+            raw = raw if kept is None else raw[kept[:, 0]]
             wrong = raw[(raw < 0) | (raw >= classes)]
             if wrong.numel():
                 ignored = "" if self.ignore_index is None else f", or ignore_index, {self.ignore_index}"
@@ -136,48 +139,49 @@ class Blocks:
 
     def of_label(self, x, p, t, pt, kept):
         """log p of each pixel's own class, and that class's weight."""
-        own = pt.new_ones(len(pt)) @ pt
+        own = over_classes(self.ones, pt)
         if kept is not None:
-            own = own + ~kept
-        log_p = own.log() if own.amin() > CERTAIN else (x.log_softmax(0).clamp_(min=torch.finfo(x.dtype).min) * t).sum(0)
+            own = own + ~kept[:, 0]
+        log_p = own.log() if own.amin() > CERTAIN else (x.log_softmax(1).clamp_(min=torch.finfo(x.dtype).min) * t).sum(1)
         return log_p, self.weight_of_label(t)
 
     def weight_of_label(self, t):
-        return t.new_ones(()) if self.weights is None else self.weights[:, 0] @ t
+        return self.ones[0] if self.weights is None else over_classes(self.weights[:, 0], t)
 
     def losses_of_labels(self, x, p, t, pt, kept):
-        return total(self.formula.value(*self.of_label(x, p, t, pt, kept), *self.scalars), kept)
+        losses = self.formula.value(*self.of_label(x, p, t, pt, kept), *self.scalars)
+        return (losses if kept is None else losses.masked_fill(~kept[:, 0], 0)).sum(1)
 
     def losses_of_elements(self, x, t, kept):
         if self.activation == "softmax":
             weights = (1.0 if self.weights is None else self.weights) + 0 * t
-            losses = zero_where_no_share(share_of(t, self.smoothing), self.formula.value(x.log_softmax(0), weights, *self.scalars))
+            losses = zero_where_no_share(share_of(t, self.smoothing), self.formula.value(x.log_softmax(1), weights, *self.scalars))
         else:
             losses = self.formula.value(x, t, *self.weight_operand, *self.scalars)
             losses = losses if self.weights is None or self.weight_operand else losses * self.weights
-        return total(losses, kept)
+        return (losses if kept is None else losses.masked_fill(~kept, 0)).sum((1, 2))
 
     def forward(self, keep=False):
         """Sums, losses, and all probabilities if they are to be kept and are of the gradient's type."""
         images, classes, _ = self.logits.shape
         probabilities = self.begin_probabilities() if keep else None
         if probabilities is not None:
-            self.probabilities_of = self.runs(probabilities)
-        partial_sums = self.logits.new_empty(self.count, 3, classes, dtype=self.dtype)
-        partial_losses = partial_sums.new_zeros(self.count)
-        sums_of, losses_of = partial_sums.unbind(), partial_losses.unbind()
+            self.probabilities_of = self.blocks(probabilities)
+        partial_sums = self.logits.new_empty(images * self.runs_of_image, 3, classes, dtype=self.dtype)
+        partial_losses = partial_sums.new_zeros(len(partial_sums))
+        sums_of, losses_of = partial_sums.split(self.images), partial_losses.split(self.images)
 
         def add(i):
             x, p, t, kept = self.read(i)
-            overlap, predicted, wanted = sums_of[i].unbind()
-            torch.sum(p.square() if self.squared else p, 1, out=predicted)
-            torch.sum(t.square() if self.squared else t, 1, out=wanted)
+            overlap, predicted, wanted = sums_of[i].unbind(1)
+            torch.sum(p.square() if self.squared else p, 2, out=predicted)
+            torch.sum(t.square() if self.squared else t, 2, out=wanted)
             if self.labels:
                 self.check_labels(i, wanted, kept)
             if self.formula is not None and not self.by_label:
                 losses_of[i].copy_(self.losses_of_elements(x, t, kept))
             pt = torch.minimum(p, t) if self.smaller else p * t
-            torch.sum(pt, 1, out=overlap)
+            torch.sum(pt, 2, out=overlap)
             if self.formula is not None and self.by_label:
                 losses_of[i].copy_(self.losses_of_labels(x, p, t, pt, kept))
 
@@ -188,19 +192,19 @@ class Blocks:
         """The gradient; in place of the probabilities, where these are given."""
         probabilities = self.begin_probabilities() if probabilities is None else probabilities
         grad = torch.empty_like(self.logits) if probabilities is None else probabilities
-        grad_of = self.runs(grad)
+        grad_of = self.blocks(grad)
         if probabilities is not None:
             self.probabilities_of = grad_of
-        d_overlaps, d_predictions, _ = (d[:, :, None].unbind() for d in d_sums.unbind(1))
-        each = self.count // len(d_sums)
+        d_overlaps, d_predictions, _ = (d[:, :, None].split(self.images) for d in d_sums.unbind(1))
+        d_losses_of = d_losses[:, None, None].split(self.images)
 
         def write(i):
-            image, out = i // each, grad_of[i]
+            images, out = i // self.runs_of_image, grad_of[i]
             x, p, t, kept = self.read(i)
-            d_overlap, d_predicted = d_overlaps[image], d_predictions[image]
-            dx = (torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.smaller else t) * d_overlap
-            dx = dx.addcmul_(p, d_predicted, value=2) if self.squared else dx.add_(d_predicted)
-            dx = self.through_activation(dx, x, p, t, kept, d_losses[image], out if out.dtype == dx.dtype else dx)
+            step = torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.smaller else t
+            dx = step * d_overlaps[images]
+            dx = dx.addcmul_(p, d_predictions[images], value=2) if self.squared else dx.add_(d_predictions[images])
+            dx = self.through_activation(dx, x, p, t, kept, d_losses_of[images], out if out.dtype == dx.dtype else dx)
             if kept is not None and not self.by_label:  # there p and t make it 0
                 dx.masked_fill_(~kept, 0)
             if dx is not out:
@@ -222,24 +226,29 @@ class Blocks:
 
     def through_softmax(self, dp_p, x, p, t, kept, upstream, out):
         formula, scalars, own, wanted = self.formula, self.scalars, None, (True,)
-        dot = dp_p.new_ones(len(p)) @ dp_p
+        dot = over_classes(self.ones, dp_p)[:, None]
         if formula is not None and self.by_label:
             needs_log_p = formula.parameters[0] in formula.needs[wanted]
-            log_p, weight = self.of_label(x, p, t, p * t, kept) if needs_log_p else (dot, self.weight_of_label(t))
+            log_p, weight = self.of_label(x, p, t, p * t, kept) if needs_log_p else (self.ones[0], self.weight_of_label(t))
             (slope,) = formula.partials(wanted)(log_p, weight, *scalars)
-            own = slope * upstream
+            own = (slope[:, None] if slope.dim() else slope) * upstream
             dot += own
         elif formula is not None:
             weights = (1.0 if self.weights is None else self.weights) + 0 * t
-            (slope,) = formula.partials(wanted)(x.log_softmax(0), weights, *scalars)
+            (slope,) = formula.partials(wanted)(x.log_softmax(1), weights, *scalars)
             own = zero_where_no_share(share_of(t, self.smoothing), slope * upstream)
-            dot += own.sum(0)
-            t = own.new_ones(())
+            dot += own.sum(1, keepdim=True)
+            t = self.ones[0]
         torch.addcmul(dp_p, p, dot, value=-1, out=out)
         return out if own is None else out.addcmul_(t, own)
 
     def slope(self, x, p, t):
         """∂L/∂x of each element."""
-        given = (p,) if self.activation == "sigmoid" else (x.sigmoid(),)
-        slope = self.formula.slope_given("sigmoid(x)")(*given, x, t, *self.weight_operand, *self.scalars)
+        given = p if self.activation == "sigmoid" else x.sigmoid()
+        slope = self.formula.slope_given("sigmoid(x)")(given, x, t, *self.weight_operand, *self.scalars)
         return slope if self.weights is None or self.weight_operand else slope * self.weights
+
+
+def over_classes(factors, x):
+    """Σ_c factors_c x_c; (classes,) and (images, classes, pixels)."""
+    return (factors @ x[0])[None] if len(x) == 1 else torch.matmul(factors, x)
