@@ -83,8 +83,8 @@ class Blocks:
         self.index = torch.arange(classes, dtype=self.dtype)[:, None]
         self.ones = torch.ones(classes, dtype=self.dtype)
 
-        buffers = 1 + self.labels * (1 + 3 / classes) + 2 * (formula is not None and not self.by_label)
-        most = max(64, min(elements(self.dtype), max(FEW, int(logits.numel() / buffers / SHARE))) // classes)
+        buffers = 1 + self.labels * 3 / classes + (formula is not None) * (1 if self.by_label else 2) + squared + 3 * smaller
+        most = max(64, min(2 * elements(self.dtype), max(FEW, int(logits.numel() / buffers / SHARE))) // classes)
         self.runs_of_image = -(-pixels // most)
         self.pixels = -(-pixels // self.runs_of_image)  # runs are of about one size
         self.images = most // pixels if self.runs_of_image == 1 else 1
@@ -127,6 +127,10 @@ class Blocks:
                 x, p = x.masked_fill(~kept, 0), p.masked_fill_(~kept, 0)
         return x, p, t, kept
 
+    def times(self, t, factor):
+        """t · factor, in place of t where that is no tensor of the caller's."""
+        return t.mul_(factor) if self.labels else t * factor
+
     def check_labels(self, i, pixels, kept):
         """Every label that counts hit a class; pixels: how many hit each."""
         raw, classes = self.targets_of[i], self.logits.shape[1]
@@ -137,19 +141,21 @@ class Blocks:
                 ignored = "" if self.ignore_index is None else f", or ignore_index, {self.ignore_index}"
                 raise IndexError(f"Target {wrong[0].item()} is out of bounds: it must be in [0, {classes}){ignored}")
 
-    def of_label(self, x, p, t, pt, kept):
-        """log p of each pixel's own class, and that class's weight."""
+    def log_p_of_label(self, i, x, pt, kept):
+        """Of each pixel's own class."""
         own = over_classes(self.ones, pt)
         if kept is not None:
-            own = own + ~kept[:, 0]
-        log_p = own.log() if own.amin() > CERTAIN else (x.log_softmax(1).clamp_(min=torch.finfo(x.dtype).min) * t).sum(1)
-        return log_p, self.weight_of_label(t)
+            own += ~kept[:, 0]
+        if own.amin() > CERTAIN:
+            return own.log_()
+        labels = self.targets_of[i][:, None].long()
+        return x.log_softmax(1).gather(1, labels if kept is None else labels.masked_fill(~kept, 0))[:, 0]
 
     def weight_of_label(self, t):
         return self.ones[0] if self.weights is None else over_classes(self.weights[:, 0], t)
 
-    def losses_of_labels(self, x, p, t, pt, kept):
-        losses = self.formula.value(*self.of_label(x, p, t, pt, kept), *self.scalars)
+    def losses_of_labels(self, log_p, weight, kept):
+        losses = self.formula.value(log_p, weight, *self.scalars)
         return (losses if kept is None else losses.masked_fill(~kept[:, 0], 0)).sum(1)
 
     def losses_of_elements(self, x, t, kept):
@@ -180,10 +186,11 @@ class Blocks:
                 self.check_labels(i, wanted, kept)
             if self.formula is not None and not self.by_label:
                 losses_of[i].copy_(self.losses_of_elements(x, t, kept))
-            pt = torch.minimum(p, t) if self.smaller else p * t
+            weight = self.weight_of_label(t) if self.by_label else None
+            pt = torch.minimum(p, t) if self.smaller else self.times(t, p)
             torch.sum(pt, 2, out=overlap)
             if self.formula is not None and self.by_label:
-                losses_of[i].copy_(self.losses_of_labels(x, p, t, pt, kept))
+                losses_of[i].copy_(self.losses_of_labels(self.log_p_of_label(i, x, pt, kept), weight, kept))
 
         share(add, self.count, self.alone)
         return partial_sums.view(images, -1, 3, classes).sum(1), partial_losses.view(images, -1).sum(1), probabilities
@@ -202,9 +209,9 @@ class Blocks:
             images, out = i // self.runs_of_image, grad_of[i]
             x, p, t, kept = self.read(i)
             step = torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.smaller else t
-            dx = step * d_overlaps[images]
+            dx = self.times(step, d_overlaps[images]) if self.formula is None else step * d_overlaps[images]
             dx = dx.addcmul_(p, d_predictions[images], value=2) if self.squared else dx.add_(d_predictions[images])
-            dx = self.through_activation(dx, x, p, t, kept, d_losses_of[images], out if out.dtype == dx.dtype else dx)
+            dx = self.through_activation(i, dx, x, p, t, kept, d_losses_of[images], out if out.dtype == dx.dtype else dx)
             if kept is not None and not self.by_label:  # there p and t make it 0
                 dx.masked_fill_(~kept, 0)
             if dx is not out:
@@ -213,10 +220,10 @@ class Blocks:
         share(write, self.count, self.alone)
         return grad
 
-    def through_activation(self, dp, x, p, t, kept, upstream, out):
+    def through_activation(self, i, dp, x, p, t, kept, upstream, out):
         """∂/∂p becomes ∂/∂x, the formula's with it; in ``out``, which may be where p lies."""
         if self.activation == "softmax":
-            return self.through_softmax(dp.mul_(p), x, p, t, kept, upstream, out)
+            return self.through_softmax(i, dp.mul_(p), x, p, t, kept, upstream, out)
         own = None if self.formula is None else self.slope(x, p, t)
         if self.activation == "sigmoid":
             torch.ops.aten.sigmoid_backward.grad_input(dp, p, grad_input=out)  # from here on p is no more
@@ -224,13 +231,13 @@ class Blocks:
             out = dp
         return out if own is None else out.addcmul_(own, upstream)
 
-    def through_softmax(self, dp_p, x, p, t, kept, upstream, out):
+    def through_softmax(self, i, dp_p, x, p, t, kept, upstream, out):
         formula, scalars, own, wanted = self.formula, self.scalars, None, (True,)
         dot = over_classes(self.ones, dp_p)[:, None]
         if formula is not None and self.by_label:
             needs_log_p = formula.parameters[0] in formula.needs[wanted]
-            log_p, weight = self.of_label(x, p, t, p * t, kept) if needs_log_p else (self.ones[0], self.weight_of_label(t))
-            (slope,) = formula.partials(wanted)(log_p, weight, *scalars)
+            log_p = self.log_p_of_label(i, x, p * t, kept) if needs_log_p else self.ones[0]
+            (slope,) = formula.partials(wanted)(log_p, self.weight_of_label(t), *scalars)
             own = (slope[:, None] if slope.dim() else slope) * upstream
             dot += own
         elif formula is not None:
