@@ -187,7 +187,8 @@ def test_nan_in_ignored_pixels_reaches_no_other_pixel_and_no_gradient(name, acti
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("alone", [0, regions_blocks.ALONE], ids=["on_threads", "alone"])
-def test_images_of_many_blocks_are_as_those_of_one(alone, dtype, monkeypatch):
+@pytest.mark.parametrize("few", [300, 5000], ids=["runs_of_an_image", "two_images_and_one"])
+def test_images_of_many_blocks_are_as_those_of_one(few, alone, dtype, monkeypatch):
     x, y = image((3, 3, 700), dtype)
     maps = one_hot(y, 3, torch.float32).masked_fill(torch.rand(3, 3, 700) < 0.1, -1)
     calls = [
@@ -199,7 +200,7 @@ def test_images_of_many_blocks_are_as_those_of_one(alone, dtype, monkeypatch):
         lambda x, _: functional.dice_focal_loss(x, maps, sigmoid=True, ignore_index=-1, alpha=0.3),
     ]
     expected = [value_and_gradient(call, x, y) for call in calls]
-    monkeypatch.setattr(regions_blocks, "FEW", 300)
+    monkeypatch.setattr(regions_blocks, "FEW", few)
     monkeypatch.setattr(regions_blocks, "ALONE", alone)
     torch.set_num_threads(2)
     for call, (value, gradient) in zip(calls, expected):

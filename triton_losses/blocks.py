@@ -6,6 +6,7 @@ Ours run whole blocks, and meet once, at the end.
 """
 
 import concurrent.futures
+import functools
 import os
 import threading
 
@@ -41,15 +42,19 @@ def pool(threads):
     """Threads in each of which torch's operations stay."""
     with making:
         if threads not in pools:
-            # glibc hands memory back to the system, page by page, once more is free at its end than twice the largest piece
-            # it has seen freed: blocks would be faulted in anew all the time. Nothing is written to these 31 MB.
-            torch.empty(31 << 20, dtype=torch.uint8)
             before = torch.get_num_threads()
             made = pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "triton_losses", torch_stays_here)
             started = threading.Barrier(threads)
             list(made.map(lambda _: started.wait(), range(threads)))
             torch.set_num_threads(before)  # of this thread and of those still to come; set in each of ours
         return pools[threads]
+
+
+@functools.cache
+def let_memory_stay():
+    """glibc hands memory back to the system, page by page, once more is free at its end than twice the largest piece that it has
+    seen freed: blocks and gradients would be faulted in anew all the time. Nothing is written to these 31 MB."""
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def torch_stays_here():
@@ -63,6 +68,7 @@ def share(work, count, alone=RUN):
     There torch splits each operation among its own threads: they wait for work in a loop, and for as long as they do, a few
     milliseconds, ours would have to share their cores.
     """
+    let_memory_stay()
     threads = min(torch.get_num_threads(), MOST_THREADS, count)
     if threads < 2 or count <= alone:
         for i in range(count):
