@@ -147,6 +147,16 @@ def test_any_upstream_gradient_is_right(device):
         torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_loss"])
+@pytest.mark.parametrize("layout", ["contiguous", "some of the images"])
+def test_a_second_backward_is_the_first_to_the_last_bit(layout, name, device):
+    x, y = image(device=device)
+    x = LAYOUTS[layout](x).detach().requires_grad_()
+    loss = getattr(functional, name)(x, y)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+
+
 def test_second_derivatives_are_torchs(device):
     x, labels = image((2, 3, 2, 2), device, torch.float64)
     weight = torch.rand(3, device=device, dtype=torch.float64) + 0.5

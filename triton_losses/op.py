@@ -9,6 +9,8 @@ import threading
 
 import torch
 
+from triton_losses.compiler import runs_kernels
+
 LIBRARY = torch.library.Library("triton_losses", "DEF")
 STATE = threading.local()
 
@@ -61,6 +63,11 @@ def op(fn):
 
     call.overload = overload
     return call
+
+
+def keeps_for_backward(x):
+    """True where a backward in PyTorch will follow a forward in PyTorch, and what is kept for it can be changed, for nobody else sees it."""
+    return x.requires_grad and torch.is_grad_enabled() and x.numel() > 0 and readable(x) and not runs_kernels(x)
 
 
 def readable(*tensors):

@@ -6,7 +6,8 @@ A row is a pixel: its formula, statistics and gradient are those of label_rows.p
     backward  reads the logits once and writes the gradient
 
 Of few classes the backward computes the softmax of a pixel anew, from the values it has read anyhow, so nothing is saved: at two
-classes a saved maximum and logarithm would be as large as the logits. Of many, kernels save both.
+classes a saved maximum and logarithm would be as large as the logits. Of many, kernels save both. On a CPU the forward leaves
+log softmax where the gradient is to lie, and the backward makes it of that, in place.
 """
 
 import torch
@@ -34,7 +35,14 @@ def saved_of(logits, formula):
     return logits.new_empty((count, images, pixels) if count else (0,), dtype=compute_dtype(logits.dtype))
 
 
-def planes_forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype):
+def log_rows_of(logits, formula, softcap, scale):
+    """log softmax over the classes, in what is to become the gradient; None where that does not serve."""
+    if not any(slots_of(FORMULAS[formula])[1:4]) or logits.dtype != compute_dtype(logits.dtype) or not logits.is_contiguous():
+        return None
+    return transform(logits, softcap, scale).log_softmax(1)
+
+
+def planes_forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype, log_rows=None):
     """The body of label_rows_forward for this layout."""
     formula = FORMULAS[formula]
     saved, whole = saved_of(logits, formula), reduction == "none"
@@ -43,7 +51,8 @@ def planes_forward(logits, labels, class_weights, formula, scalars, ignore_index
     if shapes_only():
         return out, saved, denominator
     if not runs_kernels(logits):
-        sums = forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, out if whole else None)
+        options = scalars, ignore_index, softcap, scale
+        sums = forward_blocks(logits, labels, class_weights, formula, *options, out if whole else None, log_rows)
     else:
         if logits.device.type == "cpu":
             counted(labels, None, logits.shape[1], ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
@@ -62,16 +71,16 @@ def planes_forward(logits, labels, class_weights, formula, scalars, ignore_index
 
 
 def planes_backward(
-    logits, labels, class_weights, saved, denominator, dout, formula, scalars, ignore_index, softcap, scale, reduction
+    logits, labels, class_weights, saved, denominator, dout, formula, scalars, ignore_index, softcap, scale, reduction, log_rows=None
 ):  # fmt: skip
     """The body of label_rows_backward for this layout."""
-    grad = logits.new_empty(logits.shape)
+    grad = logits.new_empty(logits.shape) if log_rows is None else log_rows
     if shapes_only():
         return grad
     formula, denominator = FORMULAS[formula], denominator if reduction == "mean" else None
     options = scalars, ignore_index, softcap, scale
     if not runs_kernels(logits):
-        backward_blocks(logits, labels, class_weights, formula, *options, grad, dout, denominator)
+        backward_blocks(logits, labels, class_weights, formula, *options, grad, dout, denominator, log_rows is not None)
         return grad
     same = not any(dout.stride())  # one value, or one value expanded: what loss.sum().backward() sends
     backward_launch(
@@ -100,8 +109,8 @@ def mean_over_classes(x, class_weights):
     return x.mean(1) if class_weights is None else torch.matmul(class_weights / len(class_weights), x)
 
 
-def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, out):
-    """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights."""
+def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, out, log_rows=None):
+    """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights. log_rows: log softmax, if known."""
     wide, slots, classes = compute_dtype(logits.dtype), slots_of(formula), logits.shape[1]
     class_weights = class_weights if class_weights is None else class_weights.to(wide)
     parts = plane_blocks(logits)
@@ -112,12 +121,14 @@ def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index
 
     def part(i):
         images, pixels = parts[i]
-        x = transform(logits[images, :, pixels].to(wide), softcap, scale)
+        x = None
+        if log_rows is None or slots[0] or slots[3]:
+            x = transform(logits[images, :, pixels].to(wide), softcap, scale)
         kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
-        log_rows = x.log_softmax(1)
-        log_p = log_rows.gather(1, at)[:, 0]
-        mean_log_p = mean_over_classes(log_rows, class_weights) if slots[2] else None
-        lse = x.amax(1) - log_rows.amax(1) if slots[3] else None  # the largest of log_rows is -log Σ exp(x - max)
+        log_softmax = x.log_softmax(1) if log_rows is None else log_rows[images, :, pixels]
+        log_p = log_softmax.gather(1, at)[:, 0]
+        mean_log_p = mean_over_classes(log_softmax, class_weights) if slots[2] else None
+        lse = x.amax(1) - log_softmax.amax(1) if slots[3] else None  # the largest of log_softmax is -log Σ exp(x - max)
         picked = x.gather(1, at)[:, 0] if slots[0] else None
         statistics = picked, log_p, mean_log_p, lse, None
         losses = formula.value(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
@@ -132,8 +143,10 @@ def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index
     return sums
 
 
-def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, grad, upstream, denominator):
-    """The gradient of Σ upstream · losses / denominator into ``grad``."""
+def backward_blocks(
+    logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, grad, upstream, denominator, of_log_rows=False
+):  # fmt: skip
+    """The gradient of Σ upstream · losses / denominator into ``grad``, which may hold log softmax before."""
     wide, slots, classes = compute_dtype(logits.dtype), slots_of(formula), logits.shape[1]
     class_weights = class_weights if class_weights is None else class_weights.to(wide)
     mean_weight = 1.0 if class_weights is None or not slots[2] else class_weights.mean()
@@ -143,21 +156,17 @@ def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_inde
 
     def part(i):
         images, pixels = parts[i]
-        x, g = transform(logits[images, :, pixels].to(wide), softcap, scale), grad[images, :, pixels]
+        out, x = grad[images, :, pixels], None
         kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
-        highest = x.amax(1)
-        g = torch.sub(x, highest[:, None], out=g if direct else None).exp_()
-        total = g.sum(1)
-        picked = log_p = mean_log_p = lse = None
-        if needs & {"log_p", "mean_log_p", "lse"}:
-            log_total = total.log()
-            lse = highest + log_total
-        if needs & {"picked", "log_p"}:
-            picked = x.gather(1, at)[:, 0]
-        if "log_p" in needs:
-            log_p = picked - highest - log_total
-        if "mean_log_p" in needs:
-            mean_log_p = mean_over_classes(x - highest[:, None], class_weights) - log_total * mean_weight
+        if not of_log_rows or softcap or needs & {"picked", "lse"}:
+            x = transform(logits[images, :, pixels].to(wide), softcap, scale)
+        picked = x.gather(1, at)[:, 0] if "picked" in needs else None
+        lse = x.amax(1) if "lse" in needs else None
+        log_softmax = out if of_log_rows else x.log_softmax(1) if needs & {"log_p", "mean_log_p", "lse"} else None
+        log_p = log_softmax.gather(1, at)[:, 0] if "log_p" in needs else None
+        mean_log_p = mean_over_classes(log_softmax, class_weights) if "mean_log_p" in needs else None
+        lse = lse - log_softmax.amax(1) if "lse" in needs else None
+        g = x.softmax(1) if log_softmax is None else torch.exp(log_softmax, out=out if direct else None)
         statistics = picked, log_p, mean_log_p, lse, None
         found = formula.partials(wanted)(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
         factor = upstream[images, pixels].to(wide) if upstream.dim() else upstream.to(wide)
@@ -167,7 +176,8 @@ def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_inde
         if kept is not None:
             partials = [torch.where(kept, d, 0) if slot else 0.0 for slot, d in zip(slots[:4], partials)]
         d_picked, d_log_p, d_mean, d_lse = partials
-        g.mul_(((d_lse - d_log_p - d_mean * mean_weight) / total)[:, None])
+        slope = d_lse - d_log_p - d_mean * mean_weight
+        g.mul_(slope[:, None] if slope.dim() else slope)
         if slots[2]:
             uniform = (d_mean / classes).expand(at[:, 0].shape)[:, None]
             g.add_(uniform if class_weights is None else uniform * class_weights[:, None])
@@ -175,9 +185,9 @@ def backward_blocks(logits, labels, class_weights, formula, scalars, ignore_inde
             g.scatter_add_(1, at, (d_log_p + d_picked).expand(at[:, 0].shape)[:, None])
         if softcap:
             g.mul_(1 - (x / (softcap * scale)).square_())
-        if kept is not None and bool(total.isnan().any()):  # whose product with an ignored pixel's 0 is nan
+        if kept is not None and bool(g.sum().isnan()):  # whose product with an ignored pixel's 0 is nan
             g.masked_fill_(~kept[:, None], 0)
-        if not direct:
-            grad[images, :, pixels] = g
+        if g is not out:
+            out.copy_(g)
 
     share(part, len(parts))

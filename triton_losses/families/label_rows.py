@@ -27,11 +27,11 @@ A formula that takes `picked` alone reads one number a row (on a CPU that is for
 import torch
 
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
-from triton_losses.families.label_planes import planes_backward, planes_forward
+from triton_losses.families.label_planes import log_rows_of, planes_backward, planes_forward
 from triton_losses.families.label_rows_blocks import counted, slots_of, walk_blocks, whole_losses
 from triton_losses.families.reduction import result_dtype
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import keeps_for_backward, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.label_rows import launch
@@ -121,10 +121,15 @@ def label_rows_backward(
 
 class LabelRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype):
+    def forward(ctx, logits, labels, class_weights, keep, formula, scalars, ignore_index, softcap, scale, reduction, dtype):
         ctx.options = formula, scalars, ignore_index, softcap, scale
-        ctx.reduction, ctx.dtype = reduction, dtype
-        loss, saved, denominator = label_rows_forward(logits, labels, class_weights, *ctx.options, reduction, dtype)
+        ctx.reduction, ctx.dtype, ctx.keep, ctx.log_rows = reduction, dtype, keep, None
+        if keep:
+            with torch.autocast("cpu", enabled=False):
+                ctx.log_rows = log_rows_of(logits, formula, softcap, scale)
+                loss, saved, denominator = planes_forward(logits, labels, class_weights, *ctx.options, reduction, dtype, ctx.log_rows)
+        else:
+            loss, saved, denominator = label_rows_forward(logits, labels, class_weights, *ctx.options, reduction, dtype)
         ctx.save_for_backward(logits, labels, class_weights, saved, denominator)
         return loss
 
@@ -138,9 +143,16 @@ class LabelRows(torch.autograd.Function):
                 rows = whole_losses(logits, labels, class_weights, FORMULAS[formula], *options)
                 loss = reduced(*rows, ctx.reduction, ctx.dtype)
             grad = torch.autograd.grad(loss, logits, dout, create_graph=again)[0]
+        elif ctx.keep:
+            log_rows, ctx.log_rows = ctx.log_rows, None
+            with torch.autocast("cpu", enabled=False):
+                if log_rows is None:  # a second backward
+                    log_rows = log_rows_of(logits, ctx.options[0], *ctx.options[-2:])
+                arguments = saved, denominator, dout, *ctx.options, ctx.reduction, log_rows
+                grad = planes_backward(logits, labels, class_weights, *arguments)
         else:
             grad = label_rows_backward(logits, labels, class_weights, saved, denominator, dout, [], *ctx.options, ctx.reduction)
-        return grad, *[None] * 9
+        return grad, *[None] * 10
 
 
 def label_rows(
@@ -154,7 +166,8 @@ def label_rows(
     dtype = out_dtype or result_dtype(logits)
     if logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return reduced(*whole_losses(logits, labels, class_weights, formula, *options), reduction, dtype)
-    return LabelRows.apply(logits, labels, class_weights, formula.name, *options, reduction, dtype)
+    keep = logits.dim() == 3 and keeps_for_backward(logits)
+    return LabelRows.apply(logits, labels, class_weights, keep, formula.name, *options, reduction, dtype)
 
 
 class RowStatistics(torch.autograd.Function):

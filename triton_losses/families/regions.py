@@ -19,7 +19,7 @@ import torch
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.regions_blocks import Blocks, takes_weight, whole_sums
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, readable, shapes_only
+from triton_losses.op import keeps_for_backward, op, read_whole, shapes_only
 
 MOST_CLASSES = 0
 if triton is not None:
@@ -128,6 +128,4 @@ def regions(
     if too_many or logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return whole_sums(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, *given)
     name = "" if formula is None else formula.name
-    differentiated = logits.requires_grad and torch.is_grad_enabled()
-    keep = differentiated and logits.numel() > 0 and readable(logits) and not runs_kernels(logits)
-    return Regions.apply(logits, targets, class_weights, keep, activation, ignore_index, squared, smaller, name, *given)
+    return Regions.apply(logits, targets, class_weights, keeps_for_backward(logits), activation, ignore_index, squared, smaller, name, *given)
