@@ -41,7 +41,7 @@ MOST_PADDING = 64  # a row's stride may exceed its length by less than this; bey
 
 def walk(
     logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, likeliest=None, room=None,
+    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, likeliest=None, room=None, exponentials=None,
 ):  # fmt: skip
     """One pass over the rows, by kernels or in blocks.
 
@@ -53,7 +53,7 @@ def walk(
     """
     arguments = (logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, softcap, scale)
     if not runs_kernels(logits):
-        return walk_blocks(*arguments, saved, forward, grad, upstream, denominator, operands, entropy, likeliest, room)
+        return walk_blocks(*arguments, saved, forward, grad, upstream, denominator, operands, entropy, likeliest, room, exponentials)
     if logits.device.type == "cpu":
         counted(labels, None, logits.shape[1], ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
     losses = saved.new_empty(2, logits.shape[0]) if forward else None
@@ -82,14 +82,18 @@ def label_rows_forward(
     ignore_index: int, softcap: float, scale: float, reduction: str, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The reduced loss; what the backward needs of each row; the sum of the rows' weights where the mean needs it."""
-    if logits.dim() == 3:
-        return planes_forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype)
+    forward = planes_forward if logits.dim() == 3 else rows_forward
+    return forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype)
+
+
+def rows_forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype, exponentials=None):
     rows = logits.shape[0]
     saved = logits.new_empty(4, rows, dtype=compute_dtype(logits.dtype))
     if shapes_only():
         out = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
         return out, saved, saved.new_empty(() if reduction == "mean" else (0,))
-    losses, weights = walk(readable(logits), labels, class_weights, formula, scalars, ignore_index, softcap, scale, saved, forward=True)
+    options = formula, scalars, ignore_index, softcap, scale
+    losses, weights = walk(readable(logits), labels, class_weights, *options, saved, forward=True, exponentials=exponentials)
     if reduction == "none":
         return losses.to(dtype, copy=True), saved, saved.new_empty(0)
     total = losses.sum()
@@ -105,29 +109,51 @@ def label_rows_backward(
     dout: torch.Tensor, operands: list[torch.Tensor], formula: str, scalars: list[float], ignore_index: int, softcap: float,
     scale: float, reduction: str,
 ) -> torch.Tensor:  # fmt: skip
+    options = formula, scalars, ignore_index, softcap, scale, reduction
     if logits.dim() == 3:
-        options = formula, scalars, ignore_index, softcap, scale, reduction
         return planes_backward(logits, labels, class_weights, saved, denominator, dout, *options)
+    return rows_backward(logits, labels, class_weights, saved, denominator, dout, *options, operands=operands)
+
+
+def rows_backward(
+    logits, labels, class_weights, saved, denominator, dout, formula, scalars, ignore_index, softcap, scale, reduction, exponentials=None,
+    operands=(),
+):  # fmt: skip
     if shapes_only():
         return logits.new_empty(logits.shape)
     logits = readable(logits)
-    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    grad = room_for_gradient(logits) if exponentials is None else exponentials
     walk(
-        logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-        saved, grad=grad, upstream=dout, denominator=denominator if reduction == "mean" else None, operands=operands,
+        logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, saved, grad=grad, upstream=dout,
+        denominator=denominator if reduction == "mean" else None, operands=operands, exponentials=exponentials,
     )  # fmt: skip
     return grad
 
 
+def room_for_gradient(logits):
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+
+
+def room_for_exponentials(logits, formula):
+    """Where the gradient is to lie; None where that does not serve."""
+    if not any(slots_of(FORMULAS[formula])[1:5]) or logits.dtype != compute_dtype(logits.dtype):
+        return None
+    return room_for_gradient(readable(logits))
+
+
 class LabelRows(torch.autograd.Function):
+    """In blocks, where nobody watches, the forward leaves its exponentials where the gradient is to lie: no op would be free to."""
+
     @staticmethod
     def forward(ctx, logits, labels, class_weights, keep, formula, scalars, ignore_index, softcap, scale, reduction, dtype):
         ctx.options = formula, scalars, ignore_index, softcap, scale
-        ctx.reduction, ctx.dtype, ctx.keep, ctx.log_rows = reduction, dtype, keep, None
+        ctx.reduction, ctx.dtype, ctx.keep, ctx.kept = reduction, dtype, keep, None
         if keep:
+            images = logits.dim() == 3
             with torch.autocast("cpu", enabled=False):
-                ctx.log_rows = log_rows_of(logits, formula, softcap, scale)
-                loss, saved, denominator = planes_forward(logits, labels, class_weights, *ctx.options, reduction, dtype, ctx.log_rows)
+                ctx.kept = log_rows_of(logits, formula, softcap, scale) if images else room_for_exponentials(logits, formula)
+                arguments = logits, labels, class_weights, *ctx.options, reduction, dtype, ctx.kept
+                loss, saved, denominator = planes_forward(*arguments) if images else rows_forward(*arguments)
         else:
             loss, saved, denominator = label_rows_forward(logits, labels, class_weights, *ctx.options, reduction, dtype)
         ctx.save_for_backward(logits, labels, class_weights, saved, denominator)
@@ -144,12 +170,12 @@ class LabelRows(torch.autograd.Function):
                 loss = reduced(*rows, ctx.reduction, ctx.dtype)
             grad = torch.autograd.grad(loss, logits, dout, create_graph=again)[0]
         elif ctx.keep:
-            log_rows, ctx.log_rows = ctx.log_rows, None
+            images, kept, ctx.kept = logits.dim() == 3, ctx.kept, None
             with torch.autocast("cpu", enabled=False):
-                if log_rows is None:  # a second backward
-                    log_rows = log_rows_of(logits, ctx.options[0], *ctx.options[-2:])
-                arguments = saved, denominator, dout, *ctx.options, ctx.reduction, log_rows
-                grad = planes_backward(logits, labels, class_weights, *arguments)
+                if kept is None and images:  # in a second backward
+                    kept = log_rows_of(logits, ctx.options[0], *ctx.options[-2:])
+                backward = planes_backward if images else rows_backward
+                grad = backward(logits, labels, class_weights, saved, denominator, dout, *ctx.options, ctx.reduction, kept)
         else:
             grad = label_rows_backward(logits, labels, class_weights, saved, denominator, dout, [], *ctx.options, ctx.reduction)
         return grad, *[None] * 10
@@ -166,8 +192,7 @@ def label_rows(
     dtype = out_dtype or result_dtype(logits)
     if logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
         return reduced(*whole_losses(logits, labels, class_weights, formula, *options), reduction, dtype)
-    keep = logits.dim() == 3 and keeps_for_backward(logits)
-    return LabelRows.apply(logits, labels, class_weights, keep, formula.name, *options, reduction, dtype)
+    return LabelRows.apply(logits, labels, class_weights, keeps_for_backward(logits), formula.name, *options, reduction, dtype)
 
 
 class RowStatistics(torch.autograd.Function):

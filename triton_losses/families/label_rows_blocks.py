@@ -91,11 +91,12 @@ def row_blocks(rows, cols, dtype):
 
 def walk_blocks(
     logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, likeliest=None, room=None,
+    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, likeliest=None, room=None, exponentials=None,
 ):  # fmt: skip
     """label_rows.walk, in PyTorch; the formula takes more than `picked`.
 
     Blocks hold what is of the size of the logits; what is of the size of the rows, the formula itself, is done once.
+    exponentials: to be filled with exp(x - max x) by the forward; in the backward they are where the gradient is to lie.
     """
     rows, cols = logits.shape
     wide, slots = saved.dtype, slots_of(formula)
@@ -117,8 +118,8 @@ def walk_blocks(
 
     def read(i):
         x, out = part(i), None
-        if direct:
-            out = grad[parts[i]]
+        if exponentials is not None or direct:
+            out = (grad if exponentials is None else exponentials)[parts[i]]
         elif len(parts) > 1:
             out = buffers.setdefault(threading.get_ident(), x.new_empty(0)).resize_(x.shape)
         top = highest[parts[i]]
@@ -131,10 +132,10 @@ def walk_blocks(
             mean_log_p[parts[i]] = shifted.mean(1) if class_weights is None else shifted.mv(class_weights).div_(cols)
         if entropy:
             bounded = shifted.clamp(min=LOWEST)
-        exponentials = shifted.exp_()
-        total = torch.sum(exponentials, 1, out=log_total[parts[i]])
+        raised = shifted.exp_()
+        total = torch.sum(raised, 1, out=log_total[parts[i]])
         if entropy:
-            entropies[parts[i]] = bounded.mul_(exponentials).sum(1) / total
+            entropies[parts[i]] = bounded.mul_(raised).sum(1) / total
 
     wanted, picked = tuple(True for slot in slots[:5] if slot), None
     if forward or "log_p" in formula.needs[wanted]:  # before the gradient, which may lie where the logits do
@@ -177,13 +178,13 @@ def walk_blocks(
     if in_room:
         scale_rows(grad, slope, labels, at_label, kept)
         return losses, weights
-    slope = (slope * torch.exp(-log_total))[:, None]
+    slope, holds = (slope * torch.exp(-log_total))[:, None], forward and direct or exponentials is not None
 
     def write(i):
         block = parts[i]
-        x = part(i) if softcap or not (forward and direct) else None
-        if forward and direct:
-            g = grad[block]  # holds exp(x - max)
+        x = part(i) if softcap or not holds else None
+        if holds:
+            g = grad[block]  # exp(x - max)
         else:
             g = torch.sub(x, highest[block][:, None], out=grad[block] if direct else None).exp_()
         if slots[4]:
@@ -198,7 +199,7 @@ def walk_blocks(
             g.scatter_add_(1, labels[block], at_label[block])
         if softcap:
             g.mul_(1 - (x / (softcap * scale)).square_())
-        if not direct:
+        if not (direct or holds):
             grad[block] = g
 
     share(write, len(parts))
