@@ -48,16 +48,21 @@ def test_the_table_of_losses_is_what_the_package_has():
     assert section("losses") == table_of_losses(), f"between its markers README.md should have:\n{table_of_losses()}"
 
 
-def test_every_time_in_the_readme_stands_in_the_committed_report():
-    report = (ROOT / "bench/results/cpu/report.md").read_text().splitlines()
-    rows = [line for line in section("speed").splitlines() if line.startswith("|")]
+REPORTS = {"speed": "bench/results/cpu/report.md", "peers": "bench/results/cpu/peers/report.md"}
+
+
+@pytest.mark.parametrize("part", REPORTS)
+def test_every_time_in_the_readme_stands_in_the_committed_report(part):
+    report = (ROOT / REPORTS[part]).read_text().splitlines()
+    rows = [line for line in section(part).splitlines() if line.startswith("|")]
     assert len(rows) > 5 and all(row in report for row in rows)
 
 
-def test_the_conditions_in_the_readme_are_those_of_the_report():
-    report = (ROOT / "bench/results/cpu/report.md").read_text()
+@pytest.mark.parametrize("part", REPORTS)
+def test_the_conditions_in_the_readme_are_those_of_the_report(part):
+    report = (ROOT / REPORTS[part]).read_text()
     conditions = re.search(r"^- (.* cores, .*)$", report, re.M)[1].split(", load")[0]
-    assert conditions in section("speed")
+    assert conditions in section("speed") and f"]({REPORTS[part]})" in section(part)
 
 
 def test_pictures_and_files_that_the_readme_names_exist():

@@ -77,6 +77,19 @@ def readable(*tensors):
     return not torch._C._len_torch_dispatch_stack() and not read_whole(*tensors)
 
 
+def differentiated_again():
+    """Inside a backward: whether it may be differentiated itself, and so has to be of what autograd sees."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+DEVICES = ("cpu", "cuda", "xpu")  # with blocks or kernels
+
+
+def is_plain(x):
+    """True where a loss of x is plain PyTorch from end to end: on other devices, and inside torch.func's transforms."""
+    return x.device.type not in DEVICES or read_whole()
+
+
 def read_whole(*tensors):
     """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms and autograd's batched ones."""
     if torch.compiler.is_compiling():

@@ -23,7 +23,7 @@ import torch
 
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.ctc_blocks import gradient_blocks, statistics_blocks, walk_by_aten
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.ctc import gradient_launch, occupancy_launch, of_rows, sizes_of, statistics_launch, walk_launch
@@ -195,7 +195,7 @@ class CTC(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         inputs, targets, input_lengths, target_lengths, losses, statistics, occupancies, found = ctx.saved_tensors
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(dout):
             with torch.enable_grad():
                 labels = labels_of(targets, target_lengths, ctx.width)
@@ -208,7 +208,7 @@ class CTC(torch.autograd.Function):
 
 def ctc(inputs, targets, input_lengths, target_lengths, *, width, blank, from_logits, exact=False, zero_infinity=False):
     """The losses (N,), float32 or wider, of (T, N, C) logits or log-probabilities. width: labels that a target may have, and 1."""
-    if inputs.device.type not in ("cpu", "cuda", "xpu") or width > WIDEST or not inputs.shape[2] or read_whole(inputs):
+    if is_plain(inputs) or width > WIDEST or not inputs.shape[2] or read_whole(inputs):
         labels = labels_of(targets, target_lengths, width)
         return whole_losses(inputs, labels, input_lengths, target_lengths, blank, from_logits, exact, zero_infinity)
     store = torch.is_grad_enabled() and inputs.requires_grad

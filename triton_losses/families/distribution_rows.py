@@ -26,7 +26,7 @@ from triton_losses.families.label_rows import readable
 from triton_losses.families.label_rows_blocks import row_blocks
 from triton_losses.families.reduction import promoted, result_dtype
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.distribution_rows import backward_launch, forward_launch, row_arguments
@@ -272,7 +272,7 @@ class DistributionRows(torch.autograd.Function):
     def backward(ctx, dout):
         p, q, weight, labels, saved, counted = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(dout):
             grads = whole_gradients(p, q, weight, labels, dout, wanted, *ctx.options)
         else:
@@ -316,6 +316,6 @@ def distribution_rows(
     arguments = p, q, weight, labels, formula.name, scalars, given, one_read, ignore_index, reduction, dtype
     if weight is not None and weight.requires_grad:
         return whole_loss(*arguments)
-    if q.device.type not in ("cpu", "cuda", "xpu") or q.shape[1] == 0 or read_whole():
+    if is_plain(q) or q.shape[1] == 0:
         return Whole.apply(*arguments)
     return DistributionRows.apply(*arguments)

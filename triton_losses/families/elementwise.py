@@ -13,7 +13,7 @@ from triton_losses.compiler import runs_kernels, triton
 from triton_losses.device_math import as_scalars
 from triton_losses.families.reduction import promoted, result_dtype
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.elementwise import SPAN, backward_launch, forward_launch, triton_type
@@ -235,6 +235,6 @@ def elementwise(formula, operands, scalars=(), reduction="mean", weight=None, dt
     if any(v.shape != x.shape for v in operands):
         operands = torch.broadcast_tensors(*operands)
     options = formula.name, [float(s) for s in scalars], weight is not None, reduction, dtype
-    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+    if torch.compiler.is_compiling() or is_plain(x):
         return Whole.apply(*options, *operands, *[None] * (MOST_OPERANDS - len(operands)))
     return Elementwise.apply(*options, *operands)

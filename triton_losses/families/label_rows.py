@@ -31,7 +31,7 @@ from triton_losses.families.label_planes import log_rows_of, planes_backward, pl
 from triton_losses.families.label_rows_blocks import counted, slots_of, walk_blocks, whole_losses
 from triton_losses.families.reduction import result_dtype
 from triton_losses.formula import FORMULAS
-from triton_losses.op import keeps_for_backward, op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, keeps_for_backward, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.label_rows import launch
@@ -162,7 +162,7 @@ class LabelRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         logits, labels, class_weights, saved, denominator = ctx.saved_tensors
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(dout):
             formula, *options = ctx.options
             with torch.enable_grad():
@@ -190,7 +190,7 @@ def label_rows(
     """
     options = [float(s) for s in scalars], ignore_index, float(softcap), 1.0 / temperature
     dtype = out_dtype or result_dtype(logits)
-    if logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+    if is_plain(logits):
         return reduced(*whole_losses(logits, labels, class_weights, formula, *options), reduction, dtype)
     return LabelRows.apply(logits, labels, class_weights, keeps_for_backward(logits), formula.name, *options, reduction, dtype)
 
@@ -209,7 +209,7 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_log_p, d_entropy):
         logits, labels, saved, denominator = ctx.saved_tensors
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(d_log_p, d_entropy):
             with torch.enable_grad():
                 results = whole_row_statistics(logits, labels, *ctx.options)
@@ -225,6 +225,6 @@ def whole_row_statistics(logits, labels, *options):
 def row_statistics(logits, labels, ignore_index=-100, softcap=0.0, temperature=1.0):
     """log_p and entropy of every row of ``logits`` (rows, classes), float32 or wider; 0 where ignored."""
     options = ignore_index, float(softcap), 1.0 / temperature
-    if logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+    if is_plain(logits):
         return whole_row_statistics(logits, labels, [], *options)
     return RowStatistics.apply(logits, labels, *options)

@@ -15,7 +15,7 @@ from triton_losses.families.elementwise import elementwise, whole_gradients
 from triton_losses.families.label_rows_blocks import counted, row_blocks
 from triton_losses.families.reduction import result_dtype
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.elementwise import SPAN, triton_type
@@ -127,7 +127,7 @@ class LabelledElements(torch.autograd.Function):
     def backward(ctx, dout):
         x, labels = ctx.saved_tensors
         formula, scalars, background, reduction = ctx.options
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(dout):
             operands = x, as_map(labels, x.shape[1], background, x.dtype)
             grad, _ = whole_gradients(operands, (True, False), dout, formula, scalars, False, reduction)
@@ -138,7 +138,7 @@ class LabelledElements(torch.autograd.Function):
 
 def labelled_elements(formula, x, labels, scalars=(), background=-1, reduction="mean"):
     """Reduce ``formula(x, bit, *scalars)``; x (..., classes), labels (...): class indices or ``background``. The mean is over elements."""
-    if x.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+    if is_plain(x):
         return elementwise(formula, (x, as_map(labels, x.shape[-1], background, x.dtype)), scalars, reduction)
     options = formula.name, [float(s) for s in scalars], background, reduction, result_dtype(x)
     loss = LabelledElements.apply(x.reshape(-1, x.shape[-1]), labels.reshape(-1), *options)

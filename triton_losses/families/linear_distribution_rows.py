@@ -17,9 +17,9 @@ from triton_losses.compiler import compute_dtype, runs_kernels
 from triton_losses.families import top_k_rows
 from triton_losses.families.distribution_rows import VECTOR, Whole, walk
 from triton_losses.families.linear_rows import (
-    again, cast, dtype_of_product, in_dtype, keep_gradients, kept_gradients, padded, product, sweep,
+    cast, dtype_of_product, in_dtype, keep_gradients, kept_gradients, padded, product, sweep,
 )  # fmt: skip
-from triton_losses.op import op, read_whole
+from triton_losses.op import differentiated_again, is_plain, op, read_whole
 
 
 def stored_rows(stored):
@@ -125,12 +125,12 @@ class LinearDistributionRows(torch.autograd.Function):
         def gradients(upstream, wanted):
             return linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)[1:]
 
-        if again() or read_whole(dout):
+        if differentiated_again() or read_whole(dout):
             with torch.enable_grad():
                 losses = whole(hidden, weight, bias, teacher, labels, *ctx.options)
                 result = losses.sum() if ctx.total else losses
             leaves = [t for t, want in zip((hidden, weight, bias), wanted) if want]
-            found = iter(torch.autograd.grad(result, leaves, dout, create_graph=again()))
+            found = iter(torch.autograd.grad(result, leaves, dout, create_graph=differentiated_again()))
             grads = [next(found) if want else None for want in wanted]
         elif ctx.total:
             ones = dout.new_ones(hidden.shape[0], dtype=wide_dtype(*ctx.options[-2:]))
@@ -153,7 +153,7 @@ def linear_distribution_rows(
     teacher_dtype = dtype_of_product(*teacher[:2]) if kind == "products" else teacher[-1].dtype
     scalars = [1.0 / temperature, 0.0, *(float(s) for s in scalars)]
     options = kind, formula.name, scalars, student_first, one_read, tail, ignore_index, chunk_bytes, kept_tokens, dtype, teacher_dtype
-    if hidden.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+    if is_plain(hidden):
         losses = whole(hidden, weight, bias, teacher, labels, *options)
         return losses.sum() if total else losses
     wanted = [total and t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]

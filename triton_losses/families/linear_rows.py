@@ -21,7 +21,7 @@ from triton_losses.compiler import compute_dtype, runs_kernels
 from triton_losses.families.label_rows import walk
 from triton_losses.families.label_rows_blocks import whole_losses
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
 
@@ -174,10 +174,6 @@ def whole(hidden, weight, bias, labels, class_weights, operands, formula, scalar
     return whole_losses(logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, softcap, scale, operands)
 
 
-def again():
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 class LinearRows(torch.autograd.Function):
     """losses, entropies (where the formula saves them), weights, saved, likeliest: the first two are differentiable."""
 
@@ -196,7 +192,7 @@ class LinearRows(torch.autograd.Function):
         hidden, weight, bias, labels, class_weights, saved = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         formula, *options = ctx.options
-        if again() or read_whole(dout):
+        if differentiated_again() or read_whole(dout):
             grads = differentiable_gradients(ctx, dout, wanted, d_entropy=d_entropy if formula == BESIDE_ENTROPY else None)
         else:
             operands = []
@@ -222,7 +218,7 @@ def differentiable_gradients(ctx, dout, wanted, upstream=None, d_entropy=None):
             results.append(whole(*tensors, labels, None, (), "row_entropy", *options, dtype)[0])
             douts.append(d_entropy)
     leaves = [t for t, want in zip((*tensors, upstream), wanted) if want]
-    found = iter(torch.autograd.grad(results, leaves, douts, create_graph=again()))
+    found = iter(torch.autograd.grad(results, leaves, douts, create_graph=differentiated_again()))
     return [next(found) if want else None for want in wanted]
 
 
@@ -265,7 +261,7 @@ class LinearSum(torch.autograd.Function):
     def backward(ctx, dout, *_):
         *tensors, upstream, losses = ctx.saved_tensors[:7]
         wanted, upstream_wanted = ctx.needs_input_grad[:3], ctx.needs_input_grad[5]
-        if again() or read_whole(dout):
+        if differentiated_again() or read_whole(dout):
             *grads, d_upstream = differentiable_gradients(ctx, dout, [*wanted, upstream_wanted], upstream)
         else:
             d_upstream = losses * dout if upstream_wanted else None
@@ -301,12 +297,12 @@ def linear_rows(
     hidden: (rows, features). weight: (classes, features). labels: (rows,). The logits are made in hidden's dtype, or
     autocast's. stats: have saved[3] hold entropies, and likeliest the likeliest classes, in any case.
     """
-    device, dtype = hidden.device.type, dtype_of_product(hidden, weight)
+    dtype = dtype_of_product(hidden, weight)
     options = formula.name, [float(s) for s in scalars], ignore_index, float(softcap), 1.0 / temperature
     if total:
         ones = hidden.new_ones(hidden.shape[0], dtype=compute_dtype(dtype))
         upstream = ones if upstream is None else upstream.to(compute_dtype(dtype))
-    if device not in ("cpu", "cuda", "xpu") or read_whole():
+    if is_plain(hidden):
         if stats:
             raise NotImplementedError("stats of the rows are for plain calls on a CPU or GPU, not for torch.func's transforms")
         losses, weights = whole(hidden, weight, bias, labels, class_weights, (), *options, dtype)

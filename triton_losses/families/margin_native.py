@@ -9,7 +9,7 @@ import torch
 from triton_losses.compiler import compute_dtype
 from triton_losses.families.margin_rows import reduced, whole_gradient
 from triton_losses.families.reduction import result_dtype
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, op, read_whole, shapes_only
 
 aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ class MarginNative(torch.autograd.Function):
     def backward(ctx, dout):
         x, labels, class_weights, members = ctx.saved_tensors
         _, margin, reduction = ctx.options
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(dout):
             grad = whole_gradient(x, labels, class_weights, dout, ctx.formula, [margin], reduction)
         else:

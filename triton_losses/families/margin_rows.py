@@ -17,7 +17,7 @@ from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.label_rows import readable
 from triton_losses.families.reduction import result_dtype
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.margin_rows import backward_launch, forward_launch, row_arguments
@@ -126,7 +126,7 @@ class MarginRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         x, labels, class_weights, slopes = ctx.saved_tensors
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(dout):
             grad = whole_gradient(x, labels, class_weights, dout, *ctx.options)
         else:

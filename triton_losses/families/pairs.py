@@ -19,7 +19,7 @@ from triton_losses.compiler import runs_kernels, triton
 from triton_losses.families.elementwise import widest
 from triton_losses.families.label_rows_blocks import row_blocks
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.pairs import backward_launch, forward_launch, row_arguments
@@ -145,7 +145,7 @@ class PairSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *douts):
         vectors, wanted = given(*ctx.saved_tensors), ctx.needs_input_grad[3:]
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(*douts):
             grads = iter(whole_gradients(vectors, douts, wanted, *ctx.options))
             return None, None, None, *(next(grads, None) for _ in wanted)
@@ -189,7 +189,7 @@ def pair_sums(formula, vectors, pairs, scalars=()):
         vectors = [v if v.shape == shape else v.to(wide).expand(shape) for v in vectors]  # gradients that are summed are rounded once
     if len(shape) != 2:
         vectors = [v.reshape(math.prod(shape[:-1]), shape[-1]) for v in vectors]
-    whole = x.device.type not in ("cpu", "cuda", "xpu") or read_whole()
+    whole = is_plain(x)
     options = formula.name, [float(s) for s in scalars], [i for pair in pairs for i in pair]
     sums = (Whole if whole else PairSums).apply(*options, *vectors, *[None] * (MOST_VECTORS - len(vectors)))
     return sums if len(shape) == 2 else tuple(s.view(shape[:-1]) for s in sums)

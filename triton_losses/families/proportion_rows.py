@@ -20,7 +20,7 @@ from triton_losses.families.label_rows import readable
 from triton_losses.families.label_rows_blocks import counted, row_blocks
 from triton_losses.families.reduction import promoted, result_dtype
 from triton_losses.formula import FORMULAS
-from triton_losses.op import op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.proportion_rows import backward_launch, forward_launch, row_arguments
@@ -205,7 +205,7 @@ class ProportionRows(torch.autograd.Function):
     def backward(ctx, dout):
         x, y, saved, number = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(dout):
             grads = whole_gradients(x, y, dout, wanted, *ctx.options)
         else:
@@ -237,6 +237,6 @@ def proportion_rows(formula, x, y, scalars=(), ignore_index=-100, reduction="mea
     """``formula`` of every row of ``x`` (rows, columns) and its target, a row of ``y``, or a label (rows,)."""
     dtype = result_dtype(x, promoted(x, y) if y.is_floating_point() else x.dtype)
     arguments = x, y, formula.name, [float(s) for s in scalars], ignore_index, reduction, dtype
-    if x.device.type not in ("cpu", "cuda", "xpu") or x.shape[1] == 0 or read_whole():
+    if is_plain(x) or x.shape[1] == 0:
         return Whole.apply(*arguments)
     return ProportionRows.apply(*arguments)

@@ -19,7 +19,7 @@ import torch
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.regions_blocks import Blocks, takes_weight, whole_sums
 from triton_losses.formula import FORMULAS
-from triton_losses.op import keeps_for_backward, op, read_whole, shapes_only
+from triton_losses.op import differentiated_again, is_plain, keeps_for_backward, op, read_whole, shapes_only
 
 MOST_CLASSES = 0
 if triton is not None:
@@ -96,7 +96,7 @@ class Regions(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_sums, d_losses):
         logits, targets, class_weights = ctx.saved_tensors
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # then it may be differentiated again
+        again = differentiated_again()
         if again or read_whole(d_sums, d_losses):
             *options, formula, scalars, smoothing = ctx.options
             with torch.enable_grad():
@@ -125,7 +125,7 @@ def regions(
     targets = targets.view(torch.uint8) if targets.dtype == torch.bool else targets
     given = [float(s) for s in scalars], float(smoothing)
     too_many = runs_kernels(logits) and logits.shape[1] > MOST_CLASSES
-    if too_many or logits.device.type not in ("cpu", "cuda", "xpu") or read_whole():
+    if too_many or is_plain(logits):
         return whole_sums(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, *given)
     name = "" if formula is None else formula.name
     return Regions.apply(logits, targets, class_weights, keeps_for_backward(logits), activation, ignore_index, squared, smaller, name, *given)
