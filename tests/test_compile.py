@@ -1,15 +1,29 @@
-"""Losses inside torch.compile(fullgraph=True), export, FakeTensor and opcheck; each op is what PyTorch thinks it is."""
+"""Losses inside torch.compile(fullgraph=True), export, FakeTensor, opcheck and checkpointing; each op is what PyTorch thinks it is."""
 
 import pytest
 import torch
 from test_losses import SOME, value_and_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from reference.cases import CASES
 from triton_losses import functional, modules
 from triton_losses.families import elementwise, label_rows
 from triton_losses.formula import FORMULAS
 
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_checkpointing_changes_nothing(case, device):
+    tensors, options = case.arguments(case.shapes[0], torch.float32, device)
+    loss = getattr(functional, case.name)
+    plain = value_and_gradients(loss, case, tensors, options)
+    for reentrant in (False, True):
+
+        def checkpointed(*inputs, reentrant=reentrant, **options):
+            return checkpoint(lambda *inputs: loss(*inputs, **options), *inputs, use_reentrant=reentrant)
+
+        torch.testing.assert_close(value_and_gradients(checkpointed, case, tensors, options), plain, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)

@@ -118,7 +118,8 @@ class LinearDistributionRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        hidden, weight, bias, labels, *teacher = ctx.saved_tensors[:7]
+        saved = ctx.saved_tensors
+        hidden, weight, bias, labels, *teacher = saved[:7]
         teacher = [t for t in teacher if t is not None]
         wanted = list(ctx.needs_input_grad[:3])
 
@@ -134,7 +135,7 @@ class LinearDistributionRows(torch.autograd.Function):
             grads = [next(found) if want else None for want in wanted]
         elif ctx.total:
             ones = dout.new_ones(hidden.shape[0], dtype=wide_dtype(*ctx.options[-2:]))
-            grads = kept_gradients(ctx, ctx.saved_tensors[7:], dout, lambda: gradients(ones, ctx.wanted))
+            grads = kept_gradients(ctx, saved[7:], dout, lambda: gradients(ones, ctx.wanted))
         else:
             grads = gradients(dout.contiguous(), wanted)
         return *cast(grads, (hidden, weight, bias), wanted), *[None] * 7

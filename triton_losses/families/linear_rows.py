@@ -189,28 +189,27 @@ class LinearRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, d_entropy, *_):
-        hidden, weight, bias, labels, class_weights, saved = ctx.saved_tensors
+        *tensors, saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
         wanted = list(ctx.needs_input_grad[:3])
         formula, *options = ctx.options
         if differentiated_again() or read_whole(dout):
-            grads = differentiable_gradients(ctx, dout, wanted, d_entropy=d_entropy if formula == BESIDE_ENTROPY else None)
+            d_entropy = d_entropy if formula == BESIDE_ENTROPY else None
+            grads = differentiable_gradients(tensors, ctx.options, dout, wanted, d_entropy=d_entropy)
         else:
             operands = []
             if formula == BESIDE_ENTROPY:
                 formula, operands, dout = "along", [dout, d_entropy], torch.ones_like(dout)
-            grads = linear_rows_backward(
-                hidden, weight, bias, labels, class_weights, saved, dout.contiguous(), operands, wanted, formula, *options
-            )
-        return *cast(grads, (hidden, weight, bias), wanted), *[None] * 11
+            grads = linear_rows_backward(*tensors, saved, dout.contiguous(), operands, wanted, formula, *options)
+        return *cast(grads, tensors[:3], wanted), *[None] * 11
 
 
 BESIDE_ENTROPY = "log_p_beside_entropy"
 
 
-def differentiable_gradients(ctx, dout, wanted, upstream=None, d_entropy=None):
+def differentiable_gradients(tensors, options, dout, wanted, upstream=None, d_entropy=None):
     """By autograd, of all logits at once: for second derivatives."""
-    *tensors, labels, class_weights = ctx.saved_tensors[:5]
-    formula, *options, _, _, dtype = ctx.options
+    *tensors, labels, class_weights = tensors
+    formula, *options, _, _, dtype = options
     with torch.enable_grad():
         losses = whole(*tensors, labels, class_weights, (), formula, *options, dtype)[0]
         results, douts = [losses if upstream is None else (losses * upstream).sum()], [dout]
@@ -259,14 +258,15 @@ class LinearSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
-        *tensors, upstream, losses = ctx.saved_tensors[:7]
+        saved = ctx.saved_tensors
+        *tensors, upstream, losses = saved[:7]
         wanted, upstream_wanted = ctx.needs_input_grad[:3], ctx.needs_input_grad[5]
         if differentiated_again() or read_whole(dout):
-            *grads, d_upstream = differentiable_gradients(ctx, dout, [*wanted, upstream_wanted], upstream)
+            *grads, d_upstream = differentiable_gradients(tensors, ctx.options, dout, [*wanted, upstream_wanted], upstream)
         else:
             d_upstream = losses * dout if upstream_wanted else None
             make_again = lambda: linear_rows_forward(*tensors, upstream, ctx.wanted, *ctx.options, False)[4:]  # noqa: E731
-            grads = kept_gradients(ctx, ctx.saved_tensors[7:], dout, make_again)
+            grads = kept_gradients(ctx, saved[7:], dout, make_again)
         return *cast(grads, tensors[:3], wanted), None, None, d_upstream, *[None] * 10
 
 
