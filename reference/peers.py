@@ -44,8 +44,8 @@ def versions():
 
 def monai(case):
     """MONAI's class of the same name, or nothing."""
-    losses = losses_of("monai")
-    if losses is None or case.name not in MONAI or case.options not in ACTIVATIONS:
+    losses = losses_of("monai") if case.name in MONAI and case.options in ACTIVATIONS else None
+    if losses is None:
         return None
 
     def call(input, target, **options):
@@ -57,8 +57,8 @@ def monai(case):
 
 def smp(case):
     """segmentation-models-pytorch's Dice, with PyTorch's cross entropy beside it where the case has one; or nothing."""
-    losses = losses_of("smp")
-    if losses is None or case.name not in MONAI or case.options not in ACTIVATIONS:
+    losses = losses_of("smp") if case.name in MONAI and case.options in ACTIVATIONS else None
+    if losses is None:
         return None
     softmax = "softmax" in case.options
     dice = losses.DiceLoss("multiclass" if softmax else "multilabel")

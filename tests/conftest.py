@@ -4,6 +4,7 @@ The same tests run on the CPU path and, where there is one, on the GPU (this pro
 process of its own (TRITON_INTERPRET=1), started beside this one by test_interpreter.py.
 """
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -30,6 +31,16 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if INTERPRET:
         items[:] = [item for item in items if not item.get_closest_marker("not_interpreted")]
+
+
+@contextlib.contextmanager
+def torch_threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pytest_collection_finish(session):

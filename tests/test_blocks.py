@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from conftest import torch_threads
 from triton_losses import blocks, functional
 
 pytestmark = pytest.mark.not_interpreted
@@ -14,10 +15,8 @@ MANY = 8 * blocks.RUN
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def test_each_block_is_worked_on_once_by_threads_in_which_torch_stays():

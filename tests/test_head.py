@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import triton_losses
 from bench.memory import peak_bytes
+from conftest import torch_threads
 from test_language import CLASSES, FEATURES, IGNORED, THREE_ROWS, assert_same, drawn, per_class, value_and_gradients
 from triton_losses import blocks
 from triton_losses.language import linear_cross_entropy, linear_log_probs
@@ -291,10 +292,8 @@ def losses_of_training(loss_of, batches):
 @pytest.fixture
 def one_thread():
     """Such small tensors are not worth two, and where other processes want the cores their threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @pytest.mark.not_interpreted

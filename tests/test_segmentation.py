@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies
 import reference.losses
 import triton_losses
 from bench.memory import peak_bytes
-from conftest import INTERPRET
+from conftest import INTERPRET, torch_threads
 from triton_losses import functional
 from triton_losses.families import regions, regions_blocks
 
@@ -22,10 +22,8 @@ few = settings(max_examples=3 if INTERPRET else 10, deadline=None, derandomize=T
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tensors are so small that threads would do nothing but wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 def image(shape=(2, 4, 5, 6), dtype=torch.float64, seed=0):

@@ -13,6 +13,7 @@ from triton_losses.compiler import runs_kernels
 
 LIBRARY = torch.library.Library("triton_losses", "DEF")
 STATE = threading.local()
+DEVICES = ("cpu", "cuda", "xpu")  # with blocks or kernels
 
 
 def shapes_only():
@@ -80,9 +81,6 @@ def readable(*tensors):
 def differentiated_again():
     """Inside a backward: whether it may be differentiated itself, and so has to be of what autograd sees."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-DEVICES = ("cpu", "cuda", "xpu")  # with blocks or kernels
 
 
 def is_plain(x):

@@ -109,9 +109,23 @@ def mean_over_classes(x, class_weights):
     return x.mean(1) if class_weights is None else torch.matmul(class_weights / len(class_weights), x)
 
 
+OF_LOGITS, OF_LOG_SOFTMAX = {"picked", "lse"}, {"log_p", "mean_log_p", "lse"}
+
+
+def statistics_of(x, log_softmax, at, class_weights, taken):
+    """In STATISTICS' order, those taken of x and of its log softmax, else None."""
+    return (
+        x.gather(1, at)[:, 0] if "picked" in taken else None,
+        log_softmax.gather(1, at)[:, 0] if "log_p" in taken else None,
+        mean_over_classes(log_softmax, class_weights) if "mean_log_p" in taken else None,
+        x.amax(1) - log_softmax.amax(1) if "lse" in taken else None,  # the largest of log_softmax is -log Σ exp(x - max)
+        None,
+    )
+
+
 def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, out, log_rows=None):
     """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights. log_rows: log softmax, if known."""
-    wide, slots, classes = compute_dtype(logits.dtype), slots_of(formula), logits.shape[1]
+    wide, taken, classes = compute_dtype(logits.dtype), set(formula.parameters), logits.shape[1]
     class_weights = class_weights if class_weights is None else class_weights.to(wide)
     parts = plane_blocks(logits)
     sums = logits.new_empty(2, max(len(parts), 1), dtype=wide)
@@ -121,16 +135,13 @@ def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index
 
     def part(i):
         images, pixels = parts[i]
-        x = None
-        if log_rows is None or slots[0] or slots[3]:
+        x = log_softmax = None
+        if log_rows is None or taken & OF_LOGITS:
             x = transform(logits[images, :, pixels].to(wide), softcap, scale)
+        if taken & OF_LOG_SOFTMAX:
+            log_softmax = x.log_softmax(1) if log_rows is None else log_rows[images, :, pixels]
         kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
-        log_softmax = x.log_softmax(1) if log_rows is None else log_rows[images, :, pixels]
-        log_p = log_softmax.gather(1, at)[:, 0]
-        mean_log_p = mean_over_classes(log_softmax, class_weights) if slots[2] else None
-        lse = x.amax(1) - log_softmax.amax(1) if slots[3] else None  # the largest of log_softmax is -log Σ exp(x - max)
-        picked = x.gather(1, at)[:, 0] if slots[0] else None
-        statistics = picked, log_p, mean_log_p, lse, None
+        statistics = statistics_of(x, log_softmax, at, class_weights, taken)
         losses = formula.value(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
         losses = losses if kept is None else torch.where(kept, losses, 0)
         if out is None:
@@ -158,16 +169,11 @@ def backward_blocks(
         images, pixels = parts[i]
         out, x = grad[images, :, pixels], None
         kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
-        if not of_log_rows or softcap or needs & {"picked", "lse"}:
+        if not of_log_rows or softcap or needs & OF_LOGITS:
             x = transform(logits[images, :, pixels].to(wide), softcap, scale)
-        picked = x.gather(1, at)[:, 0] if "picked" in needs else None
-        lse = x.amax(1) if "lse" in needs else None
-        log_softmax = out if of_log_rows else x.log_softmax(1) if needs & {"log_p", "mean_log_p", "lse"} else None
-        log_p = log_softmax.gather(1, at)[:, 0] if "log_p" in needs else None
-        mean_log_p = mean_over_classes(log_softmax, class_weights) if "mean_log_p" in needs else None
-        lse = lse - log_softmax.amax(1) if "lse" in needs else None
+        log_softmax = out if of_log_rows else x.log_softmax(1) if needs & OF_LOG_SOFTMAX else None
+        statistics = statistics_of(x, log_softmax, at, class_weights, needs)
         g = x.softmax(1) if log_softmax is None else torch.exp(log_softmax, out=out if direct else None)
-        statistics = picked, log_p, mean_log_p, lse, None
         found = formula.partials(wanted)(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
         factor = upstream[images, pixels].to(wide) if upstream.dim() else upstream.to(wide)
         factor = factor if denominator is None else factor / denominator

@@ -69,9 +69,7 @@ class Blocks:
     and the backward turns them into the gradient in place.
     """
 
-    def __init__(
-        self, logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing
-    ):  # fmt: skip
+    def __init__(self, logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
         self.logits, self.targets, self.activation, self.ignore_index = logits, targets, activation, ignore_index
         self.squared, self.smaller, self.formula, self.scalars, self.smoothing = squared, smaller, formula, scalars, smoothing
         images, classes, pixels = logits.shape

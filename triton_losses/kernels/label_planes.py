@@ -11,7 +11,7 @@ import triton.language as tl
 from triton_losses.compiler import WARP, compute_dtype
 from triton_losses.device_math import as_scalars, exact, exp
 from triton_losses.kernels.elementwise import name_of, triton_type
-from triton_losses.kernels.label_rows import read_formula
+from triton_losses.kernels.label_rows import factors_of, read_formula
 from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, transform
 from triton_losses.tuning import Tuned
 
@@ -178,7 +178,7 @@ def gradient_of(
     SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂x of class c; x is transformed already."""
-    softmax_factor, label_factor, uniform_factor = factors
+    softmax_factor, label_factor, uniform_factor, _ = factors
     g = tl.where(place == c, label_factor, 0.0).to(highest.dtype)
     if SLOTS[1] or SLOTS[2] or SLOTS[3]:
         g += exp((x - highest) - log_total) * softmax_factor
@@ -251,11 +251,7 @@ def backward_kernel(
         factor = factor / tl.load(denominator)
     if SCALED:
         factor *= shape[1]
-    d_picked, d_log_p, d_mean_log_p, d_lse, _ = partials
-    softmax_factor = d_lse - d_log_p
-    if SLOTS[2]:
-        softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(COMPUTE) if WEIGHTED else 1.0)
-    factors = (softmax_factor * factor, (d_log_p + d_picked) * factor, d_mean_log_p * factor / classes)
+    factors = factors_of(partials, factor, mean_weight, classes, SLOTS, WEIGHTED)
     if HELD:
         write_tiles(out, plane, tiles, 0, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
     else:

@@ -40,6 +40,16 @@ def label_of(labels, row, cols, ignore_index):
 
 
 @triton.jit
+def factors_of(partials, upstream, mean_weight, cols, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr):
+    """What a row's gradient is made of: of its softmax, at its label, in every column, and by its entropy."""
+    d_picked, d_log_p, d_mean_log_p, d_lse, d_entropy = partials
+    softmax_factor = d_lse - d_log_p
+    if SLOTS[2]:
+        softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(upstream.dtype) if WEIGHTED else 1.0)
+    return softmax_factor * upstream, (d_log_p + d_picked) * upstream, d_mean_log_p * upstream / cols, d_entropy * upstream
+
+
+@triton.jit
 def gradient_at(
     x, columns, mask, highest, log_total, entropy, factors, label, class_weights, shape,
     SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
@@ -172,11 +182,7 @@ def rows_kernel(
                 factor = factor / tl.load(denominator)
             if SCALED:
                 factor *= shape[1]
-            d_picked, d_log_p, d_mean_log_p, d_lse, d_entropy = partials
-            softmax_factor = d_lse - d_log_p
-            if SLOTS[2]:
-                softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(COMPUTE) if WEIGHTED else 1.0)
-            factors = (softmax_factor * factor, (d_log_p + d_picked) * factor, d_mean_log_p * factor / cols, d_entropy * factor)
+            factors = factors_of(partials, factor, mean_weight, cols, SLOTS, WEIGHTED)
             write_gradient(
                 logits, grad, start, cols, highest, log_total, entropy, factors, place, class_weights, shape,
                 SLOTS, WEIGHTED, CAPPED, SCALED, EDGE, COMPUTE, VEC, LANES, UNROLL,
