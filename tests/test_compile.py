@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_losses import SOME, value_and_gradients
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -10,7 +11,6 @@ from reference.cases import CASES
 from triton_losses import functional, modules
 from triton_losses.families import elementwise, label_rows
 from triton_losses.formula import FORMULAS
-
 
 
 @pytest.mark.not_interpreted
@@ -27,15 +27,58 @@ def test_checkpointing_changes_nothing(case, device):
         torch.testing.assert_close(value_and_gradients(checkpointed, case, tensors, options), plain, rtol=0, atol=0, equal_nan=True)
 
 
+def given_back(graph):
+    """The operations that gave an argument back unchanged, and whose result an autograd.Function's forward returns as its own."""
+    found = []
+    for body in (body for name, body in graph.named_modules() if "fwd_body" in name):
+        results, _ = torch.utils._pytree.tree_flatten(body.graph.find_nodes(op="output")[0].args)
+        for node in (node for node in results if isinstance(node, torch.fx.Node) and node.op.startswith("call")):
+            if any(node.meta["example_value"] is argument.meta.get("example_value") for argument in node.all_input_nodes):
+                found.append(node.format_node())
+    return found
+
+
+def test_what_a_forward_gives_back_unchanged_is_found():
+    """The law below is tested on a loss that breaks it: torch 2.11 makes its gradient 0 in silence."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return (x * x).to(x.dtype)
+
+        @staticmethod
+        def backward(ctx, dout):
+            return 2 * ctx.saved_tensors[0] * dout
+
+    found = []
+
+    def watched(graph, _):
+        found.extend(given_back(graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: Square.apply(x).sum(), backend=watched, fullgraph=True)(torch.ones(3, requires_grad=True))
+    assert len(found) == 1 and "[target=to]" in found[0]
+
+
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_compiles_whole_and_changes_nothing(case, device):
+    """And no forward returns what an operation gave back unchanged: a graph of torch 2.11 loses the gradient there, in silence."""
+    found = []
+
+    def watched(graph, inputs):
+        found.extend(given_back(graph))
+        return aot_eager(graph, inputs)
+
     torch._dynamo.reset()
     tensors, options = case.arguments(case.shapes[0], torch.float32, device)
     loss = getattr(functional, case.name)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled = torch.compile(loss, fullgraph=True, backend=watched, dynamic=False)
     eager = value_and_gradients(loss, case, tensors, options)
     for c, e in zip(value_and_gradients(compiled, case, tensors, options), eager, strict=True):
         torch.testing.assert_close(c, e)
+    assert not found
 
 
 @pytest.mark.not_interpreted

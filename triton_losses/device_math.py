@@ -117,7 +117,7 @@ def less_product(a, x, y):
     return a - x * y
 
 
-@twin(lambda x: torch.nn.functional.softplus(x.abs().neg_(), threshold=50.0))  # from 50 on log1p(exp) is x in float64 too
+@twin(lambda x: torch.nn.functional.softplus(-x.abs(), threshold=50.0))  # from 50 on log1p(exp) is x in float64 too
 def log1p_exp_minus_abs(x):
     """log(1 + exp(-|x|)): the part of softplus that is not linear."""
     e = exp_minus_abs(x)

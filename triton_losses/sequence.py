@@ -74,7 +74,7 @@ def over_alignments(name, inputs, targets, input_lengths, target_lengths, blank,
     elif targets.dim() == 2:
         width = room + 1
     else:  # nobody knows; but a target of more labels than there are steps has no alignment, however many more
-        width = torch.sym_min(room, steps + 1) + 1
+        width = min(room, steps + 1) + 1
     targets, input_lengths, target_lengths = (t.to(inputs.device, non_blocking=True) for t in (targets, input_lengths, target_lengths))
     losses = ctc(
         batch, targets, input_lengths, target_lengths, width=width, blank=int(blank), zero_infinity=bool(zero_infinity), **convention

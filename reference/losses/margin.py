@@ -15,4 +15,6 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
 def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
     if not input.numel():
         return reduced(input.sum(-1), reduction)
-    return torch.nn.functional.multilabel_margin_loss(input.to(wider(input)), target, reduction=reduction).to(input.dtype)
+    # on the CPU: torch's CUDA backward scales a row's gradient in all threads while one of them still adds the labels' part to it
+    loss = torch.nn.functional.multilabel_margin_loss(input.to("cpu", wider(input)), target.cpu(), reduction=reduction)
+    return loss.to(input.device, input.dtype)

@@ -23,6 +23,7 @@ import torch
 
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.ctc_blocks import gradient_blocks, statistics_blocks, walk_by_aten
+from triton_losses.families.reduction import cast
 from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
@@ -67,7 +68,7 @@ def classes_of_slots(found, slots, blank):
 
 
 def whole_losses(inputs, labels, input_lengths, target_lengths, blank, from_logits, exact, zero_infinity):
-    log_p = inputs.to(compute_dtype(inputs.dtype))
+    log_p = cast(inputs, compute_dtype(inputs.dtype))
     log_p = log_p.log_softmax(-1) if from_logits else log_p
     steps, samples, classes = inputs.shape
     states = labels.new_full((samples, 2 * labels.shape[1] + 1), blank)

@@ -24,7 +24,7 @@ from triton_losses.blocks import share
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.label_rows import readable
 from triton_losses.families.label_rows_blocks import row_blocks
-from triton_losses.families.reduction import promoted, result_dtype
+from triton_losses.families.reduction import cast, promoted, result_dtype
 from triton_losses.formula import FORMULAS
 from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
@@ -48,28 +48,28 @@ def wide_dtype(p, q):
 
 def log_rows(p, q, scale, given):
     wide = wide_dtype(p, q)
-    return p.to(wide) if given else (p.to(wide) * scale).log_softmax(1), (q.to(wide) * scale).log_softmax(1)
+    return cast(p, wide) if given else (cast(p, wide) * scale).log_softmax(1), (cast(q, wide) * scale).log_softmax(1)
 
 
 def whole_loss(p, q, weight, labels, formula, scalars, given, one_read, ignore_index, reduction, dtype):
     scale, z_loss, *scalars = scalars
     a, b = log_rows(p, q, scale, given)
     f = FORMULAS[formula].value(a, b, *scalars)
-    losses = (f if weight is None else f * weight.to(f.dtype)).sum(1)
+    losses = (f if weight is None else f * cast(weight, f.dtype)).sum(1)
     if z_loss:
-        losses = losses + z_loss * (q.to(b.dtype) * scale).logsumexp(1) ** 2
+        losses = losses + z_loss * (cast(q, b.dtype) * scale).logsumexp(1) ** 2
     rows = q.shape[0]
     if labels is not None:
         kept = labels != ignore_index
         losses, rows = torch.where(kept, losses, 0), kept.sum()
-    return (losses if reduction == "none" else losses.sum() / (rows if reduction == "mean" else 1)).to(dtype)
+    return cast(losses if reduction == "none" else losses.sum() / (rows if reduction == "mean" else 1), dtype)
 
 
 def whole_gradients(p, q, weight, labels, dout, wanted, formula, scalars, given, ignore_index, reduction):
     """In plain torch, so that they may be differentiated again."""
     scale, z_loss, *scalars = scalars
     a, b = log_rows(p, q, scale, given)
-    upstream = dout.to(b.dtype)
+    upstream = cast(dout, b.dtype)
     if labels is not None:
         kept = labels != ignore_index
         upstream = upstream / kept.sum() if reduction == "mean" else upstream
@@ -77,15 +77,15 @@ def whole_gradients(p, q, weight, labels, dout, wanted, formula, scalars, given,
     elif reduction == "mean":
         upstream = upstream / q.shape[0]
     upstream = upstream.expand(q.shape[0])[:, None]
-    d_p, d_q = (d if weight is None else d * weight.to(d.dtype) for d in FORMULAS[formula].partials((True, True))(a, b, *scalars))
+    d_p, d_q = (d if weight is None else d * cast(weight, d.dtype) for d in FORMULAS[formula].partials((True, True))(a, b, *scalars))
     grad_p = d_p if given else (d_p - a.exp() * d_p.sum(1, keepdim=True)) * scale
     slope = d_q.sum(1, keepdim=True)
     if z_loss:
-        slope = slope - 2 * z_loss * (q.to(b.dtype) * scale).logsumexp(1, keepdim=True)
+        slope = slope - 2 * z_loss * (cast(q, b.dtype) * scale).logsumexp(1, keepdim=True)
     grads = grad_p * upstream, (d_q - b.exp() * slope) * (upstream * scale)
     if labels is not None:  # 0 · inf
         grads = [torch.where(kept[:, None], g, 0) for g in grads]
-    return [g.to(x.dtype) if want else None for g, x, want in zip(grads, (p, q), wanted)]
+    return [cast(g, x.dtype) if want else None for g, x, want in zip(grads, (p, q), wanted)]
 
 
 # PyTorch, in blocks of rows that stay in a CPU's cache

@@ -11,7 +11,7 @@ import torch
 from triton_losses.blocks import elements, share
 from triton_losses.compiler import runs_kernels, triton
 from triton_losses.device_math import as_scalars
-from triton_losses.families.reduction import promoted, result_dtype
+from triton_losses.families.reduction import cast, promoted, result_dtype
 from triton_losses.formula import FORMULAS
 from triton_losses.op import is_plain, op, read_whole, shapes_only
 
@@ -171,9 +171,9 @@ def elementwise_backward(
 def whole_gradients(operands, wanted, dout, formula, scalars, weighted, reduction):
     """In plain torch, so that it may be differentiated again."""
     wide = widest(operands)
-    upstream = dout.to(wide) / divisor_of(operands[0], reduction)
-    partials = iter(read_partials(FORMULAS[formula], [v.to(wide) for v in operands], scalars, weighted, wanted))
-    return [(next(partials) * upstream).to(v.dtype) if want else None for v, want in zip(operands, wanted)]
+    upstream = cast(dout, wide) / divisor_of(operands[0], reduction)
+    partials = iter(read_partials(FORMULAS[formula], [cast(v, wide) for v in operands], scalars, weighted, wanted))
+    return [cast(next(partials) * upstream, v.dtype) if want else None for v, want in zip(operands, wanted)]
 
 
 class Elementwise(torch.autograd.Function):
@@ -204,8 +204,8 @@ class Whole(torch.autograd.Function):
     def forward(formula, scalars, weighted, reduction, dtype, a, b, c, d):  # no *args: Dynamo counts parameters
         operands = [v for v in (a, b, c, d) if v is not None]
         wide = widest(operands)
-        loss = read_value(FORMULAS[formula], [v.to(wide) for v in operands], scalars, weighted)
-        return (loss if reduction == "none" else loss.sum() / divisor_of(a, reduction)).to(dtype)
+        loss = read_value(FORMULAS[formula], [cast(v, wide) for v in operands], scalars, weighted)
+        return cast(loss if reduction == "none" else loss.sum() / divisor_of(a, reduction), dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

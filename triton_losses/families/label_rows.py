@@ -29,7 +29,7 @@ import torch
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.label_planes import log_rows_of, planes_backward, planes_forward
 from triton_losses.families.label_rows_blocks import counted, slots_of, walk_blocks, whole_losses
-from triton_losses.families.reduction import result_dtype
+from triton_losses.families.reduction import cast, result_dtype
 from triton_losses.formula import FORMULAS
 from triton_losses.op import differentiated_again, is_plain, keeps_for_backward, op, read_whole, shapes_only
 
@@ -71,9 +71,9 @@ def readable(logits):
 
 def reduced(losses, weights, reduction, dtype):
     if reduction == "none":
-        return losses.to(dtype)
+        return cast(losses, dtype)
     total = losses.sum()
-    return (total / weights.sum() if reduction == "mean" else total).to(dtype)
+    return cast(total / weights.sum() if reduction == "mean" else total, dtype)
 
 
 @op

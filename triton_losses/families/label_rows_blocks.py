@@ -7,6 +7,7 @@ import torch
 
 from triton_losses.blocks import elements, share
 from triton_losses.compiler import compute_dtype
+from triton_losses.families.reduction import cast
 
 STATISTICS = ("picked", "log_p", "mean_log_p", "lse", "entropy")
 LOWEST = -3.4028234663852886e38  # finite, for 0 · -inf is nan
@@ -40,15 +41,15 @@ def whole_losses(logits, labels, class_weights, formula, scalars, ignore_index, 
     labels = labels.long()  # a byte would be compared with -100 as with 156
     kept = labels != ignore_index
     labels = torch.where(kept, labels, 0)
-    weights = kept.to(wide) if class_weights is None else torch.where(kept, class_weights.to(wide)[labels], 0)
-    x = transform(logits.to(wide), softcap, scale)
+    weights = kept.to(wide) if class_weights is None else torch.where(kept, cast(class_weights, wide)[labels], 0)
+    x = transform(cast(logits, wide), softcap, scale)
     picked = x.gather(1, labels[:, None])[:, 0]
     log_p = mean_log_p = lse = entropy = None
     if any(slots[1:5]):
         log_rows = x.log_softmax(1)
         log_p = log_rows.gather(1, labels[:, None])[:, 0]
         if slots[2]:
-            spread = None if class_weights is None else class_weights.to(wide).view(-1, *[1] * (x.dim() - 2))
+            spread = None if class_weights is None else cast(class_weights, wide).view(-1, *[1] * (x.dim() - 2))
             mean_log_p = (log_rows if spread is None else log_rows * spread).mean(1)
         if slots[3]:
             lse = x.logsumexp(1)

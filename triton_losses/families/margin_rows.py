@@ -15,7 +15,7 @@ import torch
 
 from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.label_rows import readable
-from triton_losses.families.reduction import result_dtype
+from triton_losses.families.reduction import cast, result_dtype
 from triton_losses.formula import FORMULAS
 from triton_losses.op import differentiated_again, op, read_whole, shapes_only
 
@@ -31,7 +31,7 @@ def counted(labels):
 def reduced(losses, reduction, dtype):
     if reduction != "none":
         losses = losses.mean() if reduction == "mean" else losses.sum()
-    return losses.to(dtype)
+    return cast(losses, dtype)
 
 
 # PyTorch, whole: differentiable as often as one likes
@@ -46,12 +46,12 @@ def labels_in_turn(x, labels, class_weights):
         others = others & ~((columns == label[:, None]) & counts_here[:, None])
     for label, counts_here in zip(labels.unbind(1), counts):
         place = label.clamp(0, cols - 1)
-        factor = torch.full_like(x[:, 0], 1 / cols) if class_weights is None else class_weights.to(x.dtype)[place] / cols
+        factor = torch.full_like(x[:, 0], 1 / cols) if class_weights is None else cast(class_weights, x.dtype)[place] / cols
         yield place[:, None], x - x.gather(1, place[:, None]), others & counts_here[:, None], factor
 
 
 def whole_loss(x, labels, class_weights, formula, scalars, reduction, dtype):
-    x = x.to(compute_dtype(x.dtype))
+    x = cast(x, compute_dtype(x.dtype))
     losses = torch.zeros_like(x[:, 0])
     for _, d, others, factor in labels_in_turn(x, labels, class_weights):
         losses = losses + torch.where(others, FORMULAS[formula].value(d, *scalars), 0).sum(1) * factor
@@ -60,13 +60,13 @@ def whole_loss(x, labels, class_weights, formula, scalars, reduction, dtype):
 
 def whole_gradient(x, labels, class_weights, dout, formula, scalars, reduction):
     """In plain torch, so that it may be differentiated again."""
-    wide, rows = x.to(compute_dtype(x.dtype)), x.shape[0]
-    upstream = dout.to(wide.dtype) / (rows if reduction == "mean" else 1)
+    wide, rows = cast(x, compute_dtype(x.dtype)), x.shape[0]
+    upstream = cast(dout, wide.dtype) / (rows if reduction == "mean" else 1)
     grad = torch.zeros_like(wide)
     for place, d, others, factor in labels_in_turn(wide, labels, class_weights):
         slopes = torch.where(others, FORMULAS[formula].partials((True,))(d, *scalars)[0], 0) * factor[:, None]
         grad = (grad + slopes).scatter_add(1, place, -slopes.sum(1, keepdim=True))
-    return (grad * upstream.expand(rows)[:, None]).to(x.dtype)
+    return cast(grad * upstream.expand(rows)[:, None], x.dtype)
 
 
 # Ops: kernels, on a GPU and in the interpreter

@@ -18,6 +18,7 @@ from triton_losses.blocks import share
 from triton_losses.compiler import runs_kernels, triton
 from triton_losses.families.elementwise import widest
 from triton_losses.families.label_rows_blocks import row_blocks
+from triton_losses.families.reduction import cast
 from triton_losses.formula import FORMULAS
 from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
@@ -47,16 +48,16 @@ def terms(formula, scalars, pairs, wanted, values):
 
 
 def whole_sums(vectors, formula, scalars, pairs):
-    values = [v.to(widest(vectors)) for v in vectors]
+    values = [cast(v, widest(vectors)) for v in vectors]
     return tuple(FORMULAS[formula].value(values[i], values[j], *scalars).sum(1) for i, j in paired(pairs))
 
 
 def whole_gradients(vectors, douts, wanted, formula, scalars, pairs):
-    values = [v.to(widest(vectors)) for v in vectors]
+    values = [cast(v, widest(vectors)) for v in vectors]
     grads = [torch.zeros_like(v) if want else None for v, want in zip(values, wanted)]
     for i, k, partial in terms(FORMULAS[formula], scalars, pairs, wanted, values):
         grads[i] = grads[i] + partial * douts[k][:, None]
-    return [g if g is None else g.to(v.dtype) for g, v in zip(grads, vectors)]
+    return [g if g is None else cast(g, v.dtype) for g, v in zip(grads, vectors)]
 
 
 # PyTorch, in blocks of rows that stay in a CPU's cache

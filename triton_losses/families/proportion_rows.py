@@ -18,7 +18,7 @@ from triton_losses.compiler import compute_dtype, runs_kernels, triton
 from triton_losses.families.distribution_rows import readable_pair
 from triton_losses.families.label_rows import readable
 from triton_losses.families.label_rows_blocks import counted, row_blocks
-from triton_losses.families.reduction import promoted, result_dtype
+from triton_losses.families.reduction import cast, promoted, result_dtype
 from triton_losses.formula import FORMULAS
 from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
@@ -36,10 +36,10 @@ def wide_dtype(x, y):
 def chances(x, y, ignore_index):
     """Of each row: y, p, Σ x, and which rows count (None: all). With labels, of p_t alone: (rows, 1)."""
     wide = wide_dtype(x, y)
-    x = x.to(wide)
+    x = cast(x, wide)
     total = x.sum(1, keepdim=True)
     if y.is_floating_point():
-        return y.to(wide), x / total, total, None
+        return cast(y, wide), x / total, total, None
     kept = y != ignore_index
     p = x.gather(1, torch.where(kept, y, 0).long()[:, None]) / total
     return torch.ones_like(p), p, total, kept
@@ -49,9 +49,9 @@ def reduced(losses, kept, reduction, dtype):
     if kept is not None:
         losses = torch.where(kept, losses, 0)
     if reduction == "none":
-        return losses.to(dtype)
+        return cast(losses, dtype)
     number = losses.shape[0] if kept is None else kept.sum()
-    return (losses.sum() / (number if reduction == "mean" else 1)).to(dtype)
+    return cast(losses.sum() / (number if reduction == "mean" else 1), dtype)
 
 
 def whole_loss(x, y, formula, scalars, ignore_index, reduction, dtype):
@@ -62,7 +62,7 @@ def whole_loss(x, y, formula, scalars, ignore_index, reduction, dtype):
 def whole_gradients(x, y, dout, wanted, formula, scalars, ignore_index, reduction):
     """In plain torch, so that they may be differentiated again."""
     target, p, total, kept = chances(x, y, ignore_index)
-    upstream = dout.to(p.dtype)
+    upstream = cast(dout, p.dtype)
     if reduction == "mean":
         upstream = upstream / (x.shape[0] if kept is None else kept.sum())
     upstream = upstream.expand(x.shape[0])
@@ -76,7 +76,7 @@ def whole_gradients(x, y, dout, wanted, formula, scalars, ignore_index, reductio
         factor = upstream / torch.where(kept[:, None], total, 1)  # 0 · nan
         d_p, shift = (torch.where(kept[:, None], d, 0) for d in (d_p, shift))
         grad = (shift * factor).expand_as(x).scatter_add(1, label, d_p * factor)
-    return grad.to(x.dtype) if wanted[0] else None, (d_y * upstream).to(y.dtype) if wanted[1] else None
+    return cast(grad, x.dtype) if wanted[0] else None, cast(d_y * upstream, y.dtype) if wanted[1] else None
 
 
 # PyTorch, in blocks of rows that stay in a CPU's cache

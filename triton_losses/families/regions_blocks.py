@@ -4,6 +4,7 @@ import torch
 
 from triton_losses.blocks import elements, share
 from triton_losses.compiler import compute_dtype
+from triton_losses.families.reduction import cast
 
 CERTAIN = 1e-30  # a smaller probability of a pixel's own class has lost digits, or all of itself; its logarithm has not
 
@@ -32,7 +33,7 @@ def zero_where_no_share(share, losses):
 
 def whole_sums(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
     """(images, 3, classes) sums and (images,) losses."""
-    x = logits.to(compute_dtype(logits.dtype))
+    x = cast(logits, compute_dtype(logits.dtype))
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     t = torch.where(kept, targets, 0)
     if targets.dim() == 2:
@@ -44,7 +45,7 @@ def whole_sums(logits, targets, class_weights, activation, ignore_index, squared
     sums = torch.stack([overlap.sum(2), (p * p if squared else p).sum(2), (t * t if squared else t).sum(2)], 1)
     if formula is None:
         return sums, x.new_zeros(x.shape[0])
-    weights = (x.new_ones(x.shape[1]) if class_weights is None else class_weights.to(x.dtype))[:, None].expand(x.shape)
+    weights = (x.new_ones(x.shape[1]) if class_weights is None else cast(class_weights, x.dtype))[:, None].expand(x.shape)
     if activation == "softmax":
         losses = zero_where_no_share(share_of(t, smoothing), formula.value(x.log_softmax(1), weights, *scalars))
     elif takes_weight(formula, scalars):
