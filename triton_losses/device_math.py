@@ -167,14 +167,12 @@ def root_eager(x, p):
 
 @twin(root_eager)
 def root(x, p):
-    """x ** (1 / p) for x >= 0 and p >= 1."""
-    if p == 2.0:  # a scalar of the launch, as in `power`
-        result = tl.sqrt(x)
-    elif p == 1.0:
-        result = x
-    else:
-        result = tl.exp2(tl.log2(x) / p)
-    return result
+    """x ** (1 / p) for x >= 0 and p >= 1.
+
+    It chooses between results, not between branches: LLVM may merge branches that end in different functions of libdevice into
+    one call with two arguments, and then aborts ("__nvvm_reflect argument must be a constant string").
+    """
+    return tl.where(p == 2.0, tl.sqrt(x), tl.where(p == 1.0, x, tl.exp2(tl.log2(x) / p)))
 
 
 def root_slope_eager(x, p):
@@ -185,13 +183,8 @@ def root_slope_eager(x, p):
 @twin(root_slope_eager)
 def root_slope(x, p):
     """The derivative of `root`; at 0, where it is infinite unless p = 1, 0."""
-    if p == 2.0:
-        slope = tl.where(x == 0.0, 0.0, 0.5 / tl.sqrt(x))
-    elif p == 1.0:
-        slope = tl.zeros_like(x) + 1.0
-    else:
-        slope = tl.where(x == 0.0, 0.0, tl.exp2(tl.log2(x) * (1.0 / p - 1.0)) / p)
-    return slope
+    slope = tl.where(p == 2.0, 0.5 / tl.sqrt(x), tl.exp2(tl.log2(x) * (1.0 / p - 1.0)) / p)
+    return tl.where(p == 1.0, 1.0, tl.where(x == 0.0, 0.0, slope)).to(x.dtype)
 
 
 @twin(torch.expm1)

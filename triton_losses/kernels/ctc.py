@@ -252,7 +252,7 @@ def statistics_kernel(
             logits, start, cols, 0.0, None, None, False, False, False, False, False, False, "evict_first", EDGE, COMPUTE, VEC, LANES, UNROLL,
         )
     tl.store(out + program, highest)
-    tl.store(out + steps.to(tl.int64) * samples + program, log_total)
+    tl.store(out + tl.cast(steps, tl.int64) * samples + program, log_total)
 
 
 @triton.jit
@@ -340,7 +340,7 @@ def gradient_kernel(
         log_total = tl.full((), 0.0, COMPUTE)
         if FROM_LOGITS:
             highest += tl.load(statistics + program)
-            log_total += tl.load(statistics + steps.to(tl.int64) * samples + program)
+            log_total += tl.load(statistics + tl.cast(steps, tl.int64) * samples + program)
         write_gradient(
             inputs, grad, start, cols, slots + n * cols, occupancies + (n * steps + t) * width, highest, log_total, factor,
             PROBABILITIES, EDGE, COMPUTE, VEC, LANES, UNROLL,

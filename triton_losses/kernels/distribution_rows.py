@@ -241,7 +241,7 @@ def forward_kernel(
     EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = rows.to(tl.int64)
+    rows = tl.cast(rows, tl.int64)
     values = exact(scalars, COMPUTE)
     scale = values[0]
     z_loss = values[1]
@@ -308,7 +308,7 @@ def backward_kernel(
     VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = rows.to(tl.int64)
+    rows = tl.cast(rows, tl.int64)
     start_p = row * stride_p
     start_q = row * stride_q
     head, vectors = span_of(start_q, cols, VEC, EDGE)

@@ -72,7 +72,7 @@ def forward_kernel(
             else:
                 tl.store(out + offsets, loss.to(out.dtype.element_ty), mask=mask)
     if REDUCE:
-        tl.store(out + program, (tl.sum(total, 0) / divisor.to(COMPUTE)).to(out.dtype.element_ty))
+        tl.store(out + program, (tl.sum(total, 0) / tl.cast(divisor, COMPUTE)).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def gradients_at(
     operands, grads, dout, offsets, mask, divisor, scalars,
     FORMULA: tl.constexpr, COMPUTE: tl.constexpr, WEIGHTED: tl.constexpr, WANTED: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    upstream = tl.load(dout).to(COMPUTE) / divisor.to(COMPUTE) if SAME else tl.load(dout + offsets, mask=mask).to(COMPUTE)
+    upstream = tl.load(dout).to(COMPUTE) / tl.cast(divisor, COMPUTE) if SAME else tl.load(dout + offsets, mask=mask).to(COMPUTE)
     values = load_all(operands, offsets, mask, COMPUTE)
     count: tl.constexpr = len(operands)
     if WEIGHTED:

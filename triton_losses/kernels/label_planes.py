@@ -139,7 +139,7 @@ def forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     spans = tl.cdiv(pixels, BLOCK)
     image, lanes, mask, places = where(program, spans, pixels, VEC, BLOCK)
-    stride = class_stride.to(tl.int64) // VEC * VEC  # says that planes are aligned
+    stride = tl.cast(class_stride, tl.int64) // VEC * VEC  # says that planes are aligned
     at = logits + (image * (image_stride // VEC * VEC) + (program - image * spans) * BLOCK) + lanes
     shape = exact(shape, COMPUTE)
     kept, place = labels_of(labels + places, mask, classes, ignore_index)
@@ -156,7 +156,7 @@ def forward_kernel(
             SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_first", COMPUTE,
         )  # fmt: skip
         if SAVED:
-            count = images.to(tl.int64) * (pixels // VEC * VEC)
+            count = tl.cast(images, tl.int64) * (pixels // VEC * VEC)
             tl.store(saved + places, highest, mask=mask)
             tl.store(saved + count + places, log_total, mask=mask)
             if SLOTS[2]:
@@ -167,7 +167,7 @@ def forward_kernel(
     loss = tl.where(kept, loss, 0.0).to(COMPUTE)
     if REDUCE:
         tl.store(out + program, tl.sum(loss, 0))
-        tl.store(out + images.to(tl.int64) * spans + program, tl.sum(weight, 0))
+        tl.store(out + tl.cast(images, tl.int64) * spans + program, tl.sum(weight, 0))
     else:
         tl.store(out + places, loss.to(out.dtype.element_ty), mask=mask)
 
@@ -219,8 +219,8 @@ def backward_kernel(
     blocks = tl.cdiv(pixels, BLOCK)
     image, lanes, mask, places = where(program, blocks, pixels, VEC, BLOCK)
     first = (program - image * blocks) * BLOCK
-    stride = class_stride.to(tl.int64) // VEC * VEC  # says that planes are aligned
-    plane = pixels.to(tl.int64) // VEC * VEC
+    stride = tl.cast(class_stride, tl.int64) // VEC * VEC  # says that planes are aligned
+    plane = tl.cast(pixels, tl.int64) // VEC * VEC
     at = logits + (image * (image_stride // VEC * VEC) + first) + lanes
     out = grad + (image * classes * plane + first) + lanes
     shape = exact(shape, COMPUTE)
@@ -238,7 +238,7 @@ def backward_kernel(
             SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_last", COMPUTE,
         )  # fmt: skip
     elif SOFTMAX:
-        count = images.to(tl.int64) * plane
+        count = tl.cast(images, tl.int64) * plane
         highest = tl.load(saved + places, mask=mask, other=0.0)
         log_total = tl.load(saved + count + places, mask=mask, other=0.0)
         if SLOTS[2]:

@@ -138,7 +138,7 @@ def rows_kernel(
 ):  # fmt: skip
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3] or SLOTS[4]
     row = tl.program_id(0).to(tl.int64)
-    rows = rows.to(tl.int64)
+    rows = tl.cast(rows, tl.int64)
     start = row * stride
     shape = exact(shape, COMPUTE)
     kept, place = label_of(labels, row, cols, ignore_index)

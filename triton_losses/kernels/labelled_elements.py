@@ -64,7 +64,7 @@ def forward_kernel(
 def gradient_at(
     x, y, upstream, grad, at, mask, divisor, scalars, FORMULA: tl.constexpr, SAME: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    factor = (tl.load(upstream) if SAME else tl.load(upstream + at, mask=mask)).to(COMPUTE) / divisor.to(COMPUTE)
+    factor = (tl.load(upstream) if SAME else tl.load(upstream + at, mask=mask)).to(COMPUTE) / tl.cast(divisor, COMPUTE)
     partial = FORMULA(load_zeros(x + at, mask).to(COMPUTE), y, *exact(scalars, COMPUTE))[1]
     tl.store(grad + at, (partial * factor).to(grad.dtype.element_ty), mask=mask)
 

@@ -78,9 +78,9 @@ def sums_over_others(
 def factor_of(class_weights, place, cols, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr):
     """w / C of the label's class."""
     if WEIGHTED:
-        return tl.load(class_weights + place).to(COMPUTE) / cols.to(COMPUTE)
+        return tl.load(class_weights + place).to(COMPUTE) / tl.cast(cols, COMPUTE)
     else:
-        return 1.0 / cols.to(COMPUTE)
+        return 1.0 / tl.cast(cols, COMPUTE)
 
 
 @triton.jit(repr=name_of("margin_rows_forward"), debug=True, do_not_specialize=["rows", "most"])
@@ -156,7 +156,7 @@ def backward_kernel(
     start = row * stride
     upstream = tl.load(dout + row * dout_stride).to(COMPUTE)
     if MEAN:
-        upstream = upstream / rows.to(COMPUTE)
+        upstream = upstream / tl.cast(rows, COMPUTE)
     if LISTED:
         count = tl.load(counts + row).to(tl.int32)
         only = ()

@@ -88,7 +88,7 @@ def forward_kernel(
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = rows.to(tl.int64)
+    rows = tl.cast(rows, tl.int64)
     values = exact(scalars, COMPUTE)
     start = row * stride_x
     total = sum_of_row(x, start, cols, EDGE, COMPUTE, VEC, LANES, UNROLL)
@@ -140,7 +140,7 @@ def backward_kernel(
     COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = rows.to(tl.int64)
+    rows = tl.cast(rows, tl.int64)
     values = exact(scalars, COMPUTE)
     start_x = row * stride_x
     upstream = tl.load(dout + row * dout_stride).to(COMPUTE)
