@@ -26,6 +26,8 @@ os.environ.setdefault("TRITON_LOSSES_AUTOTUNE", "0")  # tests of the tuning swit
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "not_interpreted: needs the compiler, or says nothing about kernels")
+    config.addinivalue_line("markers", "builds: compiles kernels for GPUs that are not here")
+    config.addinivalue_line("markers", "interpreted: waits for all tests with the kernels interpreted")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -44,15 +46,23 @@ def torch_threads(number):
 
 
 def pytest_collection_finish(session):
-    """Start the interpreted run beside this one where its test is wanted: that test comes last and waits for it."""
-    wanted = [item for item in session.items if item.path.name == "test_interpreter.py"]
-    if wanted and not session.config.option.collectonly:
+    """Start the interpreted run beside this one where its test is wanted: that test comes last and waits for it.
+
+    A worker of pytest-xdist starts it when it comes to that test, or each worker would have a run of its own.
+    """
+    wanted = [item for item in session.items if item.get_closest_marker("interpreted")]
+    if wanted and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
         session.items.sort(key=lambda item: item in wanted)
-        log = tempfile.TemporaryFile("w+")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "--durations=5", str(TESTS)]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=TESTS.parent, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        session.config.stash[INTERPRETED] = (process, log)
+        session.config.stash[INTERPRETED] = interpreted_run()
+
+
+def interpreted_run():
+    """All tests with the kernels interpreted: a process that has begun, and the file of its output."""
+    log = tempfile.TemporaryFile("w+")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "--durations=5", str(TESTS)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=TESTS.parent, env=environment, stdout=log, stderr=subprocess.STDOUT), log
 
 
 def pytest_sessionfinish(session):

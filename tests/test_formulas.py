@@ -155,6 +155,7 @@ SPOTS = torch.tensor([0.0, 1e-30, 1e-7, 1e-4, 0.01, 0.2, 0.3499, 0.3501, 0.5, 1.
 SPOTS = torch.cat([-SPOTS.flip(0), SPOTS])
 EXACT = {
     "exp": torch.exp,
+    "exact_exp": torch.exp,
     "log1p_exp_minus_abs": lambda x: torch.exp(-x.abs()).log1p(),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -182,3 +183,12 @@ def test_a_function_of_device_math_and_its_twin_are_exact(name, dtype, device):
         relative = (values.double() - exact).abs() / exact.abs().clamp(min=smallest)
         close = relative < (2e-6 if dtype == torch.float32 else 1e-12) * (1 + x.abs() / 20)  # exp's argument is rounded
         assert (close | ((values.double() - exact).abs() < (1e-37 if dtype == torch.float32 else 1e-15))).all(), (x[~close], values[~close], exact[~close])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_logarithm_near_1_is_exact_to_its_last_digits(dtype, device):
+    from device_functions import evaluate
+
+    x = -torch.cat([torch.tensor([0.0, 1e-30, 1e-7, 1e-4]), torch.linspace(0.001, 0.999, 999)]).to(device, dtype)
+    for values in (device_math.log1p_of_loss.eager(x), evaluate(device_math.log1p_of_loss, x)):
+        torch.testing.assert_close(values.double(), x.double().log1p(), rtol=5e-7 if dtype == torch.float32 else 1e-14, atol=0)

@@ -2,15 +2,16 @@
 
 import pytest
 
-from conftest import INTERPRETED
+from conftest import INTERPRETED, interpreted_run
 from triton_losses.compiler import triton
 
-pytestmark = pytest.mark.not_interpreted
+pytestmark = [pytest.mark.not_interpreted, pytest.mark.interpreted]
 
 
 @pytest.mark.skipif(triton is None, reason="Triton is not installed: there are no kernels to interpret")
 def test_everything_holds_with_the_kernels_interpreted(request):
-    process, log = request.config.stash[INTERPRETED]
+    process, log = request.config.stash.get(INTERPRETED, None) or interpreted_run()
+    request.config.stash[INTERPRETED] = process, log  # the end of the session ends it
     code = process.wait()
     log.seek(0)
     output = log.read()

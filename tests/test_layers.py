@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -88,3 +89,10 @@ def test_the_examples_in_docstrings_are_true(theme):
     scope = {**vars(module), "torch": torch}
     results = [doctest.DocTestRunner(verbose=False).run(test) for test in doctest.DocTestFinder().find(module, globs=scope)]
     assert sum(r.attempted for r in results) > 0 and sum(r.failed for r in results) == 0
+
+
+def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
+    promised = dict(re.findall(r'"(torch|triton)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    tested = dict(re.findall(r"^(torch|triton)==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text(), re.M))
+    assert set(promised) == {"torch", "triton"}
+    assert {name: (version + ".0").split(".")[:3] for name, version in promised.items()} == {name: v.split(".")[:3] for name, v in tested.items()}

@@ -11,6 +11,7 @@ from triton_losses import functional
 
 pytestmark = [
     pytest.mark.not_interpreted,
+    pytest.mark.builds,
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the other tests build the kernels for"),
 ]
 

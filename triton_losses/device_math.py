@@ -19,6 +19,7 @@ if triton is not None:
 
 INTERPRETED = tl.constexpr(INTERPRET)  # the interpreter knows neither libdevice nor inline assembly
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.925963033500012e-08)  # of log2 e, what float32 does not hold
 LN2 = tl.constexpr(0.6931471805599453)
 tiny = 1e-37  # about the smallest positive number that float32 still holds to all its digits
 TINY = tl.constexpr(tiny)
@@ -59,6 +60,27 @@ def quotient(x, y):
         return x / y
     else:
         return libdevice.fast_dividef(x, y)
+
+
+@twin(torch.div)
+def division(x, y):
+    """x / y, rounded to the nearest number; Triton's `/` of float32 is off by up to two units of the last place."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@twin(torch.exp)
+def exact_exp(x):
+    """exp(x) for x <= 88, off by 3 units of the last place at most: what rounding x · log2 e left over is multiplied in."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    bounded = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)  # of -inf, inf - inf would be left over
+    t = bounded * LOG2E
+    rest = tl.fma(bounded, tl.full(x.shape, LOG2E, tl.float32), -t) + bounded * LOG2E_REST
+    e = tl.exp2(t)
+    return e + e * (rest * LN2)
 
 
 @twin(torch.log2)
@@ -135,6 +157,21 @@ def log1p_exp_minus_abs(x):
     return p * e
 
 
+@twin(torch.log1p)
+def log1p_of_loss(x):
+    """log(1 + x) for -1 < x <= 0, to its last digits near 0 as well."""
+    if x.dtype == tl.float64:
+        u = 1.0 + x
+        return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+    s = quotient(x, 2.0 + x)
+    u = s * s
+    p = 1.407888917e-01 * u + 1.398257887e-01  # minimax of atanh(s)/s for x >= -1/2, relative error 4e-9
+    p = p * u + 2.001229762e-01
+    p = p * u + 3.333316082e-01
+    p = p * u + 1.000000004e00
+    return tl.where(x > -0.5, 2.0 * s * p, log2(1.0 + x) * LN2)
+
+
 @twin(functools.partial(torch.nn.functional.softplus, threshold=50.0))
 def softplus(x):
     """log(1 + exp(x)), which never overflows; as a formula's sum of parts, PyTorch would take five steps where it knows one."""
@@ -197,7 +234,7 @@ def expm1(x):
 @twin(torch.tanh)
 def tanh(x):
     e = exp_minus_abs(2.0 * x)
-    t = quotient(1.0 - e, 1.0 + e)
+    t = 1.0 - 2.0 * quotient(e, 1.0 + e)  # not (1 - e) / (1 + e): the quotient's own error gets small as it does
     large = tl.where(x < 0, -t, t)
     if x.dtype == tl.float64:
         return large

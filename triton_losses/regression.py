@@ -7,7 +7,7 @@ import torch
 
 from triton_losses.blocks import aten_is_best
 from triton_losses.compiler import compute_dtype, tl
-from triton_losses.device_math import at_least, clamp, exp, log_cosh, quotient, sign, tanh
+from triton_losses.device_math import at_least, clamp, division, exp, log_cosh, sign, tanh
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.reduction import promoted, reduction_of, result_dtype
 from triton_losses.formula import formula
@@ -51,8 +51,8 @@ def log_cosh_error(x, y):
 def gaussian(x, y, variance, least, constant):
     v = at_least(variance, least)  # the derivative passes through it, as in torch
     d = x - y
-    slope = quotient(d, v)
-    return 0.5 * (tl.log(v) + d * slope) + constant, slope, -slope, quotient(0.5 - 0.5 * d * slope, v)
+    slope = division(d, v)
+    return 0.5 * (tl.log(v) + d * slope) + constant, slope, -slope, division(0.5 - 0.5 * d * slope, v)
 
 
 @formula

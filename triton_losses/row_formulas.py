@@ -6,7 +6,7 @@ import numbers
 import torch
 
 from triton_losses.compiler import tl
-from triton_losses.device_math import at_least_tiny, exp, expm1, log2, power, relu, sign
+from triton_losses.device_math import at_least_tiny, exact_exp, exp, exp_minus_abs, expm1, log1p_of_loss, power, relu, sign
 from triton_losses.families.reduction import DTYPES
 from triton_losses.formula import formula
 
@@ -114,7 +114,8 @@ def jensen_shannon(log_p, log_q, beta, rest):
     p, q = exp(log_p), exp(log_q)
     d = log_q - log_p
     q_above, p_above = relu(d), relu(-d)
-    log_mean = log2(beta * exp(-q_above) + rest * exp(-p_above)) * 0.6931471805599453  # log m, less the larger of log p and log q
+    loss = exp_minus_abs(d) - 1.0  # of the smaller against the larger
+    log_mean = log1p_of_loss(tl.where(d > 0.0, beta * loss, rest * loss))  # log m, less the larger of log p and log q
     d_p = tl.where(p == 0.0, p, -beta * p * (log_mean + q_above))
     d_q = tl.where(q == 0.0, q, -rest * q * (log_mean + p_above))
     return d_p + d_q, d_p, d_q
@@ -122,7 +123,7 @@ def jensen_shannon(log_p, log_q, beta, rest):
 
 @formula
 def total_variation(log_p, log_q):
-    p, q = exp(log_p), exp(log_q)
+    p, q = exact_exp(log_p), exact_exp(log_q)
     side = 0.5 * sign(p - q)
     return side * (p - q), side * p, -side * q
 

@@ -18,7 +18,6 @@ from triton_losses.compiler import INTERPRET, triton
 from triton_losses.op import shapes_only
 
 LAUNCH_OPTIONS = {
-    "enable_fp_fusion": True,  # Triton 3.10 flips the default
     "sanitize_overflow": False,  # a kernel with debug=True asserts what it says, not every integer addition
 }
 DOES_NOT_LAUNCH = (torch.OutOfMemoryError,)
@@ -44,12 +43,14 @@ class Tuned:
     programs  args, config -> the size of the grid
     sample    args -> the launch on at most 256 MB of rows, for measuring
     written   names of the tensors that the kernel reads and overwrites: measured on copies
+    fuse      whether the compiler may make one operation, rounded once, of a multiplication and an addition
     """
 
-    def __init__(self, kernel, *, configs, rule, key, programs, sample=None, written=()):
+    def __init__(self, kernel, *, configs, rule, key, programs, sample=None, written=(), fuse=True):
         self.kernel, self.rule, self.key, self.programs = kernel, rule, key, programs
         self.configs = configs if callable(configs) else lambda args: configs
         self.sample, self.written, self.chosen = sample, written, {}
+        self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}
 
     def __call__(self, **args):
         if not shapes_only():
@@ -60,7 +61,7 @@ class Tuned:
         if programs and INTERPRET:  # it knows no num_warps
             self.kernel[(programs,)](**args, **{name: value for name, value in config.items() if name in self.kernel.arg_names})
         elif programs:
-            self.kernel[(programs,)](**args, **config, **LAUNCH_OPTIONS)
+            self.kernel[(programs,)](**args, **config, **self.options)
 
     def config(self, args):
         """The remembered choice, else the fastest where it can be measured now, else the rule."""
