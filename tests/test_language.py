@@ -304,14 +304,16 @@ def test_function_transforms_give_what_they_give_of_plain_torch(device):
 
 BAD = [
     (ValueError, "(6,)", {"hidden": torch.randn(6, 5)}),
-    (ValueError, "(7, 4)", {"hidden": torch.randn(7, 4)}),
+    (RuntimeError, "4 and 5", {"hidden": torch.randn(7, 4)}),
+    (RuntimeError, "no dimension and 5", {"hidden": torch.tensor(1.0)}),
+    (RuntimeError, "at least 2, got 1", {"weight": torch.randn(5)}),
     (NotImplementedError, "(2, 3, 5)", {"weight": torch.randn(2, 3, 5)}),
     (NotImplementedError, "int64", {"hidden": torch.ones(7, 5).long()}),
     (NotImplementedError, "float32", {"labels": torch.rand(7, 9)}),
     (NotImplementedError, "int32", {"labels": torch.zeros(7).int()}),
     (ValueError, "(7, 1)", {"labels": torch.zeros(7, 1).long()}),
     (RuntimeError, "meta", {"weight": torch.randn(9, 5, device="meta")}),
-    (ValueError, "(8,)", {"linear_bias": torch.randn(8)}),
+    (RuntimeError, "(8,)", {"linear_bias": torch.randn(8)}),
     (ValueError, "0", {"temperature": 0}),
     (ValueError, "nan", {"temperature": float("nan")}),
     (ValueError, "-1.0", {"softcap": -1.0}),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from triton_losses import CrossEntropyLoss, HuberLoss, L1Loss, MSELoss, MultiOutputLoss, ParameterPenalty, WeightedSum
+from triton_losses import CrossEntropyLoss, FocalLoss, HuberLoss, L1Loss, MSELoss, MultiOutputLoss, ParameterPenalty, SigmoidFocalLoss, WeightedSum
 from triton_losses.functional import focal_loss, huber_loss
 
 pytestmark = pytest.mark.not_interpreted
@@ -209,3 +209,13 @@ ERRORS = [
 def test_refuses_and_names_what_is_wrong(kind, words, call):
     with pytest.raises(kind, match=words):
         call()
+
+
+def test_focal_losses_without_class_balance_stand_among_the_parts():
+    """alpha=None, which says of the sigmoid focal loss what any negative alpha says."""
+    logits, bits, labels = torch.randn(6, 5), torch.randint(2, (6, 5)).float(), torch.randint(5, (6,))
+    losses = {"bits": SigmoidFocalLoss(alpha=None, reduction="mean"), "kind": FocalLoss(alpha=None)}
+    total, parts = MultiOutputLoss(losses)(dict.fromkeys(losses, logits), {"bits": bits, "kind": labels}, return_parts=True)
+    torch.testing.assert_close(parts["bits"], SigmoidFocalLoss(alpha=-1, reduction="mean")(logits, bits))
+    torch.testing.assert_close(parts["kind"], FocalLoss()(logits, labels))
+    torch.testing.assert_close(total, sum(parts.values()))

@@ -7,7 +7,7 @@ import torch
 from triton_losses.blocks import aten_is_best, elements, share
 from triton_losses.compiler import tl
 from triton_losses.device_math import at_least, log1p, quotient, relu, sigmoid, softplus, step
-from triton_losses.element_formulas import logistic, sigmoid_focal, weighted_logistic
+from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
 from triton_losses.families.elementwise import blocks, elementwise
 from triton_losses.families.labelled_elements import labelled_elements
 from triton_losses.families.reduction import promoted, reduction_of, result_dtype
@@ -111,7 +111,7 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *
     inputs: logits, floating, any shape. targets: the inputs' size; 0 or 1, or any chance between. Or, without a one-hot map,
     integer class indices for inputs (..., C), of shape (...): y is 1 at the target's class, and nowhere where the target is
     background; other targets outside [0, C) raise IndexError (a device assertion on a GPU). alpha: weight of y = 1 against
-    1 - alpha of y = 0, so in [0, 1]; negative means no weighting. gamma: >= 0 (else ValueError), and right for every such
+    1 - alpha of y = 0, so in [0, 1]; None or negative for no weighting. gamma: >= 0 (else ValueError), and right for every such
     value, for logits of any size. reduction: "none", "mean" (over all logits) or "sum".
     As ``torchvision.ops.sigmoid_focal_loss``. Lin et al. 2017, arXiv:1708.02002.
 
@@ -127,17 +127,17 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *
         raise NotImplementedError(f"inputs must be floating-point, got {inputs.dtype}")
     if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
-    if not alpha <= 1:
-        raise ValueError(f"alpha must be at most 1 (negative: no weighting), got {alpha}")
-    alphas = (1.0, 0.0) if alpha < 0 else (1.0 - alpha, 2.0 * alpha - 1.0)
+    if alpha is not None and not alpha <= 1:
+        raise ValueError(f"alpha must be at most 1 (None or negative: no weighting), got {alpha}")
+    scalars = *class_balance(None if alpha is None or alpha < 0 else alpha), gamma
     reduction = reduction_of(reduction)
     if not indices:
-        return elementwise(sigmoid_focal, (inputs, targets), (*alphas, gamma), reduction)
+        return elementwise(sigmoid_focal, (inputs, targets), scalars, reduction)
     if not isinstance(background, numbers.Integral):
         raise TypeError(f"background must be an integer, got {background!r}")
     if targets.device != inputs.device:
         raise RuntimeError(f"expected all tensors to be on the same device, but inputs are on {inputs.device}, targets on {targets.device}")
-    return labelled_elements(sigmoid_focal, inputs, targets, (*alphas, gamma), int(background), reduction)
+    return labelled_elements(sigmoid_focal, inputs, targets, scalars, int(background), reduction)
 
 
 def check_chances(**tensors):

@@ -195,7 +195,7 @@ def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-1
     input: logits, (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape without
     C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a GPU). weight:
     (C,), α per class. gamma: >= 0, else ValueError; at 0, with alpha 1, this is ``cross_entropy``. alpha: a factor of every
-    row. reduction: "mean" divides by the sum of the targets' weights (nan when all are ignored), "sum", "none".
+    row, None for 1. reduction: "mean" divides by the sum of the targets' weights (nan when all are ignored), "sum", "none".
     Lin et al. 2017, arXiv:1708.02002.
 
     >>> focal_loss(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
@@ -204,4 +204,4 @@ def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-1
     check_types(input, target, ignore_index)
     if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
-    return by_rows(softmax_focal, input, target, weight, (gamma, alpha), ignore_index, reduction_of(reduction))
+    return by_rows(softmax_focal, input, target, weight, (gamma, 1.0 if alpha is None else alpha), ignore_index, reduction_of(reduction))

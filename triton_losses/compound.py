@@ -5,7 +5,7 @@ import math
 import torch
 
 from triton_losses.compiler import compute_dtype
-from triton_losses.element_formulas import logistic, sigmoid_focal, weighted_logistic
+from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
 from triton_losses.families.reduction import reduction_of
 from triton_losses.region_scores import (
     check_image,
@@ -156,8 +156,7 @@ def dice_focal_loss(
     if use_softmax:
         formula, scalars, weights_of = softmax_focal, (gamma, 1.0), lambda numbers, of_class: row_weights(numbers, of_class, weights)
     else:
-        alphas = (1.0, 0.0) if alpha is None else (1.0 - alpha, 2.0 * alpha - 1.0)
-        formula, scalars, weights_of = sigmoid_focal, (*alphas, gamma), lambda numbers, _: numbers[:, without:].sum(1)
+        formula, scalars, weights_of = sigmoid_focal, (*class_balance(alpha), gamma), lambda numbers, _: numbers[:, without:].sum(1)
     return compound(
         input, target, formula, scalars, weights, 0.0, bool(use_softmax), weights_of, True,
         {"lambda_dice": lambda_dice, "lambda_focal": lambda_focal}, weight, include_background, to_onehot_y, sigmoid, softmax,

@@ -20,6 +20,11 @@ def weighted_logistic(x, y, positive):
     return positive * y * yes + (1.0 - y) * no, (1.0 - y) * p - positive * y * (1.0 - p), positive * yes - no, y * yes
 
 
+def class_balance(alpha):
+    """The formula's two scalars: α of y = 1 and 1 - α of y = 0, as a value at 0 and a slope; 1 of both where alpha is None."""
+    return (1.0, 0.0) if alpha is None else (1.0 - alpha, 2.0 * alpha - 1.0)
+
+
 @formula
 def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
     p = sigmoid(x)

@@ -30,15 +30,18 @@ def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "l
 
 
 def check_product(hidden, weight, bias, names):
-    """Of hidden states, weight and bias, whose names in the caller's signature are these."""
+    """Of hidden states, weight and bias, whose names in the caller's signature are these; what does not fit is torch's RuntimeError."""
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise NotImplementedError(f"{names[0]} and {names[1]} must be floating-point, got {hidden.dtype} and {weight.dtype}")
+    if weight.dim() < 2:
+        raise RuntimeError(f"expected {names[1]} with dimensionality at least 2, got {weight.dim()}")
     if weight.dim() != 2:
         raise NotImplementedError(f"{names[1]} must have shape (classes, features), got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{names[0]} must end in the {weight.shape[1]} features of {names[1]}, got shape {tuple(hidden.shape)}")
+        features = f"{hidden.shape[-1] if hidden.dim() else 'no dimension'} and {weight.shape[1]}"
+        raise RuntimeError(f"expected equal {names[0]} and {names[1]} last dimensions (in_features), got {features}, respectively")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{names[2]} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        raise RuntimeError(f"expected {names[2]} shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_devices(hidden, weight, bias)
 
 
@@ -79,7 +82,7 @@ def linear_cross_entropy(
     float32, float64 for float64. return_stats: return the loss and TokenStats, of each token, from the same products.
     options: torch's, for its chunked path; only None.
     As ``torch.nn.functional.linear_cross_entropy``. The weight's gradient is summed in float32. Three products where the loss
-    is reduced, four where it is not. Bad options raise ValueError, class probabilities NotImplementedError, labels outside
+    is reduced, four where it is not. Features or a bias that do not fit raise RuntimeError, bad options ValueError, class probabilities NotImplementedError, labels outside
     [0, classes) IndexError (a device assertion on a GPU).
 
     >>> linear_cross_entropy(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))

@@ -126,6 +126,7 @@ CASES = [
     rows("focal_loss", bench=TIMED_ROWS),
     rows("focal_loss", {"gamma": 0.0, "weight": per_class, "ignore_index": 0}, logits_and_all_labels),
     rows("focal_loss", {"gamma": 0.5, "alpha": 0.25, "weight": per_class}),
+    rows("focal_loss", {"alpha": None}),
     *(hard_rows("focal_loss", draw, {"gamma": 0.5}) for draw in (certain, masked_vocabulary, masked_label, huge_logits, all_ignored)),
     images("nll_loss", {"weight": per_class}, log_probabilities_and_labels),
     images("cross_entropy", bench=TIMED_IMAGES),

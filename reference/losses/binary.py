@@ -34,6 +34,6 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *
     p, q = inputs.sigmoid(), (-inputs).sigmoid()
     entropy = (1 - targets) * softplus(inputs, threshold=50) + targets * softplus(-inputs, threshold=50)
     losses = entropy * power(p * (1 - targets) + q * targets, gamma)
-    if alpha >= 0:
+    if alpha is not None and alpha >= 0:
         losses = (alpha * targets + (1 - alpha) * (1 - targets)) * losses
     return reduced(losses, reduction)

@@ -28,5 +28,5 @@ def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-1
     nll = torch_cross_entropy(input, target, None, None, ignore_index, None, "none")
     kept = target != ignore_index
     weights = torch.where(kept, 1 if weight is None else weight[torch.where(kept, target, 0)], 0).to(input.dtype)
-    losses = alpha * weights * power(-torch.expm1(-nll), gamma) * nll
+    losses = (1 if alpha is None else alpha) * weights * power(-torch.expm1(-nll), gamma) * nll
     return losses.sum() / weights.sum() if reduction == "mean" else reduced(losses, reduction)
