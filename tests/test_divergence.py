@@ -221,3 +221,16 @@ def test_the_ops_are_well_behaved(device):
         out, saved, counted = family.distribution_rows_forward(*arguments)
         arguments = (q, p, None, labels, saved, counted, torch.randn_like(out), *options, -100, reduction, [True, True])
         torch.library.opcheck(family.distribution_rows_backward.overload, arguments, test_utils=tests)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("options", [{"direction": "forward"}, {"direction": "reverse"}, {"direction": "jsd"}, {"direction": "jsd", "beta": 0.3}], ids=str)
+def test_the_second_derivative_is_right_where_both_are_equal(options):
+    """There every divergence is as good as a quadratic form: what natural gradients and trust regions take from it."""
+    logits = torch.randn(2, 4, dtype=torch.float64)
+    ours, plain = (
+        torch.autograd.functional.hessian(lambda x, f=f: f(x, logits, **options), logits)
+        for f in (functional.distillation_loss, reference.losses.distillation_loss)
+    )
+    torch.testing.assert_close(ours, plain)
+    assert plain.abs().max() > 0.01

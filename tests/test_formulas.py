@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import triton_losses  # noqa: F401  files the formulas
-from triton_losses import device_math
+from triton_losses import device_math, functional
 from triton_losses.families.label_rows_blocks import slots_of
 from triton_losses.formula import FORMULAS, Formula, formula
 
@@ -192,3 +192,26 @@ def test_a_logarithm_near_1_is_exact_to_its_last_digits(dtype, device):
     x = -torch.cat([torch.tensor([0.0, 1e-30, 1e-7, 1e-4]), torch.linspace(0.001, 0.999, 999)]).to(device, dtype)
     for values in (device_math.log1p_of_loss.eager(x), evaluate(device_math.log1p_of_loss, x)):
         torch.testing.assert_close(values.double(), x.double().log1p(), rtol=5e-7 if dtype == torch.float32 else 1e-14, atol=0)
+
+
+HALF, SIGNS = torch.tensor([[0.0, 1.0, 0.3, 0.8]]).double(), torch.tensor([[-1.0, 1.0, 1.0, -1.0]]).double()
+SMOOTH = {  # at an input of 0: the target, whether the loss is smooth in that too, and options
+    "binary_cross_entropy_with_logits": (HALF, True, {"pos_weight": torch.tensor(2.0).double()}),
+    "cross_entropy": (torch.tensor([1]), False, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}),
+    "distillation_loss": (torch.zeros(1, 4).double(), False, {"direction": "jsd", "beta": 0.3}),
+    "focal_loss": (torch.tensor([1]), False, {}),
+    "log_cosh_loss": (torch.zeros(1, 4).double(), True, {}),
+    "multilabel_soft_margin_loss": (HALF, False, {}),
+    "poisson_nll_loss": (HALF, True, {}),
+    "sigmoid_focal_loss": (HALF, True, {"gamma": 1.5}),
+    "soft_margin_loss": (SIGNS, True, {}),
+}
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("name", SMOOTH)
+def test_kinks_that_cancel_in_the_derivative_cancel_in_the_second(name):
+    """|x| and max(x, 0) each have one at 0, the loss that is written with them has none."""
+    target, smooth, options = SMOOTH[name]
+    leaves = [torch.zeros(1, 4).double().requires_grad_(), *([target.clone().requires_grad_()] if smooth else [])]
+    assert torch.autograd.gradgradcheck(lambda x, y=target: getattr(functional, name)(x, y, **options), leaves)

@@ -139,9 +139,14 @@ def less_product(a, x, y):
     return a - x * y
 
 
-@twin(lambda x: torch.nn.functional.softplus(-x.abs(), threshold=50.0))  # from 50 on log1p(exp) is x in float64 too
+def log1p_exp_minus_abs_eager(x):
+    magnitude = torch.nn.functional.leaky_relu(x, -1.0)  # whose derivative at 0 is -1, as relu's is 0: together they are softplus's
+    return torch.nn.functional.softplus(-magnitude, threshold=50.0)  # from 50 on log1p(exp) is x in float64 too
+
+
+@twin(log1p_exp_minus_abs_eager)
 def log1p_exp_minus_abs(x):
-    """log(1 + exp(-|x|)): the part of softplus that is not linear."""
+    """log(1 + exp(-|x|)): what softplus(x) has beside relu(x)."""
     e = exp_minus_abs(x)
     if x.dtype == tl.float64:
         u = 1.0 + e

@@ -1,6 +1,6 @@
 """The formulas of a logit and a chance, which themes share: binary losses, and what stands beside Dice."""
 
-from triton_losses.device_math import at_least_tiny, less_product, log1p_exp_minus_abs, power, quotient, relu, sigmoid
+from triton_losses.device_math import at_least_tiny, less_product, log1p_exp_minus_abs, power, quotient, relu, sigmoid, softplus
 from triton_losses.formula import formula
 
 
@@ -13,9 +13,8 @@ def logistic(x, y):
 
 @formula
 def weighted_logistic(x, y, positive):
-    rest = log1p_exp_minus_abs(x)
-    yes = relu(-x) + rest  # -log σ(x)
-    no = relu(x) + rest  # -log σ(-x)
+    yes = softplus(-x)  # -log σ(x)
+    no = softplus(x)  # -log σ(-x)
     p = sigmoid(x)
     return positive * y * yes + (1.0 - y) * no, (1.0 - y) * p - positive * y * (1.0 - p), positive * yes - no, y * yes
 
