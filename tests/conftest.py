@@ -34,6 +34,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if INTERPRET:
         items[:] = [item for item in items if not item.get_closest_marker("not_interpreted")]
+    for item in items:  # with --dist loadgroup a worker that has built a loss's kernels gets the rest of that loss's tests
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if case is not None and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.xdist_group(case.name))
 
 
 @contextlib.contextmanager
