@@ -65,7 +65,7 @@ def with_ones(arguments):
 @pytest.mark.parametrize("module, launch", LAUNCHES)
 def test_every_kernel_builds_with_each_integer_argument_being_1(module, launch):
     tuned = getattr(importlib.import_module(f"triton_losses.kernels.{module}"), launch)
-    builds = [build for call, *args in KERNELS[module] for build in built("sm_90", call, *args) if build.launch is tuned]
+    builds = [build for launching in KERNELS[module] for build in built("sm_90", *launching) if build.launch is tuned]
     assert builds
 
     def with_each():

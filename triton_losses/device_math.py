@@ -163,11 +163,10 @@ def log1p_exp_minus_abs(x):
 
 
 @twin(torch.log1p)
-def log1p_of_loss(x):
+def log1p_negative(x):
     """log(1 + x) for -1 < x <= 0, to its last digits near 0 as well."""
     if x.dtype == tl.float64:
-        u = 1.0 + x
-        return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+        return log1p(x)
     s = quotient(x, 2.0 + x)
     u = s * s
     p = 1.407888917e-01 * u + 1.398257887e-01  # minimax of atanh(s)/s for x >= -1/2, relative error 4e-9

@@ -82,8 +82,8 @@ def linear_cross_entropy(
     float32, float64 for float64. return_stats: return the loss and TokenStats, of each token, from the same products.
     options: torch's, for its chunked path; only None.
     As ``torch.nn.functional.linear_cross_entropy``. The weight's gradient is summed in float32. Three products where the loss
-    is reduced, four where it is not. Features or a bias that do not fit raise RuntimeError, bad options ValueError, class probabilities NotImplementedError, labels outside
-    [0, classes) IndexError (a device assertion on a GPU).
+    is reduced, four where it is not. Features or a bias that do not fit raise RuntimeError, bad options
+    ValueError, class probabilities NotImplementedError, labels outside [0, classes) IndexError (a device assertion on a GPU).
 
     >>> linear_cross_entropy(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor(1.1269)
