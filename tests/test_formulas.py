@@ -165,6 +165,7 @@ EXACT = {
     "expm1": torch.expm1,
     "sign": torch.sign,
     "relu": torch.relu,
+    "negative_part": lambda x: torch.relu(-x),
     "step": lambda x: (x >= 0).to(x.dtype),
 }
 

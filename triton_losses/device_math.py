@@ -108,6 +108,12 @@ def relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
+@twin(lambda x: -torch.clamp(x, max=0.0))
+def negative_part(x):
+    """max(0, -x), whose derivative at 0 is -1: relu's is 0 there, so that x = relu(x) - negative_part(x) has the right one."""
+    return tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
 @twin(lambda x: torch.clamp(x, min=tiny))
 def at_least_tiny(x):
     """Keeps a logarithm or a quotient finite; far below anything that shows in a float32 result."""

@@ -6,7 +6,7 @@ import numbers
 import torch
 
 from triton_losses.compiler import tl
-from triton_losses.device_math import at_least_tiny, exact_exp, exp, expm1, log1p_negative, power, sign
+from triton_losses.device_math import at_least_tiny, exact_exp, exp, expm1, log1p_negative, negative_part, power, relu, sign
 from triton_losses.families.reduction import DTYPES
 from triton_losses.formula import formula
 
@@ -113,11 +113,10 @@ def relative_entropy(log_p, log_q):
 def jensen_shannon(log_p, log_q, beta, rest):
     p, q = exp(log_p), exp(log_q)
     d = log_q - log_p
-    up = d >= 0.0  # one side throughout: the kinks of |d| and max(d, 0) would cancel in the slope at 0, and not in its derivative
-    shortfall = exp(-tl.where(up, d, -d)) - 1.0  # of the smaller against the larger
-    log_mean = log1p_negative(tl.where(up, beta * shortfall, rest * shortfall))  # log m, less the larger of log p and log q
-    d_p = tl.where(p == 0.0, p, -beta * p * tl.where(up, log_mean + d, log_mean))
-    d_q = tl.where(q == 0.0, q, -rest * q * tl.where(up, log_mean, log_mean - d))
+    q_above, p_above = relu(d), negative_part(d)
+    log_mean = log1p_negative(beta * (exp(-q_above) - 1.0) + rest * (exp(-p_above) - 1.0))  # log m, less the larger of log p and log q
+    d_p = tl.where(p == 0.0, p, -beta * p * (log_mean + q_above))
+    d_q = tl.where(q == 0.0, q, -rest * q * (log_mean + p_above))
     return d_p + d_q, d_p, d_q
 
 
