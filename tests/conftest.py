@@ -26,7 +26,7 @@ os.environ.setdefault("TRITON_LOSSES_AUTOTUNE", "0")  # tests of the tuning swit
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "not_interpreted: needs the compiler, or says nothing about kernels")
-    config.addinivalue_line("markers", "cuda: runs on a GPU, and only there")
+    config.addinivalue_line("markers", "cuda: runs on a GPU")
     config.addinivalue_line("markers", "builds: compiles kernels for GPUs that are not here")
     config.addinivalue_line("markers", "interpreted: waits for all tests with the kernels interpreted")
 

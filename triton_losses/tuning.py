@@ -50,7 +50,7 @@ class Tuned:
         self.kernel, self.rule, self.key, self.programs = kernel, rule, key, programs
         self.configs = configs if callable(configs) else lambda args: configs
         self.sample, self.written, self.chosen = sample, written, {}
-        self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}
+        self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # said always: Triton 3.10 flips the default
 
     def __call__(self, **args):
         if not shapes_only():
