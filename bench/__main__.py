@@ -16,7 +16,6 @@ from bench.providers import PROVIDERS, providers_of
 from bench.report import failures_of, frame_of, table_of, write
 from reference import cases
 
-
 PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries have, at full size; full: hours"
 
 

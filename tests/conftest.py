@@ -15,7 +15,7 @@ import warnings
 import pytest
 import torch
 
-from triton_losses import blocks
+from triton_losses.core import threads
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and not INTERPRET else [])
@@ -83,7 +83,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def calls_are_ours(monkeypatch):
     """Tests use small tensors, which on a CPU would go to ATen: they are to test what large ones meet."""
-    monkeypatch.setattr(blocks, "ATEN", False)
+    monkeypatch.setattr(threads, "ATEN", False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """A function of device_math run as a kernel where kernels run; its PyTorch twin elsewhere."""
 
-from triton_losses.compiler import runs_kernels, triton
+from triton_losses.core.compiler import runs_kernels, triton
 
 if triton is not None:
     import triton.language as tl

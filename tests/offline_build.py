@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from triton_losses.tuning import Tuned
+from triton_losses.core.tuning import Tuned
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -9,10 +9,10 @@ import warnings
 import numpy
 import pytest
 import torch
-
-import triton_losses
 from test_drop_in import FIRST, TORCHS, operators, prepared
 from test_losses import SOME
+
+import triton_losses
 from triton_losses import functional
 
 torch.manual_seed(0)

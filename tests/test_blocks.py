@@ -5,12 +5,13 @@ import threading
 
 import pytest
 import torch
-
 from conftest import torch_threads
-from triton_losses import blocks, functional
+
+from triton_losses import functional
+from triton_losses.core import threads
 
 pytestmark = pytest.mark.not_interpreted
-MANY = 8 * blocks.RUN
+MANY = 8 * threads.RUN
 
 
 @pytest.fixture(autouse=True)
@@ -20,21 +21,21 @@ def two_threads():
 
 
 def test_each_block_is_worked_on_once_by_threads_in_which_torch_stays():
-    done, threads = [], set()
+    done, workers = [], set()
 
     def work(i):
         done.append(i)
-        threads.add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
+        workers.add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
 
-    blocks.share(work, MANY)
+    threads.share(work, MANY)
     assert sorted(done) == list(range(MANY))
-    assert threads == {("triton", 1)} and torch.get_num_threads() == 2
+    assert workers == {("triton", 1)} and torch.get_num_threads() == 2
 
 
 def test_few_blocks_stay_with_the_caller():
-    threads = set()
-    blocks.share(lambda i: threads.add(threading.get_ident()), blocks.RUN)
-    assert threads == {threading.get_ident()}
+    workers = set()
+    threads.share(lambda i: workers.add(threading.get_ident()), threads.RUN)
+    assert workers == {threading.get_ident()}
 
 
 def test_an_error_in_a_block_reaches_the_caller():
@@ -43,20 +44,20 @@ def test_an_error_in_a_block_reaches_the_caller():
             raise ZeroDivisionError("the last block")
 
     with pytest.raises(ZeroDivisionError, match="the last block"):
-        blocks.share(work, MANY)
+        threads.share(work, MANY)
 
 
 def test_no_graph_is_recorded_and_inference_mode_is_kept():
     x, seen = torch.ones(3, requires_grad=True), []
-    blocks.share(lambda i: seen.append((x * 2).requires_grad), MANY)
+    threads.share(lambda i: seen.append((x * 2).requires_grad), MANY)
     assert not any(seen)
     with torch.inference_mode():
         seen.clear()
-        blocks.share(lambda i: seen.append(torch.is_inference_mode_enabled()), MANY)
+        threads.share(lambda i: seen.append(torch.is_inference_mode_enabled()), MANY)
     assert all(seen) and len(seen) == MANY
 
 
-LARGE = blocks.elements(torch.float32) * (3 * blocks.RUN) + 17
+LARGE = threads.elements(torch.float32) * (3 * threads.RUN) + 17
 
 
 def test_a_loss_of_many_blocks_is_exact_and_the_same_every_time():
@@ -73,8 +74,8 @@ def test_a_loss_of_many_blocks_is_exact_and_the_same_every_time():
 
 
 def test_rows_wider_than_a_block_are_exact():
-    classes = blocks.elements(torch.float32) + 100
-    x, labels = torch.randn(2 * blocks.RUN, classes, requires_grad=True), torch.randint(classes, (2 * blocks.RUN,))
+    classes = threads.elements(torch.float32) + 100
+    x, labels = torch.randn(2 * threads.RUN, classes, requires_grad=True), torch.randint(classes, (2 * threads.RUN,))
     ours, exact = functional.cross_entropy(x, labels), torch.nn.functional.cross_entropy(x.double(), labels)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(exact, x), rtol=1e-5, atol=1e-9)
@@ -82,10 +83,10 @@ def test_rows_wider_than_a_block_are_exact():
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_makes_threads_of_its_own():
-    blocks.share(lambda i: None, MANY)  # the parent has its threads
+    threads.share(lambda i: None, MANY)  # the parent has its threads
     child = os.fork()
     if child == 0:
         done = []
-        blocks.share(done.append, MANY)
+        threads.share(done.append, MANY)
         os._exit(0 if len(done) == MANY else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

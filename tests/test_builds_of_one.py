@@ -11,16 +11,24 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
 
-from test_builds import PLAIN_TORCH, built, call, ctc, huber, of_one_row_of, triplet
+from test_builds import (
+    PLAIN_TORCH,
+    built,
+    call,
+    ctc,
+    huber,
+    of_one_row_of,
+    pytestmark,  # noqa: F401  the same conditions
+    triplet,
+)
 from test_builds import cross_entropy as rows
 from test_builds import head_distillation as pairs_of_rows
-from test_builds import pytestmark  # noqa: F401  the same conditions
 from test_builds_segmentation import dice
 from test_planes_builds import class_indices, images
 
 import triton_losses.kernels
 from reference.cases import CASES
-from triton_losses.tuning import Tuned
+from triton_losses.core.tuning import Tuned
 
 SHAPES = ((4, 1), (1, 1), (1, 5))  # rows, or images, and columns, or pixels
 FIRST = {case.name: case for case in reversed(CASES) if not case.note and case not in PLAIN_TORCH}

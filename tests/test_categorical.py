@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies
-
 from conftest import INTERPRET
+from hypothesis import given, settings, strategies
 from test_bad_input import CHANCES, ELSEWHERE, INTEGERS, LABELS, LABELS_ELSEWHERE, NAN, NUMBERS, labelled, of
+
 from triton_losses import functional
 from triton_losses.families import proportion_rows
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import INTERPRET
 
 from bench.memory import peak_bytes
-from conftest import INTERPRET
 from triton_losses import functional
 from triton_losses.families import labelled_elements
 

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from reference.cases import CASES
 from triton_losses import functional, modules
+from triton_losses.core.formula import FORMULAS
 from triton_losses.families import elementwise, label_rows
-from triton_losses.formula import FORMULAS
 
 
 @pytest.mark.not_interpreted

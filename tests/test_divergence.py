@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRET
 
 import reference.losses
-from conftest import INTERPRET
 from triton_losses import DistillationLoss, KLDivLoss, functional
+from triton_losses.core.formula import FORMULAS
 from triton_losses.families import distribution_rows as family
 from triton_losses.families.distribution_rows import distribution_rows
-from triton_losses.formula import FORMULAS
 
 DIRECTIONS = ("forward", "reverse", "jsd", "tv")
 

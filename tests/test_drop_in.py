@@ -12,13 +12,13 @@ import pickle
 
 import pytest
 import torch
+from conftest import INTERPRET
 from hypothesis import given, settings, strategies
+from test_losses import ROUNDING, SOME
 
 import reference.losses
 import triton_losses
-from conftest import INTERPRET
 from reference.cases import CASES
-from test_losses import ROUNDING, SOME
 from triton_losses import functional
 
 WITHOUT_MODULES = ("log_probs", "ctc_loss_with_logits")  # the last has ctc_loss's

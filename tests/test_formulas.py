@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import triton_losses  # noqa: F401  files the formulas
-from triton_losses import device_math, functional
+from triton_losses import functional
+from triton_losses.core import device_math
+from triton_losses.core.formula import FORMULAS, Formula, formula
 from triton_losses.families.label_rows_blocks import slots_of
-from triton_losses.formula import FORMULAS, Formula, formula
 
 ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of rows
     "squared_error": (2, ()),

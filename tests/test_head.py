@@ -11,15 +11,15 @@ import pickle
 
 import pytest
 import torch
+from conftest import torch_threads
+from test_language import CLASSES, FEATURES, IGNORED, THREE_ROWS, assert_same, drawn, per_class, value_and_gradients
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.profiler import ProfilerActivity, profile
 
 import triton_losses
 from bench.memory import peak_bytes
-from conftest import torch_threads
-from test_language import CLASSES, FEATURES, IGNORED, THREE_ROWS, assert_same, drawn, per_class, value_and_gradients
-from triton_losses import blocks
+from triton_losses.core import threads
 from triton_losses.language import linear_cross_entropy, linear_log_probs
 
 TORCHS = getattr(torch.nn.functional, "linear_cross_entropy", None)
@@ -113,7 +113,7 @@ def test_memory_is_a_chunk_beside_the_gradients(reduction):
 
     work()
     gradients = 2 * (hidden.nbytes + weight.nbytes)  # the sums, and what the backward makes of them
-    assert peak_bytes(lambda: work, torch.device("cpu")) <= gradients + chunk + 2 * blocks.BYTES + 64 * rows
+    assert peak_bytes(lambda: work, torch.device("cpu")) <= gradients + chunk + 2 * threads.BYTES + 64 * rows
 
 
 @pytest.mark.not_interpreted

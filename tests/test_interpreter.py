@@ -1,9 +1,9 @@
 """The same tests with the kernels interpreted, in a process of their own: Triton decides when it is imported."""
 
 import pytest
-
 from conftest import INTERPRETED, interpreted_run
-from triton_losses.compiler import triton
+
+from triton_losses.core.compiler import triton
 
 pytestmark = [pytest.mark.not_interpreted, pytest.mark.interpreted]
 

@@ -8,11 +8,11 @@ import random
 
 import pytest
 import torch
-
-import reference.losses
 from conftest import INTERPRET
 from test_losses import assert_within_budget
-from triton_losses.compiler import compute_dtype
+
+import reference.losses
+from triton_losses.core.compiler import compute_dtype
 from triton_losses.families.label_rows import walk
 from triton_losses.language import linear_cross_entropy, linear_log_probs, log_probs
 

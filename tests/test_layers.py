@@ -1,4 +1,4 @@
-"""Imports point down only: objectives → modules → functional → themes → families → (tuning, op, formula, device_math) → compiler."""
+"""Imports point down only: objectives → modules → functional → themes → families → whole, blocks, kernels → core."""
 
 import ast
 import doctest
@@ -13,7 +13,7 @@ import torch
 
 pytestmark = pytest.mark.not_interpreted
 ROOT = pathlib.Path(__file__).parents[1]
-CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "blocks": 1, "tuning": 2}
+CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "threads": 1, "tuning": 2, "reduction": 2}
 SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
 
 
@@ -24,11 +24,13 @@ def layer_of(name):
         return None
     if len(parts) == 1:
         return 9
+    if parts[1] == "core":
+        return CORE.get(parts[-1], 0)
     if parts[1] == "families":
-        return 3 if parts[2:] == ["reduction"] else 4
+        return 4
     if parts[1] == "kernels":
         return 3
-    return {**CORE, **SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}.get(parts[1], 5)
+    return {**SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}.get(parts[1], 5)
 
 
 def imports_of(path):
@@ -48,7 +50,7 @@ def test_imports_point_down(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for imported in imports_of(path):
         layer = layer_of(imported)
-        if layer is None or imported in ("triton_losses", "triton_losses.families"):
+        if layer is None or imported in ("triton_losses", "triton_losses.core", "triton_losses.families"):
             continue
         assert layer < layer_of(name) or (layer == layer_of(name) and layer in (1, 2, 3, 4)), f"{name} imports {imported}"
 

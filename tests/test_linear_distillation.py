@@ -8,14 +8,15 @@ import pickle
 
 import pytest
 import torch
+from test_head import ops_of, products
+from test_language import CLASSES, IGNORED, ONE_ROW, THREE_ROWS, assert_same, covering, value_and_gradients, words
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import reference.losses
 from bench.memory import peak_bytes
-from test_head import ops_of, products
-from test_language import CLASSES, IGNORED, ONE_ROW, THREE_ROWS, assert_same, covering, value_and_gradients, words
-from triton_losses import LinearDistillationLoss, blocks
+from triton_losses import LinearDistillationLoss
+from triton_losses.core import threads
 from triton_losses.families import linear_distribution_rows as family
 from triton_losses.functional import distillation_loss, linear_distillation_loss
 
@@ -324,7 +325,7 @@ def test_memory_is_a_chunk_beside_the_gradients(kind, reduction):
 
     work()
     gradients = 2 * (hidden.nbytes + weight.nbytes)  # the sums, and what the backward makes of them
-    assert peak_bytes(lambda: work, torch.device("cpu")) <= gradients + chunk * (1 + (kind == "products")) + 6 * blocks.BYTES + 64 * rows
+    assert peak_bytes(lambda: work, torch.device("cpu")) <= gradients + chunk * (1 + (kind == "products")) + 6 * threads.BYTES + 64 * rows
 
 
 @pytest.mark.not_interpreted

@@ -4,11 +4,12 @@ import inspect
 
 import pytest
 import torch
+from conftest import INTERPRET
 
 import reference.losses
-from conftest import INTERPRET
 from reference.cases import CASES
-from triton_losses import blocks, functional
+from triton_losses import functional
+from triton_losses.core import threads
 
 # the interpreter truncates to bfloat16
 ROUNDING = {torch.float64: 2**-50, torch.float32: 2**-22, torch.bfloat16: 2**-7 if INTERPRET else 2**-8, torch.float16: 2**-10}
@@ -119,7 +120,7 @@ def test_calls_that_go_to_aten_give_the_same(case, device, monkeypatch):
     """Small ones on a CPU, where ATen has the loss."""
     tensors, options = case.arguments(case.shapes[0], torch.float32, device)
     ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
-    monkeypatch.setattr(blocks, "ATEN", True)
+    monkeypatch.setattr(threads, "ATEN", True)
     for small, large in zip(value_and_gradients(getattr(functional, case.name), case, tensors, options), ours, strict=True):
         torch.testing.assert_close(small, large, equal_nan=True, rtol=1e-5, atol=1e-5)
 

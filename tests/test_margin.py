@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import INTERPRET
 from hypothesis import given, settings, strategies
 
-from conftest import INTERPRET
 from triton_losses import functional
+from triton_losses.core.formula import FORMULAS
 from triton_losses.families import margin_native, margin_rows
-from triton_losses.formula import FORMULAS
 
 few = settings(max_examples=6 if INTERPRET else 40, deadline=None, derandomize=True, database=None)
 

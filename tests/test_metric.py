@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRET
 from hypothesis import given, settings, strategies
 
 import reference.losses
-from conftest import INTERPRET
-from triton_losses import blocks, functional
+from triton_losses import functional
+from triton_losses.core import threads
 from triton_losses.families import pairs
 
 DTYPES = (torch.float32, torch.float64) if INTERPRET else (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -131,7 +132,7 @@ def test_second_derivatives_of_equal_vectors_are_finite(device):
 @pytest.mark.not_interpreted
 def test_rows_of_many_blocks_are_exact_and_the_same_every_time():
     """On several threads, and rows as long as a block."""
-    shape = (2 * blocks.RUN + 3, blocks.elements(torch.float32))
+    shape = (2 * threads.RUN + 3, threads.elements(torch.float32))
     a, b, y = torch.randn(shape, requires_grad=True), torch.randn(shape), torch.ones(shape[0])
     ours = [value_and_gradients(functional.cosine_embedding_loss, [a, b, y]) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*ours))

@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from triton_losses import CrossEntropyLoss, FocalLoss, HuberLoss, L1Loss, MSELoss, MultiOutputLoss, ParameterPenalty, SigmoidFocalLoss, WeightedSum
+from triton_losses import (
+    CrossEntropyLoss,
+    FocalLoss,
+    HuberLoss,
+    L1Loss,
+    MSELoss,
+    MultiOutputLoss,
+    ParameterPenalty,
+    SigmoidFocalLoss,
+    WeightedSum,
+)
 from triton_losses.functional import focal_loss, huber_loss
 
 pytestmark = pytest.mark.not_interpreted

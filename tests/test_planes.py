@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from conftest import INTERPRET
+from test_losses import value_and_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.memory import peak_bytes
-from conftest import INTERPRET
 from reference.cases import CASES
-from test_losses import value_and_gradients
-from triton_losses import blocks, functional, row_formulas
+from triton_losses import functional, row_formulas
+from triton_losses.core import threads
+from triton_losses.core.formula import FORMULAS, Formula
 from triton_losses.families import label_rows
 from triton_losses.families.label_rows_blocks import slots_of
-from triton_losses.formula import FORMULAS, Formula
 
 IMAGES = [case for case in CASES if case.note == "images"]
 SHAPE = (2, 3, 4, 6)
@@ -126,7 +127,7 @@ def test_the_gradient_is_nearly_all_the_memory_that_is_needed(shape):
         return peak_bytes(prepare, torch.device("cpu"))
 
     ours = peak(functional.cross_entropy)
-    assert ours < x.nbytes + 12 * blocks.BYTES  # what one thread's block takes
+    assert ours < x.nbytes + 12 * threads.BYTES  # what one thread's block takes
     assert ours < peak(torch.nn.functional.cross_entropy)
 
 

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="kernels need Triton, which is not installe
 
 from offline_build import TARGETS, accesses, loops_of
 from test_builds import built, forward_and_backward, offsets_of
+
 from triton_losses import functional
 
 pytestmark = [

@@ -3,7 +3,22 @@
 
 import pytest
 import torch
-from preference_by_hand import INF, NAN, a_batch, cpo_by_hand, dpo_by_hand, exactly, grpo_by_hand, grpo_mean_by_hand, kto_by_hand, log_probs, orpo_by_hand, pairs, reduced, simpo_by_hand
+from preference_by_hand import (
+    INF,
+    NAN,
+    a_batch,
+    cpo_by_hand,
+    dpo_by_hand,
+    exactly,
+    grpo_by_hand,
+    grpo_mean_by_hand,
+    kto_by_hand,
+    log_probs,
+    orpo_by_hand,
+    pairs,
+    reduced,
+    simpo_by_hand,
+)
 
 from triton_losses.preference import cpo_loss, dpo_loss, grpo_loss, kto_loss, orpo_loss, sequence_log_probs, simpo_loss
 

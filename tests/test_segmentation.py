@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
+from conftest import INTERPRET, torch_threads
 from hypothesis import given, settings, strategies
 
 import reference.losses
 import triton_losses
 from bench.memory import peak_bytes
-from conftest import INTERPRET, torch_threads
 from triton_losses import functional
 from triton_losses.families import regions, regions_blocks
 

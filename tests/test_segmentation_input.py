@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from test_segmentation import image, one_hot
 
 import triton_losses
-from test_segmentation import image, one_hot
 from triton_losses import functional
 
 X, Y = image(dtype=torch.float32)

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRET
 from hypothesis import given, settings, strategies
 
 import triton_losses
-from conftest import INTERPRET
 from triton_losses import functional
 
 LOSSES = {"ctc_loss": lambda x: x.log_softmax(-1), "ctc_loss_with_logits": lambda x: x}  # and what makes their input of logits

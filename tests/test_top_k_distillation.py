@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from test_linear_distillation import CLASSES, DIRECTIONS, FEATURES, assert_same, loss_and_gradients, randn, student, value_and_gradients
+
 from triton_losses.functional import linear_distillation_loss
 
 

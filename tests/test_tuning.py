@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from triton_losses import tuning
-from triton_losses.op import STATE
+from triton_losses.core import tuning
+from triton_losses.core.op import STATE
 
 SLOW, FAST, MIDDLE = {"BLOCK": 1, "num_warps": 1}, {"BLOCK": 2, "num_warps": 2}, {"BLOCK": 3, "num_warps": 4}
 MS = {1: 3.0, 2: 1.0, 3: 2.0}

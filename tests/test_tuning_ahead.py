@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from test_tuning import Kernel, arguments, deterministic, gpu, make
 
-from triton_losses import tuning
+from triton_losses.core import tuning
 
 
 def test_tune_raises_where_nothing_can_be_measured(gpu, monkeypatch):

@@ -5,10 +5,10 @@ import functools
 
 import pytest
 import torch
+from test_segmentation import one_hot, one_thread  # noqa: F401  a fixture
 
 import reference.losses
 import triton_losses
-from test_segmentation import one_hot, one_thread  # noqa: F401  a fixture
 from triton_losses import functional
 
 

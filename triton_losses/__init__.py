@@ -4,6 +4,8 @@ Functions are in ``triton_losses.functional`` under torch.nn.functional's names,
 """
 
 from triton_losses import functional as functional
+from triton_losses.core.tuning import set_autotune as set_autotune
+from triton_losses.core.tuning import tune as tune
 from triton_losses.modules import BCELoss as BCELoss
 from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
 from triton_losses.modules import CategoricalCrossEntropyLoss as CategoricalCrossEntropyLoss
@@ -62,7 +64,5 @@ from triton_losses.region_modules import GeneralizedDiceLoss as GeneralizedDiceL
 from triton_losses.region_modules import JaccardLoss as JaccardLoss
 from triton_losses.region_modules import LovaszLoss as LovaszLoss
 from triton_losses.region_modules import TverskyLoss as TverskyLoss
-from triton_losses.tuning import set_autotune as set_autotune
-from triton_losses.tuning import tune as tune
 
 __version__ = "0.1.0"

@@ -4,13 +4,13 @@ import numbers
 
 import torch
 
-from triton_losses.compiler import tl
-from triton_losses.device_math import clamp
+from triton_losses.core.compiler import tl
+from triton_losses.core.device_math import clamp
+from triton_losses.core.formula import formula
+from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
 from triton_losses.families.proportion_rows import proportion_rows
-from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
-from triton_losses.formula import formula
 from triton_losses.row_formulas import cross_entropy_of_probabilities, cross_entropy_plain
 
 EPSILON = 1e-7  # Keras' default

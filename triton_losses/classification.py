@@ -4,11 +4,11 @@ import numbers
 
 import torch
 
-from triton_losses.blocks import aten_is_best
-from triton_losses.compiler import compute_dtype, runs_kernels
+from triton_losses.core.compiler import compute_dtype, runs_kernels
+from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
+from triton_losses.core.threads import aten_is_best
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
-from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.row_formulas import (
     check_shape_of_logits,
     cross_entropy_formula,

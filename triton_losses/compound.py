@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from triton_losses.compiler import compute_dtype
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.reduction import reduction_of
 from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
-from triton_losses.families.reduction import reduction_of
 from triton_losses.region_scores import (
     check_image,
     check_not_negative,

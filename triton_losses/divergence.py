@@ -4,12 +4,12 @@ import warnings
 
 import torch
 
-from triton_losses.compiler import compute_dtype, tl
-from triton_losses.device_math import exp
+from triton_losses.core.compiler import compute_dtype, tl
+from triton_losses.core.device_math import exp
+from triton_losses.core.formula import formula
+from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.elementwise import elementwise
-from triton_losses.families.reduction import DTYPES, promoted, reduction_of, result_dtype
-from triton_losses.formula import formula
 from triton_losses.row_formulas import check_counting, divergence_formula
 
 

@@ -1,7 +1,7 @@
 """The formulas of a logit and a chance, which themes share: binary losses, and what stands beside Dice."""
 
-from triton_losses.device_math import at_least_tiny, less_product, log1p_exp_minus_abs, power, quotient, relu, sigmoid, softplus
-from triton_losses.formula import formula
+from triton_losses.core.device_math import at_least_tiny, less_product, log1p_exp_minus_abs, power, quotient, relu, sigmoid, softplus
+from triton_losses.core.formula import formula
 
 
 @formula

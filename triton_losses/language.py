@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from triton_losses.compiler import compute_dtype
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.reduction import DTYPES, reduction_of
 from triton_losses.families.label_rows import label_rows, row_statistics
 from triton_losses.families.linear_distribution_rows import linear_distribution_rows
 from triton_losses.families.linear_rows import linear_rows
-from triton_losses.families.reduction import DTYPES, reduction_of
 from triton_losses.row_formulas import (
     check_counting,
     check_shape_of_logits,

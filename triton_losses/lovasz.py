@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from triton_losses.compiler import compute_dtype
-from triton_losses.families.reduction import reduction_of, result_dtype
-from triton_losses.op import readable
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.op import readable
+from triton_losses.core.reduction import reduction_of, result_dtype
 from triton_losses.region_scores import check_image, ignorable
 
 MODES = ("softmax", "hinge")

@@ -4,13 +4,13 @@ import numbers
 
 import torch
 
-from triton_losses.compiler import runs_kernels, tl
-from triton_losses.device_math import sign
+from triton_losses.core.compiler import runs_kernels, tl
+from triton_losses.core.device_math import sign
+from triton_losses.core.formula import formula
+from triton_losses.core.op import read_whole, readable
+from triton_losses.core.reduction import DTYPES, reduction_of
 from triton_losses.families.margin_native import margin_native
 from triton_losses.families.margin_rows import margin_rows
-from triton_losses.families.reduction import DTYPES, reduction_of
-from triton_losses.formula import formula
-from triton_losses.op import read_whole, readable
 
 
 @formula

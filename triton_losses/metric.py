@@ -5,14 +5,14 @@ import math
 
 import torch
 
-from triton_losses.blocks import aten_is_best
-from triton_losses.compiler import tl
-from triton_losses.device_math import at_least, at_least_tiny, power, relu, root, root_slope, sign, step
+from triton_losses.core.compiler import tl
+from triton_losses.core.device_math import at_least, at_least_tiny, power, relu, root, root_slope, sign, step
+from triton_losses.core.formula import formula
+from triton_losses.core.op import readable
+from triton_losses.core.reduction import DTYPES, reduction_of
+from triton_losses.core.threads import aten_is_best
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.pairs import pair_sums
-from triton_losses.families.reduction import DTYPES, reduction_of
-from triton_losses.formula import formula
-from triton_losses.op import readable
 
 FEW = 1 << 19  # numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
 

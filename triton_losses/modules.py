@@ -8,7 +8,7 @@ import inspect
 import torch
 
 from triton_losses import functional as F
-from triton_losses.families.reduction import reduction_of
+from triton_losses.core.reduction import reduction_of
 from triton_losses.margin import check_power_and_weight
 from triton_losses.metric import check_margin
 

@@ -17,9 +17,9 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
-from triton_losses.compiler import compute_dtype
-from triton_losses.device_math import tiny
-from triton_losses.families.reduction import DTYPES, reduction_of
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.device_math import tiny
+from triton_losses.core.reduction import DTYPES, reduction_of
 
 PREFERENCES = ("sigmoid", "ipo", "hinge")
 NORMALISERS = ("grpo", "dapo", "dr_grpo", "bnpo")

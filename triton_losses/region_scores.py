@@ -9,9 +9,9 @@ import warnings
 
 import torch
 
-from triton_losses.families.reduction import reduction_of, result_dtype
+from triton_losses.core.op import readable
+from triton_losses.core.reduction import reduction_of, result_dtype
 from triton_losses.families.regions import regions
-from triton_losses.op import readable
 
 AVERAGES = ("macro", "micro")
 EMPTY = ("smooth", "zero", "exclude")

@@ -5,13 +5,13 @@ import warnings
 
 import torch
 
-from triton_losses.blocks import aten_is_best
-from triton_losses.compiler import compute_dtype, tl
-from triton_losses.device_math import at_least, clamp, division, exp, log_cosh, sign, tanh
+from triton_losses.core.compiler import compute_dtype, tl
+from triton_losses.core.device_math import at_least, clamp, division, exp, log_cosh, sign, tanh
+from triton_losses.core.formula import formula
+from triton_losses.core.op import readable
+from triton_losses.core.reduction import promoted, reduction_of, result_dtype
+from triton_losses.core.threads import aten_is_best
 from triton_losses.families.elementwise import elementwise
-from triton_losses.families.reduction import promoted, reduction_of, result_dtype
-from triton_losses.formula import formula
-from triton_losses.op import readable
 
 
 @formula

@@ -5,10 +5,10 @@ import numbers
 
 import torch
 
-from triton_losses.compiler import tl
-from triton_losses.device_math import at_least_tiny, exact_exp, exp, expm1, log1p_negative, negative_part, power, relu, sign
-from triton_losses.families.reduction import DTYPES
-from triton_losses.formula import formula
+from triton_losses.core.compiler import tl
+from triton_losses.core.device_math import at_least_tiny, exact_exp, exp, expm1, log1p_negative, negative_part, power, relu, sign
+from triton_losses.core.formula import formula
+from triton_losses.core.reduction import DTYPES
 
 
 @formula

@@ -4,9 +4,9 @@ import numbers
 
 import torch
 
+from triton_losses.core.op import readable
+from triton_losses.core.reduction import reduction_of, result_dtype
 from triton_losses.families.ctc import ctc, labels_of
-from triton_losses.families.reduction import reduction_of, result_dtype
-from triton_losses.op import readable
 
 
 def lengths_of(name, value, samples, most):

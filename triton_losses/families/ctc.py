@@ -21,10 +21,10 @@ import math
 
 import torch
 
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.op import differentiated_again, is_plain, op, read_whole, shapes_only
+from triton_losses.core.reduction import cast
 from triton_losses.families.ctc_blocks import gradient_blocks, statistics_blocks, walk_by_aten
-from triton_losses.families.reduction import cast
-from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.ctc import gradient_launch, occupancy_launch, of_rows, sizes_of, statistics_launch, walk_launch

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from triton_losses.blocks import share
+from triton_losses.core.threads import share
 from triton_losses.families.label_rows_blocks import row_blocks
 
 IMPOSSIBLE = -1e30  # for -inf, whose difference to itself would be nan

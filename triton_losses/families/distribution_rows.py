@@ -20,13 +20,13 @@ import functools
 
 import torch
 
-from triton_losses.blocks import share
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import differentiated_again, is_plain, op, read_whole, shapes_only
+from triton_losses.core.reduction import cast, promoted, result_dtype
+from triton_losses.core.threads import share
 from triton_losses.families.label_rows import readable
 from triton_losses.families.label_rows_blocks import row_blocks
-from triton_losses.families.reduction import cast, promoted, result_dtype
-from triton_losses.formula import FORMULAS
-from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.distribution_rows import backward_launch, forward_launch, row_arguments

@@ -8,12 +8,12 @@ Nothing but the operands is saved between the two, so a second backward is simpl
 
 import torch
 
-from triton_losses.blocks import elements, share
-from triton_losses.compiler import runs_kernels, triton
-from triton_losses.device_math import as_scalars
-from triton_losses.families.reduction import cast, promoted, result_dtype
-from triton_losses.formula import FORMULAS
-from triton_losses.op import is_plain, op, read_whole, shapes_only
+from triton_losses.core.compiler import runs_kernels, triton
+from triton_losses.core.device_math import as_scalars
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import is_plain, op, read_whole, shapes_only
+from triton_losses.core.reduction import cast, promoted, result_dtype
+from triton_losses.core.threads import elements, share
 
 if triton is not None:
     from triton_losses.kernels.elementwise import SPAN, backward_launch, forward_launch, triton_type

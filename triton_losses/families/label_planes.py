@@ -12,11 +12,11 @@ log softmax where the gradient is to lie, and the backward makes it of that, in 
 
 import torch
 
-from triton_losses.blocks import elements, share
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import shapes_only
+from triton_losses.core.threads import elements, share
 from triton_losses.families.label_rows_blocks import arguments_of, counted, slots_of, transform
-from triton_losses.formula import FORMULAS
-from triton_losses.op import shapes_only
 
 if triton is not None:
     from triton_losses.kernels.label_planes import SPAN, backward_launch, few, forward_launch, shared_arguments

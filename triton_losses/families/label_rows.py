@@ -26,12 +26,12 @@ A formula that takes `picked` alone reads one number a row (on a CPU that is for
 
 import torch
 
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import differentiated_again, is_plain, keeps_for_backward, op, read_whole, shapes_only
+from triton_losses.core.reduction import cast, result_dtype
 from triton_losses.families.label_planes import log_rows_of, planes_backward, planes_forward
 from triton_losses.families.label_rows_blocks import counted, slots_of, walk_blocks, whole_losses
-from triton_losses.families.reduction import cast, result_dtype
-from triton_losses.formula import FORMULAS
-from triton_losses.op import differentiated_again, is_plain, keeps_for_backward, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.label_rows import launch

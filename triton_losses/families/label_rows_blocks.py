@@ -5,9 +5,9 @@ import threading
 
 import torch
 
-from triton_losses.blocks import elements, share
-from triton_losses.compiler import compute_dtype
-from triton_losses.families.reduction import cast
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.reduction import cast
+from triton_losses.core.threads import elements, share
 
 STATISTICS = ("picked", "log_p", "mean_log_p", "lse", "entropy")
 LOWEST = -3.4028234663852886e38  # finite, for 0 · -inf is nan

@@ -8,14 +8,14 @@ The map of bits, one-hot, would be as large as the logits: it is never made. A r
 
 import torch
 
-from triton_losses.blocks import share
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
-from triton_losses.device_math import as_scalars
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.device_math import as_scalars
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import differentiated_again, is_plain, op, read_whole, shapes_only
+from triton_losses.core.reduction import result_dtype
+from triton_losses.core.threads import share
 from triton_losses.families.elementwise import elementwise, whole_gradients
 from triton_losses.families.label_rows_blocks import counted, row_blocks
-from triton_losses.families.reduction import result_dtype
-from triton_losses.formula import FORMULAS
-from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.elementwise import SPAN, triton_type

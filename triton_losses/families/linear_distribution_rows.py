@@ -13,13 +13,20 @@ the backward runs the same op once more, now with the upstream gradient: nothing
 
 import torch
 
-from triton_losses.compiler import compute_dtype, runs_kernels
+from triton_losses.core.compiler import compute_dtype, runs_kernels
+from triton_losses.core.op import differentiated_again, is_plain, op, read_whole
 from triton_losses.families import top_k_rows
 from triton_losses.families.distribution_rows import VECTOR, Whole, walk
 from triton_losses.families.linear_rows import (
-    cast, dtype_of_product, in_dtype, keep_gradients, kept_gradients, padded, product, sweep,
+    cast,
+    dtype_of_product,
+    in_dtype,
+    keep_gradients,
+    kept_gradients,
+    padded,
+    product,
+    sweep,
 )  # fmt: skip
-from triton_losses.op import differentiated_again, is_plain, op, read_whole
 
 
 def stored_rows(stored):

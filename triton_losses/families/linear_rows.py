@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from triton_losses.compiler import compute_dtype, runs_kernels
+from triton_losses.core.compiler import compute_dtype, runs_kernels
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import differentiated_again, is_plain, op, read_whole, shapes_only
 from triton_losses.families.label_rows import walk
 from triton_losses.families.label_rows_blocks import whole_losses
-from triton_losses.formula import FORMULAS
-from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
 

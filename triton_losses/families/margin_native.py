@@ -6,10 +6,10 @@ derivatives of them, and because torch 2.13 compiles multilabel_margin_loss wron
 
 import torch
 
-from triton_losses.compiler import compute_dtype
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.op import differentiated_again, op, read_whole, shapes_only
+from triton_losses.core.reduction import result_dtype
 from triton_losses.families.margin_rows import reduced, whole_gradient
-from triton_losses.families.reduction import result_dtype
-from triton_losses.op import differentiated_again, op, read_whole, shapes_only
 
 aten = torch.ops.aten
 

@@ -13,11 +13,11 @@ On a CPU these losses are ATen's: margin_native.py.
 
 import torch
 
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import differentiated_again, op, read_whole, shapes_only
+from triton_losses.core.reduction import cast, result_dtype
 from triton_losses.families.label_rows import readable
-from triton_losses.families.reduction import cast, result_dtype
-from triton_losses.formula import FORMULAS
-from triton_losses.op import differentiated_again, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.margin_rows import backward_launch, forward_launch, row_arguments

@@ -13,14 +13,14 @@ label is `ignore_index` cost nothing, and the mean is over the others.
 
 import torch
 
-from triton_losses.blocks import share
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import differentiated_again, is_plain, op, read_whole, shapes_only
+from triton_losses.core.reduction import cast, promoted, result_dtype
+from triton_losses.core.threads import share
 from triton_losses.families.distribution_rows import readable_pair
 from triton_losses.families.label_rows import readable
 from triton_losses.families.label_rows_blocks import counted, row_blocks
-from triton_losses.families.reduction import cast, promoted, result_dtype
-from triton_losses.formula import FORMULAS
-from triton_losses.op import differentiated_again, is_plain, op, read_whole, shapes_only
 
 if triton is not None:
     from triton_losses.kernels.proportion_rows import backward_launch, forward_launch, row_arguments

@@ -16,10 +16,10 @@ What follows, on (images, classes), is plain torch: options never reach a kernel
 
 import torch
 
-from triton_losses.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import differentiated_again, is_plain, keeps_for_backward, op, read_whole, shapes_only
 from triton_losses.families.regions_blocks import Blocks, takes_weight, whole_sums
-from triton_losses.formula import FORMULAS
-from triton_losses.op import differentiated_again, is_plain, keeps_for_backward, op, read_whole, shapes_only
 
 MOST_CLASSES = 0
 if triton is not None:

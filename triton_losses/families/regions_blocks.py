@@ -2,9 +2,9 @@
 
 import torch
 
-from triton_losses.blocks import elements, share
-from triton_losses.compiler import compute_dtype
-from triton_losses.families.reduction import cast
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.reduction import cast
+from triton_losses.core.threads import elements, share
 
 CERTAIN = 1e-30  # a smaller probability of a pixel's own class has lost digits, or all of itself; its logarithm has not
 

@@ -8,13 +8,13 @@ no logarithm to take: a program of one warp meets no barrier.
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import WARP, compute_dtype
-from triton_losses.device_math import LOG2E
+from triton_losses.core.compiler import WARP, compute_dtype
+from triton_losses.core.device_math import LOG2E
+from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import triton_type
 from triton_losses.kernels.rows import configs as row_configs
 from triton_losses.kernels.rows import edge_of, row_statistics, span_of, write_zeros
 from triton_losses.kernels.rows import rule as row_rule
-from triton_losses.tuning import Tuned
 
 NEVER = tl.constexpr(-1e30)  # the power of 2 of a 0; sums of a few stay finite, which -inf would not
 

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import WARP
-from triton_losses.device_math import exact, load_zeros
-from triton_losses.tuning import Tuned
+from triton_losses.core.compiler import WARP
+from triton_losses.core.device_math import exact, load_zeros
+from triton_losses.core.tuning import Tuned
 
 SPAN = 8192  # elements whose losses one program sums: fixed, so that tuning never moves the partial sums
 

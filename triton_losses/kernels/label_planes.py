@@ -8,12 +8,12 @@ maximum and Σ exp(x - maximum) for each pixel; the backward of few walks them t
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import WARP, compute_dtype
-from triton_losses.device_math import as_scalars, exact, exp
+from triton_losses.core.compiler import WARP, compute_dtype
+from triton_losses.core.device_math import as_scalars, exact, exp
+from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.label_rows import factors_of, read_formula
 from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, transform
-from triton_losses.tuning import Tuned
 
 SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
 FEW = 32  # classes whose logits a program still finds in the cache when it reads them again: 16 bytes of each a thread

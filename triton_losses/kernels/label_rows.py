@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import compute_dtype
-from triton_losses.device_math import as_scalars, exact, exp, load_zeros
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.device_math import as_scalars, exact, exp, load_zeros
+from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.rows import LOWEST, configs, edge_of, programs, row_statistics, rule, span_of, transform, write_zeros
-from triton_losses.tuning import Tuned
 
 
 @triton.jit

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import WARP
-from triton_losses.device_math import exact, load_zeros
+from triton_losses.core.compiler import WARP
+from triton_losses.core.device_math import exact, load_zeros
+from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import SPAN, name_of
-from triton_losses.tuning import Tuned
 
 
 @triton.jit

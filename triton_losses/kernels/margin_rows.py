@@ -7,12 +7,12 @@ Of a set of labels, `members` marks the columns, so that nobody need search the 
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import compute_dtype
-from triton_losses.device_math import as_scalars, exact, load_zeros
+from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.device_math import as_scalars, exact, load_zeros
+from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.distribution_rows import edge_tile
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.rows import configs, programs, rule, span_of
-from triton_losses.tuning import Tuned
 
 
 @triton.jit

@@ -7,10 +7,10 @@ per thread until the row ends: one exchange between threads, not one a block.
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import WARP
-from triton_losses.device_math import as_scalars, exact, load_zeros
+from triton_losses.core.compiler import WARP
+from triton_losses.core.device_math import as_scalars, exact, load_zeros
+from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
-from triton_losses.tuning import Tuned
 
 VECTOR = 16  # bytes
 

@@ -9,10 +9,10 @@ import math
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import INTERPRET, WARP, compute_dtype
-from triton_losses.device_math import as_scalars, exact, exp, sigmoid
+from triton_losses.core.compiler import INTERPRET, WARP, compute_dtype
+from triton_losses.core.device_math import as_scalars, exact, exp, sigmoid
+from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import triton_type
-from triton_losses.tuning import Tuned
 
 
 @triton.jit

@@ -7,8 +7,8 @@ vector and after the last are one small masked tile, the *edge*: a mask over sin
 import triton
 import triton.language as tl
 
-from triton_losses.compiler import WARP
-from triton_losses.device_math import exp, load_zeros, tanh
+from triton_losses.core.compiler import WARP
+from triton_losses.core.device_math import exp, load_zeros, tanh
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf would be NaN; and no float32 logit lies below
 LOWEST_DOUBLE = tl.constexpr(-1.7976931348623157e308)

@@ -14,8 +14,8 @@ import threading
 
 import torch
 
-from triton_losses.compiler import INTERPRET, triton
-from triton_losses.op import shapes_only
+from triton_losses.core.compiler import INTERPRET, triton
+from triton_losses.core.op import shapes_only
 
 LAUNCH_OPTIONS = {
     "sanitize_overflow": False,  # a kernel with debug=True asserts what it says, not every integer addition

@@ -18,7 +18,7 @@ import textwrap
 
 import torch
 
-from triton_losses.compiler import jit, tl
+from triton_losses.core.compiler import jit, tl
 
 FORMULAS = {}  # by name: an op carries a formula's name, for torch.compile cannot carry a compiled function
 

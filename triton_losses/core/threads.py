@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from triton_losses.compiler import runs_kernels
+from triton_losses.core.compiler import runs_kernels
 
 BYTES = 1 << 20  # of a block: a few of them fit the cache, and the allocator keeps rather than returns them
 RUN = 16  # blocks that a thread takes at a time, at most

@@ -11,7 +11,7 @@ import struct
 
 import torch
 
-from triton_losses.compiler import INTERPRET, jit, tl, triton
+from triton_losses.core.compiler import INTERPRET, jit, tl, triton
 
 if triton is not None:
     from triton.language.extra import libdevice

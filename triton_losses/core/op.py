@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from triton_losses.compiler import runs_kernels
+from triton_losses.core.compiler import runs_kernels
 
 LIBRARY = torch.library.Library("triton_losses", "DEF")
 STATE = threading.local()
