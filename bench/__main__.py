@@ -1,4 +1,4 @@
-"""The command: ``python -m bench [LOSS ...]``."""
+"""The command: ``python -m bench [LOSS ...]``, or ``python -m bench host [LOSS ...]``."""
 
 import argparse
 import os
@@ -16,12 +16,18 @@ from bench.providers import PROVIDERS, providers_of
 from bench.report import failures_of, frame_of, table_of, write
 from reference import cases
 
+try:
+    from bench import host
+except ImportError:  # where Triton is not installed
+    host = None
+
 PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries have, at full size; full: hours"
 
 
 def command_line():
     parser = argparse.ArgumentParser("python -m bench", description="Time and memory of the losses beside plain PyTorch.")
-    parser.add_argument("losses", metavar="LOSS", nargs="*", help="part of a loss's name; all timed losses if none is given")
+    described = "part of a loss's name; all timed losses if none is given; first of all perhaps 'host': what a call costs the host"
+    parser.add_argument("losses", metavar="LOSS", nargs="*", help=described)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help=PRESETS_ARE)
     parser.add_argument("--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS))
@@ -72,10 +78,19 @@ def run(timed, device, preset, wanted):
     return rows
 
 
+def measure_host(timed, out, load_before):
+    """The table of ``python -m bench host``."""
+    frame = host.table([case for case in timed if not case.features])  # a head is matrix products, which a stub does not have
+    lines = conditions(torch.device("cpu"), load_before, kernels=True)
+    host.write(frame, lines, out)
+    print(*lines, "", host.EXPLANATION, host.shown(frame).to_string(), "", host.summary(frame), f"\nWritten to {out}{os.sep}", sep="\n")
+
+
 def main(arguments=None):
     parser = command_line()
     options = parser.parse_args(arguments)
-    timed = chosen(options.losses, parser)
+    of_host = options.losses[:1] == ["host"]
+    timed = chosen(options.losses[of_host:], parser)
     if options.list:
         print(listing(timed))
         return
@@ -85,6 +100,10 @@ def main(arguments=None):
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter's times say nothing about the kernels; unset it")
     load_before = load()
+    if of_host:
+        if host is None:
+            parser.error("host needs Triton, whose launch path it measures")
+        return measure_host(timed, options.out, load_before)
     if options.memory_curve:
         if not memory_curve.heads(timed):
             parser.error("--memory-curve is for losses of a language model's head, and none of these is one")

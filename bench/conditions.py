@@ -37,8 +37,11 @@ def load():
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
-def conditions(device, load_before):
-    """Lines to stand above every table. Called at the end of a run, which itself adds its threads to the load."""
+def conditions(device, load_before, kernels=False):
+    """Lines to stand above every table. Called at the end of a run, which itself adds its threads to the load.
+
+    kernels: on a CPU, whether kernels were launched all the same, to a driver that launches nothing.
+    """
     threads, load_after = torch.get_num_threads(), load()
     hardware = f"{processor()}, {os.cpu_count()} cores, {threads} threads, load {load_before:.1f} before and {load_after:.1f} after"
     if device.type == "cuda":
@@ -46,7 +49,7 @@ def conditions(device, load_before):
     versions = f"torch {torch.__version__}, triton {triton_version()}, Python {platform.python_version()}"
     versions = ", ".join([versions, *(f"{name} {version}" for name, version in peers.versions().items())])
     lines = [hardware, f"triton_losses {triton_losses.__version__}, {versions}"]
-    if device.type == "cpu":
+    if device.type == "cpu" and not kernels:
         lines.append(ON_A_CPU)
     if load_before > 0.5 or load_after > threads + 0.5:
         lines.append(BUSY)

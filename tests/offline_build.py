@@ -19,6 +19,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from triton_losses.core import compiler, plan
+from triton_losses.core.launch import Launch
 from triton_losses.core.tuning import Tuned
 
 TARGETS = {
@@ -107,19 +109,32 @@ def building(name):
         launches.append((tuned, args, config))
         launch_as_ever(tuned, args, config)
 
-    launch_as_ever = Tuned.launch
+    def bind(tuned, **args):
+        made = bind_as_ever(tuned, **args)
+        config, varying = tuned.config(args), [name for name in tuned.kernel.arg_names if name in args and name not in made.fixed]
+
+        def call(*values):
+            launches.append((tuned, {**args, **dict(zip(varying, values, strict=True))}, config))
+            made(*values)
+
+        return call
+
+    launch_as_ever, bind_as_ever = Tuned.launch, Tuned.bind
+    plan.forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", OWN_CACHE.name)
         patch.setenv("TRITON_DUMP_PTXAS_LOG", "1")  # a GPU's driver would count registers and spills; here the assembler does
         patch.setattr(driver, "_active", NoGPU(name))  # a kernel that asks for its target is told by the driver
         patch.setattr(JITFunction, "__getitem__", build)
         patch.setattr(Tuned, "launch", launch)
+        patch.setattr(Tuned, "bind", bind)
+        patch.setattr(Launch, "remember", lambda *_: None)  # a build is not to be run
+        patch.setattr(compiler, "KERNEL_DEVICES", {"cpu"})
         for module in [module for name, module in sys.modules.items() if name.startswith("triton_losses.")]:
-            if hasattr(module, "runs_kernels"):
-                patch.setattr(module, "runs_kernels", lambda x: True)
             if hasattr(module, "WARP"):
                 patch.setattr(module, "WARP", TARGETS[name].warp_size)
         yield builds
+    plan.forget()
 
 
 # Reading a build

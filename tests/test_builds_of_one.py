@@ -43,6 +43,7 @@ def test_every_loss_builds_for_one_row_and_for_one_column(name):
 
 KERNELS = {  # by the module that holds them: calls that launch them all
     "ctc": [(ctc, torch.float32, 3)],
+    "ctc_walk": [(ctc, torch.float32, 3)],
     "distribution_rows": [(pairs_of_rows, torch.float32, 1001)],
     "elementwise": [(huber, torch.float32)],
     "label_planes": [(images, "cross_entropy", torch.float32, 19)],
@@ -51,6 +52,7 @@ KERNELS = {  # by the module that holds them: calls that launch them all
     "margin_rows": [(of_one_row_of, "multi_margin_loss", "label", torch.float32, 1001), (of_one_row_of, "multilabel_margin_loss", "set", torch.float32, 1001)],
     "pairs": [(triplet, torch.float32)],
     "proportion_rows": [(of_one_row_of, f"{name}categorical_cross_entropy", labels, torch.float32, 1001) for name, labels in (("", "chances"), ("sparse_", "label"))],
+    "region_scores": [(dice, torch.float32, 4), (dice, torch.float32, 1)],
     "regions": [(dice, torch.float32, 4), (dice, torch.float32, 1)],
 }
 LAUNCHES = [

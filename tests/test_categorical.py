@@ -7,7 +7,6 @@ from hypothesis import given, settings, strategies
 from test_bad_input import CHANCES, ELSEWHERE, INTEGERS, LABELS, LABELS_ELSEWHERE, NAN, NUMBERS, labelled, of
 
 from triton_losses import functional
-from triton_losses.families import proportion_rows
 
 few = settings(max_examples=4 if INTERPRET else 30, deadline=None, derandomize=True, database=None)
 
@@ -70,20 +69,6 @@ def test_function_transforms_and_second_derivatives(reduction):
         torch.testing.assert_close(torch.func.jacrev(loss)(x.detach()), plain)
         many = torch.stack([x.detach(), 2 * x.detach()])
         torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(loss))(many)[0], plain)
-
-
-OP_TESTS = ("test_schema", "test_faketensor")  # autograd is the Functions', not the ops'
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_the_ops_are_well_behaved(reduction, device):
-    x = torch.rand(3, 9, device=device)
-    for y, wanted in ((torch.rand(3, 9, device=device), [True, True]), (torch.tensor([0, -100, 8], device=device), [True, False])):
-        options = "clipped_cross_entropy", [0.0, 0.0, 1e-7, 1 - 1e-7], -100, reduction
-        torch.library.opcheck(proportion_rows.proportion_rows_forward.overload, (x, y, *options, torch.float32), test_utils=OP_TESTS)
-        out, saved, number = proportion_rows.proportion_rows_forward(x, y, *options, torch.float32)
-        arguments = (x, y, saved, number, torch.randn_like(out), *options, wanted)
-        torch.library.opcheck(proportion_rows.proportion_rows_backward.overload, arguments, test_utils=OP_TESTS)
 
 
 REFUSALS = [

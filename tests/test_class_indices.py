@@ -6,7 +6,7 @@ from conftest import INTERPRET
 
 from bench.memory import peak_bytes
 from triton_losses import functional
-from triton_losses.families import labelled_elements
+from triton_losses.families.labelled_elements import read
 
 SHAPES = ((7, 130), (6, 16), (2, 3, 5), (4,)) if INTERPRET else ((7, 130), (6, 16), (2, 3, 5), (4,), (900, 91))
 
@@ -66,7 +66,7 @@ def test_the_ops_are_well_behaved(device):
     x, targets, _ = draw((5, 16), -1, device)
     tests = ("test_schema", "test_faketensor")
     for reduction in ("none", "mean"):
-        options = ("sigmoid_focal", [0.75, -0.5, 1.7], -1, reduction)
-        torch.library.opcheck(labelled_elements.labelled_elements_forward.overload, (x, targets, *options, torch.float32), test_utils=tests)
+        options = ("sigmoid_focal", [0.75, -0.5, 1.7], -1, reduction, torch.float32)
+        torch.library.opcheck(read.forward_op, ([x, targets], *options), test_utils=tests)
         dout = torch.randn(x.shape if reduction == "none" else (), device=device)
-        torch.library.opcheck(labelled_elements.labelled_elements_backward.overload, (x, targets, dout, *options), test_utils=tests)
+        torch.library.opcheck(read.backward_op, ([x, targets], [], [dout], [True, False], *options), test_utils=tests)

@@ -9,7 +9,7 @@ import triton_losses  # noqa: F401  files the formulas
 from triton_losses import functional
 from triton_losses.core import device_math
 from triton_losses.core.formula import FORMULAS, Formula, formula
-from triton_losses.families.label_rows_blocks import slots_of
+from triton_losses.core.rows import slots_of
 
 ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of rows
     "squared_error": (2, ()),
@@ -47,6 +47,12 @@ ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of r
     "contrastive": (2, (1.9,)),
     "cosine_embedding": (4, (0.1,)),
     "squared_cosine_error": (4, (1e-8,)),
+    "dice_score": (3, (0.1, 0.2)),
+    "tversky_score": (3, (0.3, 0.6, 0.1, 0.2)),
+    "one_less_score": (1, ()),
+    "power_of_one_less_score": (1, (1.7,)),
+    "minus_log_score": (1, ()),
+    "power_of_minus_log_score": (1, (1.7,)),
 }
 ROWS = {
     "chosen_log_p": (),
@@ -61,8 +67,10 @@ ROWS = {
     "softmax_focal": (1.7, 0.3),
 }
 PAIRS = {  # of a pair of rows
-    "cross_entropy_of_probabilities": (0.1, 0.02),
-    "clipped_cross_entropy": (0.1, 0.02, 1e-7, 1 - 1e-7),
+    "cross_entropy_of_probabilities": (),
+    "cross_entropy_of_smoothed_probabilities": (0.1, 0.02),
+    "clipped_cross_entropy": (1e-7, 1 - 1e-7),
+    "clipped_cross_entropy_smoothed": (1e-7, 1 - 1e-7, 0.1, 0.02),
     "relative_entropy": (),
     "jensen_shannon": (0.3, 0.7),
     "total_variation": (),
@@ -84,7 +92,7 @@ def operands_of(name):
         elif name == "cosine_embedding":
             operands[3] = operands[3].round() * 2 - 1
         return operands, scalars
-    if name == "clipped_cross_entropy":
+    if name.startswith("clipped_cross_entropy"):
         return [torch.rand(50, dtype=torch.float64) * 0.99 + 0.005 for _ in range(2)], PAIRS[name]
     count = 2 if name in PAIRS else sum(slot > 0 for slot in slots_of(f))
     return [-torch.rand(50, dtype=torch.float64) * 3 - 0.01 for _ in range(count)], {**ROWS, **PAIRS}[name]

@@ -13,7 +13,8 @@ from test_losses import assert_within_budget
 
 import reference.losses
 from triton_losses.core.compiler import compute_dtype
-from triton_losses.families.label_rows import walk
+from triton_losses.core.rows import Pass
+from triton_losses.families.label_rows import Problem, walk
 from triton_losses.language import linear_cross_entropy, linear_log_probs, log_probs
 
 FEATURES, CLASSES = 5, 70
@@ -137,7 +138,8 @@ def test_the_likeliest_class_is_the_first_of_the_highest(cols, dtype, device):
     logits, labels = logits.to(device), labels.to(device)
     saved, likeliest = logits.new_empty(4, 9, dtype=compute_dtype(dtype)), torch.empty_like(labels)
     for capped in (0.0, 20.0):
-        walk(logits, labels, None, "cross_entropy_plain", [], -100, capped, 1.5, saved, forward=True, likeliest=likeliest.fill_(-7))
+        problem = Problem("cross_entropy_plain", (), -100, capped, 1.5, "none", saved.dtype)
+        walk((logits, labels, None), problem, Pass(saved, forward=True, likeliest=likeliest.fill_(-7)))
         assert likeliest.tolist() == expected.tolist()
 
 

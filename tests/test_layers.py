@@ -13,7 +13,8 @@ import torch
 
 pytestmark = pytest.mark.not_interpreted
 ROOT = pathlib.Path(__file__).parents[1]
-CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "threads": 1, "tuning": 2, "reduction": 2}
+CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "threads": 1, "reduction": 1, "rows": 1, "launch": 1, "plan": 1, "tuning": 2, "bridge": 2}
+READINGS = ("whole", "blocks", "kernels")
 SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
 
 
@@ -25,10 +26,10 @@ def layer_of(name):
     if len(parts) == 1:
         return 9
     if parts[1] == "core":
-        return CORE.get(parts[-1], 0)
+        return CORE.get(parts[-1], 1 if len(parts) > 2 else 0)
     if parts[1] == "families":
         return 4
-    if parts[1] == "kernels":
+    if parts[1] in READINGS:
         return 3
     return {**SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}.get(parts[1], 5)
 
@@ -50,9 +51,15 @@ def test_imports_point_down(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for imported in imports_of(path):
         layer = layer_of(imported)
-        if layer is None or imported in ("triton_losses", "triton_losses.core", "triton_losses.families"):
+        if layer is None or imported in ("triton_losses", *(f"triton_losses.{room}" for room in ("core", "families", *READINGS))):
             continue
         assert layer < layer_of(name) or (layer == layer_of(name) and layer in (1, 2, 3, 4)), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_readings_do_not_import_one_another(reading):
+    found = {name.split(".")[1] for path in (ROOT / "triton_losses" / reading).rglob("*.py") for name in imports_of(path) if name.startswith("triton_losses.")}
+    assert found <= {reading, "core"}
 
 
 @pytest.mark.parametrize("package, others", [("reference", ("triton_losses", "bench", "tests")), ("triton_losses", ("reference", "bench", "tests")), ("bench", ("tests",))])

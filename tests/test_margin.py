@@ -6,8 +6,9 @@ from conftest import INTERPRET
 from hypothesis import given, settings, strategies
 
 from triton_losses import functional
+from triton_losses.core import threads
 from triton_losses.core.formula import FORMULAS
-from triton_losses.families import margin_native, margin_rows
+from triton_losses.families.margin_rows import Problem, margin_rows, read
 
 few = settings(max_examples=6 if INTERPRET else 40, deadline=None, derandomize=True, database=None)
 
@@ -35,15 +36,14 @@ def test_every_reading_of_a_set_is_pytorchs(reduction, drawn):
     scores, labels = drawn
     of = lambda serve: value_and_gradient(lambda x: serve(x, labels), scores)
     expected = of(lambda x, labels: torch.nn.functional.multilabel_margin_loss(x, labels, reduction=reduction))
-    formula, options = FORMULAS["margin_excess"], ([1.0], reduction)
+    problem = Problem("margin_excess", 1.0, reduction, scores.dtype)
     torch.testing.assert_close(of(lambda x, labels: functional.multilabel_margin_loss(x, labels, reduction=reduction)), expected)
-    torch.testing.assert_close(of(lambda x, labels: margin_rows.margin_rows(formula, x, labels, None, *options)), expected)
-    torch.testing.assert_close(of(lambda x, labels: margin_rows.Whole.apply(x, labels, None, formula.name, *options, x.dtype)), expected)
+    torch.testing.assert_close(of(lambda x, labels: read.in_plain_torch(problem, (x, labels))[0]), expected)
 
 
 def test_function_transforms_of_a_set_are_those_of_its_rows():
     scores, labels = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(-1, 5, (3, 4, 5))
-    loss = lambda x, labels: margin_rows.margin_rows(FORMULAS["margin_excess"], x, labels, None, [1.0])
+    loss = lambda x, labels: margin_rows(FORMULAS["margin_excess"], x, labels)
     together = torch.func.vmap(torch.func.grad(loss))(scores, labels)
     each = [value_and_gradient(lambda x, labels=labels[i]: loss(x, labels), scores[i])[1] for i in range(3)]
     torch.testing.assert_close(together, 2 * torch.stack(each))  # whose upstream gradient is a half
@@ -66,15 +66,48 @@ OP_TESTS = ("test_schema", "test_faketensor")  # autograd is the Functions', not
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("a_set", [False, True])
 def test_the_ops_are_well_behaved(a_set, reduction, device):
-    x, weight = torch.randn(3, 9, device=device), torch.rand(9, device=device)
-    labels = torch.randint(9, (3, 9 if a_set else 1), device=device)
-    labels[:, 2:] = -1
-    if device == "cpu" and not INTERPRET:
-        forward, backward = margin_native.margin_native_forward, margin_native.margin_native_backward
-        options = 2 - a_set, 0.3, reduction
+    x, weight = torch.randn(3, 9, device=device), None if a_set else torch.rand(9, device=device)
+    labels = torch.randint(9, (3, 9) if a_set else (3,), device=device)
+    if a_set:
+        labels[:, 2:] = -1
+    tensors = [x, labels] if a_set else [x, labels, weight]
+    problem = Problem("margin_excess" if a_set else "squared_margin_excess", 1.0 if a_set else 0.3, reduction, torch.float32)
+    torch.library.opcheck(read.forward_op, (tensors, *problem), test_utils=OP_TESTS)
+    out, *saved = read.forward_op(tensors, *problem)
+    upstream, wanted = [torch.randn_like(out)], [True, *[False] * (len(tensors) - 1)]
+    torch.library.opcheck(read.backward_op, (tensors, saved, upstream, wanted, *problem), test_utils=OP_TESTS)
+
+
+@pytest.fixture
+def aten(calls_are_ours, monkeypatch):
+    """Calls with few numbers on a CPU go to ATen, as they do outside of tests."""
+    monkeypatch.setattr(threads, "ATEN", True)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("p", [1, 2, "a set"])
+def test_calls_that_go_to_aten_have_second_derivatives(p, reduction, aten):
+    x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
+    if p == "a set":
+        labels = torch.tensor([[1, 3, -1, 0, 0], [2, 2, -1, 0, 0], [-1, 0, 0, 0, 0]])
+        loss = lambda x: functional.multilabel_margin_loss(x, labels, reduction=reduction)
     else:
-        forward, backward = margin_rows.margin_rows_forward, margin_rows.margin_rows_backward
-        options = "squared_margin_excess", [0.3], reduction
-    torch.library.opcheck(forward.overload, (x, labels, weight, *options, torch.float32), test_utils=OP_TESTS)
-    out, saved = forward(x, labels, weight, *options, torch.float32)
-    torch.library.opcheck(backward.overload, (x, labels, weight, saved, torch.randn_like(out), *options), test_utils=OP_TESTS)
+        loss = lambda x: functional.multi_margin_loss(x, torch.tensor([1, 4, 0]), p, 0.3, weight, reduction=reduction)
+    assert "Margin" in loss(x).grad_fn.name()  # ATen's
+    assert torch.autograd.gradcheck(loss, x) and torch.autograd.gradgradcheck(lambda x: loss(x).square(), x)
+    upstreams = torch.randn(2, *loss(x).shape, dtype=torch.float64)
+    (together,) = torch.autograd.grad(loss(x), x, upstreams, is_grads_batched=True)
+    torch.testing.assert_close(together, torch.stack([torch.autograd.grad(loss(x), x, upstream)[0] for upstream in upstreams]))
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda x: loss(x).sum()))(x.detach())
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda x: loss(x).sum(), x))
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("error, named, name, target", [
+    (RuntimeError, "7", "multi_margin_loss", torch.tensor([0, 7, 1])), (TypeError, "None", "multi_margin_loss", None),
+    (RuntimeError, "-3", "multilabel_margin_loss", torch.full((3, 5), -3)), (RuntimeError, "int32", "multi_margin_loss", torch.zeros(3).int()),
+])  # fmt: skip
+def test_calls_that_go_to_aten_say_what_they_refuse(error, named, name, target, aten):
+    with pytest.raises(error, match=named):
+        getattr(functional, name)(torch.randn(3, 5), target)

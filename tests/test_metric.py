@@ -11,7 +11,6 @@ from hypothesis import given, settings, strategies
 import reference.losses
 from triton_losses import functional
 from triton_losses.core import threads
-from triton_losses.families import pairs
 
 DTYPES = (torch.float32, torch.float64) if INTERPRET else (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIGNS = torch.tensor([1, -1, 1, -1, -1])
@@ -138,18 +137,6 @@ def test_rows_of_many_blocks_are_exact_and_the_same_every_time():
     assert all(torch.equal(*pair) for pair in zip(*ours))
     exact = value_and_gradients(torch.nn.functional.cosine_embedding_loss, [a.detach().double().requires_grad_(), b.double(), y])
     torch.testing.assert_close([t.double() for t in ours[0]], exact, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "formula, scalars, of", [("product", [], [0, 1, 0, 0, 1, 1]), ("squared_difference", [0.1], [0, 1, 0, 2])], ids=str
-)
-def test_the_pair_ops_are_well_behaved(formula, scalars, of, device):
-    vectors = [torch.randn(5, 70, device=device) for _ in range(1 + max(of))]
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(pairs.pair_sums_forward.overload, (vectors, formula, scalars, of), test_utils=tests)
-    douts = [torch.randn(5, device=device) for _ in of[::2]]
-    wanted = [True, *[False] * (len(vectors) - 2), True]
-    torch.library.opcheck(pairs.pair_sums_backward.overload, (vectors, douts, formula, scalars, of, wanted), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", ["triplet_margin_loss", "cosine_embedding_loss", "contrastive_loss"])

@@ -11,8 +11,8 @@ from reference.cases import CASES
 from triton_losses import functional, row_formulas
 from triton_losses.core import threads
 from triton_losses.core.formula import FORMULAS, Formula
+from triton_losses.core.rows import slots_of
 from triton_losses.families import label_rows
-from triton_losses.families.label_rows_blocks import slots_of
 
 IMAGES = [case for case in CASES if case.note == "images"]
 SHAPE = (2, 3, 4, 6)
@@ -37,16 +37,16 @@ def walked(monkeypatch):
     """What each layout was given: ("rows" or "planes", address of the logits)."""
     found = []
 
-    def noting(layout, function):
-        def run(logits, *args, **options):
-            found.append((layout, logits.data_ptr()))
-            return function(logits, *args, **options)
+    def noting(function):
+        def run(tensors, *arguments):
+            found.append(("planes" if tensors[0].dim() == 3 else "rows", tensors[0].data_ptr()))
+            return function(tensors, *arguments)
 
         return run
 
-    monkeypatch.setattr(label_rows, "walk", noting("rows", label_rows.walk))
-    for name in ("planes_forward", "planes_backward"):
-        monkeypatch.setattr(label_rows, name, noting("planes", getattr(label_rows, name)))
+    for reading in filter(None, (label_rows.blocks, label_rows.kernels)):
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(reading, name, noting(getattr(reading, name)))
     return found
 
 
@@ -223,19 +223,6 @@ def test_fake_tensors_get_the_real_shapes_and_strides(case):
             value = getattr(functional, case.name)(*fakes, **chosen)
             gradients = torch.autograd.grad(value, fakes[:1], torch.ones_like(value))
         assert [(t.shape, t.dtype, t.stride()) for t in (value, *gradients)] == [(t.shape, t.dtype, t.stride()) for t in real]
-
-
-@pytest.mark.parametrize("classes", [3, 35], ids=["few classes", "many classes"])
-def test_the_row_ops_are_well_behaved(classes, device):
-    x, labels = (t.flatten(-2) for t in image((2, classes, 3, 4), device))
-    weights = torch.rand(classes, device=device)
-    tests = ("test_schema", "test_faketensor")
-    for reduction in ("none", "mean"):
-        options = ("cross_entropy_smoothed", [0.1, 0.01], -100, 0.0, 1.0, reduction)
-        torch.library.opcheck(label_rows.label_rows_forward.overload, (x, labels, weights, *options, torch.float32), test_utils=tests)
-        out, saved, denominator = label_rows.label_rows_forward(x, labels, weights, *options, torch.float32)
-        arguments = (x, labels, weights, saved, denominator, torch.randn_like(out), [], *options)
-        torch.library.opcheck(label_rows.label_rows_backward.overload, arguments, test_utils=tests)
 
 
 def test_empty_images_give_what_torch_gives(device):

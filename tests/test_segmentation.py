@@ -12,7 +12,8 @@ import reference.losses
 import triton_losses
 from bench.memory import peak_bytes
 from triton_losses import functional
-from triton_losses.families import regions, regions_blocks
+from triton_losses.blocks import regions as blocks
+from triton_losses.families import regions
 
 DICE = ("dice_loss", "jaccard_loss", "tversky_loss", "focal_tversky_loss", "generalized_dice_loss")
 COMPOUND = ("dice_ce_loss", "dice_focal_loss")
@@ -184,7 +185,7 @@ def test_nan_in_ignored_pixels_reaches_no_other_pixel_and_no_gradient(name, acti
 
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("alone", [0, regions_blocks.ALONE], ids=["on_threads", "alone"])
+@pytest.mark.parametrize("alone", [0, blocks.ALONE], ids=["on_threads", "alone"])
 @pytest.mark.parametrize("few", [300, 5000], ids=["runs_of_an_image", "two_images_and_one"])
 def test_images_of_many_blocks_are_as_those_of_one(few, alone, dtype, monkeypatch):
     x, y = image((3, 3, 700), dtype)
@@ -198,8 +199,8 @@ def test_images_of_many_blocks_are_as_those_of_one(few, alone, dtype, monkeypatc
         lambda x, _: functional.dice_focal_loss(x, maps, sigmoid=True, ignore_index=-1, alpha=0.3),
     ]
     expected = [value_and_gradient(call, x, y) for call in calls]
-    monkeypatch.setattr(regions_blocks, "FEW", few)
-    monkeypatch.setattr(regions_blocks, "ALONE", alone)
+    monkeypatch.setattr(blocks, "FEW", few)
+    monkeypatch.setattr(blocks, "ALONE", alone)
     torch.set_num_threads(2)
     for call, (value, gradient) in zip(calls, expected):
         for found, wanted in zip(value_and_gradient(call, x, y), (value, gradient)):
@@ -274,11 +275,15 @@ def test_function_transforms_give_what_they_give_of_plain_torch(device):
 @pytest.mark.parametrize("formula", ["", "cross_entropy_plain"])
 def test_the_region_ops_are_well_behaved(formula, device):
     x, y = (t.to(device) for t in image((2, 3, 70), torch.float32))
-    options = (torch.rand(3, device=device), "softmax", 1, False, False, formula, [], 0.0)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(regions.regions_forward.overload, (x, y, *options), test_utils=tests)
-    upstream = torch.randn(2, 3, 3, device=device), torch.randn(2, device=device)
-    torch.library.opcheck(regions.regions_backward.overload, (x, *upstream, y, *options), test_utils=tests)
+    tensors, tests = [x, y, torch.rand(3, device=device)], ("test_schema", "test_faketensor")
+    options = ("softmax", 1, False, False, formula, [], 0.0)
+    score = (False, False, "macro", "dice_score", [1e-5, 1e-5], "one_less_score", [], "smooth", [1.0, 0.5], False, "none", torch.float32)
+    upstream = [torch.randn(2, 3, 3, device=device), torch.randn(2, device=device)]
+    for read, given_, dout in ((regions.read_sums, options, upstream), (regions.read, (*options, *score), [torch.randn(2, device=device)])):
+        dout = dout if formula or read is regions.read_sums else [torch.randn(2, 2, device=device)]
+        torch.library.opcheck(read.forward_op, (tensors, *given_), test_utils=tests)
+        saved = read.forward_op(tensors, *given_)[read.outputs :]
+        torch.library.opcheck(read.backward_op, (tensors, saved, dout, [True, False, False], *given_), test_utils=tests)
 
 
 @pytest.mark.not_interpreted

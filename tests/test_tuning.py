@@ -30,7 +30,10 @@ class Kernel:
     arg_names = ("x", "rows", "columns", "formula", "BLOCK")
 
     def __init__(self, cache_key="source"):
-        self.cache_key, self.launches = cache_key, []
+        self.cache_key, self.launches, self.compiled = cache_key, [], []
+
+    def warmup(self, **args):
+        self.compiled.append(args["BLOCK"])
 
     def __getitem__(self, grid):
         def launch(**args):
@@ -105,6 +108,30 @@ def test_the_fastest_configuration_wins_and_is_launched(gpu):
     assert gpu == [1, 2, 3]
     grid, args = kernel.launches[-1]
     assert grid == (5,) and args["BLOCK"] == 2 and args["num_warps"] == 2 and args["enable_fp_fusion"] is True
+
+
+def test_all_configurations_are_compiled_before_the_first_is_timed(gpu, monkeypatch):
+    kernel, seen, timer = Kernel(), [], tuning.median_ms
+    monkeypatch.setattr(tuning, "median_ms", lambda launch: seen.append(sorted(kernel.compiled)) or timer(launch))
+    make(kernel).config(arguments())
+    assert seen == [[1, 2, 3]] * 3
+
+
+def test_what_is_known_of_a_gpu_is_not_measured(gpu, monkeypatch):
+    choices = {"GPU A": {"kernel": {("mse", 8, "torch.float32"): MIDDLE, ("mse", 16, "torch.float32"): {"BLOCK": 99}}}}
+    monkeypatch.setattr(tuning, "CHOICES", choices)
+    assert make().config(arguments()) == MIDDLE and gpu == []
+    assert make().config(arguments(columns=16)) == FAST and gpu == [1, 2, 3]  # no configuration of this kernel
+    assert make().config(arguments(columns=32)) == FAST
+
+
+def test_what_was_chosen_has_the_form_of_what_is_known(gpu, monkeypatch, tmp_path):
+    tuned = make()
+    tuned.config(arguments())
+    monkeypatch.setattr(tuning, "CHOICES", tuning.chosen([tuned]))
+    monkeypatch.setenv("TRITON_LOSSES_CACHE_DIR", str(tmp_path / "another"))
+    gpu.clear()
+    assert make().config(arguments()) == FAST and gpu == []
 
 
 def test_the_rule_wins_a_tie(gpu, monkeypatch):

@@ -65,4 +65,4 @@ from triton_losses.region_modules import JaccardLoss as JaccardLoss
 from triton_losses.region_modules import LovaszLoss as LovaszLoss
 from triton_losses.region_modules import TverskyLoss as TverskyLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -4,6 +4,7 @@ import numbers
 
 import torch
 
+from triton_losses.blocks.elementwise import blocks
 from triton_losses.core.compiler import tl
 from triton_losses.core.device_math import at_least, log1p, quotient, relu, sigmoid, softplus, step
 from triton_losses.core.formula import formula
@@ -11,7 +12,7 @@ from triton_losses.core.op import readable
 from triton_losses.core.reduction import promoted, reduction_of, result_dtype
 from triton_losses.core.threads import aten_is_best, elements, share
 from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
-from triton_losses.families.elementwise import blocks, elementwise
+from triton_losses.families.elementwise import elementwise
 from triton_losses.families.labelled_elements import labelled_elements
 
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -11,13 +11,21 @@ from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
 from triton_losses.families.proportion_rows import proportion_rows
-from triton_losses.row_formulas import cross_entropy_of_probabilities, cross_entropy_plain
+from triton_losses.row_formulas import cross_entropy_plain, of_probabilities
 
 EPSILON = 1e-7  # Keras' default
+CLIPPED = EPSILON, 1 - EPSILON
 
 
 @formula
-def clipped_cross_entropy(y, p, smoothing, uniform, least, most):
+def clipped_cross_entropy(y, p, least, most):
+    chance = clamp(p, least, most)
+    log_p = tl.log(chance)
+    return -y * log_p, -log_p, tl.where(p == chance, -y / chance, 0.0)
+
+
+@formula
+def clipped_cross_entropy_smoothed(y, p, least, most, smoothing, uniform):
     kept = 1.0 - smoothing
     target = kept * y + uniform
     chance = clamp(p, least, most)
@@ -42,7 +50,7 @@ def check_input(input, target, dim):
 
 
 def as_rows(x, dim):
-    return x.movedim(dim, -1).reshape(-1, x.shape[dim])
+    return x if x.dim() == 2 and dim == 1 else x.movedim(dim, -1).reshape(-1, x.shape[dim])
 
 
 def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=0.0, reduction="mean", *, dim=None):
@@ -66,14 +74,13 @@ def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=
     if not target.is_floating_point():
         target = target.to(input.dtype)
     x, y = as_rows(input, dim), as_rows(target, dim)
-    smoothing = label_smoothing, label_smoothing / max(x.shape[1], 1)
+    formula, smoothing = of_probabilities(label_smoothing, x.shape[1])
     if from_logits:
         dtype = result_dtype(input, promoted(input, target))
-        losses = distribution_rows(
-            cross_entropy_of_probabilities, y, x, smoothing, given=True, one_read=True, reduction=reduction, out_dtype=dtype
-        )
+        losses = distribution_rows(formula, y, x, smoothing, given=True, one_read=True, reduction=reduction, out_dtype=dtype)
     else:
-        losses = proportion_rows(clipped_cross_entropy, x, y, (*smoothing, EPSILON, 1 - EPSILON), reduction=reduction)
+        formula = clipped_cross_entropy_smoothed if smoothing else clipped_cross_entropy
+        losses = proportion_rows(formula, x, y, (*CLIPPED, *smoothing), reduction=reduction)
     return losses.view(input.shape[:dim] + input.shape[dim + 1 :]) if reduction == "none" else losses
 
 
@@ -104,6 +111,5 @@ def sparse_categorical_cross_entropy(input, target, from_logits=False, ignore_in
     if from_logits:
         losses = label_rows(cross_entropy_plain, x, labels, None, (), int(ignore_index), reduction)
     else:
-        least_and_most = EPSILON, 1 - EPSILON
-        losses = proportion_rows(clipped_cross_entropy, x, labels, (0.0, 0.0, *least_and_most), int(ignore_index), reduction)
+        losses = proportion_rows(clipped_cross_entropy, x, labels, CLIPPED, int(ignore_index), reduction)
     return losses.view(rest) if reduction == "none" else losses

@@ -12,8 +12,8 @@ from triton_losses.families.label_rows import label_rows
 from triton_losses.row_formulas import (
     check_shape_of_logits,
     cross_entropy_formula,
-    cross_entropy_of_probabilities,
     negative_log_likelihood,
+    of_probabilities,
     softmax_focal,
 )
 
@@ -83,7 +83,7 @@ def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, ou
     """
     check_logits(input)
     check_labels(input, target, weight)
-    labels = target.reshape(-1)
+    labels = target if target.dim() == 1 else target.reshape(-1)
     if input.dim() == 1:
         logits = input[None]
     elif input.dim() == 2:
@@ -180,9 +180,10 @@ def probability_cross_entropy(
     result = out_dtype or result_dtype(input, dtype)
     if softcap:
         q = softcap * torch.tanh(q.to(compute_dtype(q.dtype)) / softcap)
+    formula, scalars = of_probabilities(label_smoothing, classes)
     losses = distribution_rows(
-        cross_entropy_of_probabilities, p, q, (label_smoothing, label_smoothing / max(classes, 1)), given=True, one_read=True,
-        temperature=temperature, weight=weight, z_loss=z_loss, reduction=reduction, out_dtype=result,
+        formula, p, q, scalars, given=True, one_read=True, temperature=temperature, weight=weight, z_loss=z_loss, reduction=reduction,
+        out_dtype=result,
     )  # fmt: skip
     if reduction == "none":
         return losses.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
@@ -190,7 +191,7 @@ def probability_cross_entropy(
 
 
 def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-100, reduction="mean"):
-    """``-α w_t (1 - p_t)^γ log p_t``, ``p = softmax(x)``: cross entropy that looks away from rows already right.
+    """``-α w_t (1 - p_t)^γ log p_t``, ``p = softmax(x)``: cross entropy that weighs down rows it already gets right.
 
     input: logits, (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape without
     C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a GPU). weight:

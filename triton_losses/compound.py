@@ -1,96 +1,89 @@
 """Compound losses for segmentation: Dice and a loss of the single pixels, from one read of the logits."""
 
-import math
+from typing import Any, NamedTuple
 
 import torch
 
 from triton_losses.core.compiler import compute_dtype
-from triton_losses.core.reduction import reduction_of
+from triton_losses.core.formula import Formula
+from triton_losses.core.reduction import cast
+from triton_losses.core.regions import beside, divisors, loss_of_scores
 from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
+from triton_losses.families.regions import region_sums, regions
 from triton_losses.region_scores import (
+    Image,
+    OfClasses,
+    Options,
+    check_ignored,
     check_image,
     check_not_negative,
-    check_smooth,
     chosen_sums,
     class_weights_of,
-    dice_score,
-    finished,
-    ignorable,
-    loss_of_scores,
-    region_sums,
-    tversky_score,
+    dice_or_jaccard,
+    flat_image,
+    flat_problem,
+    named_classes,
+    problem_of,
+    with_stats,
 )
 from triton_losses.row_formulas import cross_entropy_plain, softmax_focal
 
 
-def counted(input, target, sums, ignore_index):
-    """Of each image, how many numbers of each class count (B, C); and how many pixels are of each class, where labels say so."""
-    images, classes = input.shape[:2]
-    if target.shape != input.shape and classes > 1:
-        of_class = sums[:, 2].detach()  # ones are their own squares
-        return of_class.sum(1, keepdim=True).expand(-1, classes), of_class
-    pixels = math.prod(input.shape[2:])
-    if ignore_index is None:
-        return sums.new_full((images, classes), pixels), None
-    return (target != ignore_index).reshape(images, classes, pixels).sum(2).to(sums.dtype), None
+class Beside(NamedTuple):
+    """The loss of single pixels that stands beside Dice."""
+
+    formula: Formula
+    scalars: tuple[float, ...]
+    lambdas: dict[str, float]  # λ₁ of Dice and λ₂ of this, by their public names
+    by_softmax: bool  # the formula is of rows, else of elements
+    class_weights: Any = None
+    smoothing: float = 0.0
+    means_of_space: bool = False  # "sum" adds up the images' means over space, not all losses
 
 
-def row_weights(numbers, of_class, class_weights):
-    """Σ w of each image: of its pixels' labels; maps share a pixel among the classes, so there it is the pixels' number."""
-    if of_class is None:
-        return numbers[:, 0]
-    return of_class.sum(1) if class_weights is None else (of_class * class_weights).sum(1)
-
-
-def compound(
-    input, target, formula, scalars, class_weights, smoothing, by_softmax, weights_of, mean_over_space, lambdas, dice_weight,
-    include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr, smooth_dr, batch,
-    ignore_index, process_group, return_stats,
-):  # fmt: skip
-    """λ₁ Dice + λ₂ Σ losses / Σ weights; where nothing counts the second is 0.
-
-    by_softmax: the formula is of rows, else of elements. weights_of: what ``counted`` says -> Σ weights of each image.
-    mean_over_space: "sum" adds up the images' means over space, not all losses.
-    """
-    reduction, ignore_index = reduction_of(reduction), ignorable(ignore_index, target)
-    check_smooth(smooth_nr=smooth_nr, smooth_dr=smooth_dr)
-    check_not_negative(**lambdas)
-    if batch and reduction == "none":
-        raise ValueError('reduction="none" gives each image\'s loss, and with batch=True there is one Dice for all')
-    beside = {"formula": formula, "scalars": scalars, "class_weights": class_weights, "smoothing": smoothing}
-    together = (softmax if by_softmax else sigmoid) and other_act is None
-    of_images, losses = region_sums(
-        input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, squared_pred, **beside if together else {}
+def compound(image, options, jaccard, other):
+    """λ₁ Dice + λ₂ Σ losses / Σ weights; where nothing counts the second is 0."""
+    check_not_negative(**other.lambdas)
+    logits, labels, of_dice = flat_problem(image)
+    together = (image.softmax if other.by_softmax else image.sigmoid) and image.other_act is None
+    of_both = of_dice._replace(
+        activation="softmax" if other.by_softmax else "sigmoid",
+        formula=other.formula.name,
+        scalars=tuple(map(float, other.scalars)),
+        smoothing=float(other.smoothing),
     )
-    if not together:  # Dice and the formula see the input differently: another read
-        _, losses = region_sums(input, target, to_onehot_y, not by_softmax, by_softmax, None, ignore_index, **beside)
-    sums = chosen_sums(of_images, include_background, None, batch, process_group)
-    score = tversky_score(sums, 1.0, 1.0, smooth_nr / 2, smooth_dr / 2) if jaccard else dice_score(sums, smooth_nr, smooth_dr)
-    dice = loss_of_scores(score, sums[:, 2], 2, batch, dice_weight, False, 1, "smooth", reduction)
-    numbers, of_class = counted(input, target, of_images, ignore_index)
-    weights = weights_of(numbers, of_class)
-    if reduction == "none":
-        dice = dice.mean(1)
-    elif reduction == "mean":
-        losses, weights = losses.sum(), weights.sum()
+    check_ignored(of_both, labels)
+    score, lambdas = dice_or_jaccard(options, jaccard), other.lambdas.values()
+    problem = problem_of(of_both, image.input, options, score, OfClasses(), lambdas, other.means_of_space)
+    if problem.batch and problem.reduction == "none":
+        raise ValueError('reduction="none" gives each image\'s loss, and with batch=True there is one Dice for all')
+    named_classes(None, options.include_background, logits.shape[1])
+    weights, of_images = other.class_weights, None
+    counts_are_known = labels.dim() == 2 or problem.ignore_index is None  # by the sums, or by the image's size
+    if together and counts_are_known and options.process_group is None and not options.return_stats:
+        loss = regions(problem, logits, labels, weights)
     else:
-        weights = numbers.mean(1) if mean_over_space else torch.ones_like(weights)
-    rest = losses / torch.where(weights == 0, 1, weights)
-    rest = rest.sum() if reduction == "sum" else rest
-    loss = sum(factor * part for factor, part in zip(lambdas.values(), (dice, rest), strict=True))
-    return finished(loss, input, of_images, return_stats)
+        if together:
+            of_images, losses = region_sums(of_both, logits, labels, weights)
+        else:  # Dice and the formula see the input differently: another read
+            of_images, _ = region_sums(of_dice, logits, labels)
+            _, losses = region_sums(of_both, *flat_image(image.input, image.target), weights)
+        dice = loss_of_scores(chosen_sums(of_images, None, options.process_group), weights, problem)
+        loss = cast(beside(dice, losses, divisors(of_images, labels, weights, problem), problem), problem.dtype)
+    return with_stats(loss, of_images, options)
 
 
 def class_weights_for(weight, input, background=True):
     """(C,) or None; without background the first is 0, which no one gives."""
     if weight is None and background:
         return None
-    classes = input.shape[1] if input.dim() > 1 else 1
+    classes = input.shape[1]
     count = classes if background or classes == 1 else classes - 1
-    ones = torch.ones((), dtype=compute_dtype(input.dtype), device=input.device)
-    weight = ones if weight is None else class_weights_of(weight, ones, count)
-    weight = weight.expand(count) if weight.dim() == 0 else weight
-    return weight if count == classes else torch.cat([torch.zeros_like(weight[:1]), weight])
+    weight = class_weights_of(weight, input, count)
+    if count == classes:
+        return weight
+    weight = torch.ones(count, dtype=compute_dtype(input.dtype), device=input.device) if weight is None else weight
+    return torch.cat([torch.zeros_like(weight[:1]), weight])
 
 
 def dice_ce_loss(
@@ -117,16 +110,11 @@ def dice_ce_loss(
     if label_smoothing and not by_softmax:
         raise ValueError(f"label_smoothing is of softmax's cross entropy, not of the binary one, got {label_smoothing}")
     weights = class_weights_for(weight, input)
-    if by_softmax:
-        formula, weights_of = cross_entropy_plain, lambda numbers, of_class: row_weights(numbers, of_class, weights)
-    else:
-        formula, weights_of = logistic if weights is None else weighted_logistic, lambda numbers, _: numbers.sum(1)
-    return compound(
-        input, target, formula, (), weights, label_smoothing, by_softmax, weights_of, False,
-        {"lambda_dice": lambda_dice, "lambda_ce": lambda_ce}, weights if weights is None or include_background else weights[1:],
-        include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr, smooth_dr, batch,
-        ignore_index, process_group, return_stats,
-    )  # fmt: skip
+    formula = cross_entropy_plain if by_softmax else logistic if weights is None else weighted_logistic
+    lambdas = {"lambda_dice": lambda_dice, "lambda_ce": lambda_ce}
+    image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, squared_pred)
+    options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)
+    return compound(image, options, jaccard, Beside(formula, (), lambdas, by_softmax, weights, label_smoothing))
 
 
 def dice_focal_loss(
@@ -153,15 +141,12 @@ def dice_focal_loss(
         raise ValueError("use_softmax over 1 class is 1 everywhere: the focal loss by sigmoid is meant for one class")
     without = not include_background and input.shape[1] > 1
     weights = class_weights_for(weight, input, not without)
-    if use_softmax:
-        formula, scalars, weights_of = softmax_focal, (gamma, 1.0), lambda numbers, of_class: row_weights(numbers, of_class, weights)
-    else:
-        formula, scalars, weights_of = sigmoid_focal, (*class_balance(alpha), gamma), lambda numbers, _: numbers[:, without:].sum(1)
-    return compound(
-        input, target, formula, scalars, weights, 0.0, bool(use_softmax), weights_of, True,
-        {"lambda_dice": lambda_dice, "lambda_focal": lambda_focal}, weight, include_background, to_onehot_y, sigmoid, softmax,
-        other_act, squared_pred, jaccard, reduction, smooth_nr, smooth_dr, batch, ignore_index, process_group, return_stats,
-    )  # fmt: skip
+    formula, scalars = (softmax_focal, (gamma, 1.0)) if use_softmax else (sigmoid_focal, (*class_balance(alpha), gamma))
+    lambdas = {"lambda_dice": lambda_dice, "lambda_focal": lambda_focal}
+    image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, squared_pred)
+    options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)
+    other = Beside(formula, scalars, lambdas, bool(use_softmax), weights, means_of_space=True)
+    return compound(image, options, jaccard, other)
 
 
 def combo_loss(
@@ -179,8 +164,7 @@ def combo_loss(
     """
     check_image(input, target, False)
     weights = class_weights_for(weight, input)
-    return compound(
-        input, target, logistic if weights is None else weighted_logistic, (), weights, 0.0, False, lambda numbers, _: numbers.sum(1),
-        False, {"dice_weight": dice_weight, "bce_weight": bce_weight}, weight, True, False, True, False, None, False, False, reduction,
-        smooth, smooth, batch, ignore_index, process_group, return_stats,
-    )  # fmt: skip
+    formula = logistic if weights is None else weighted_logistic
+    other = Beside(formula, (), {"dice_weight": dice_weight, "bce_weight": bce_weight}, False, weights)
+    image = Image(input, target, False, True, False, None, ignore_index)
+    return compound(image, Options(True, reduction, smooth, smooth, batch, process_group, return_stats), False, other)

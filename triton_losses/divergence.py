@@ -95,13 +95,13 @@ def distillation_loss(
     check_counting(labels, student_logits.shape[:-1], ignore_index, out_dtype)
     if labels is not None:
         labels = labels.reshape(-1).long()  # a byte has no room for -100
-    q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (student_logits, teacher_logits))
+    q, p = student_logits, teacher_logits
+    if q.dim() != 2:
+        q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (q, p))
     if direction == "reverse":
         p, q = q, p
     losses = distribution_rows(
         chosen, p, q, scalars, temperature=temperature, one_read=one_read, labels=labels, ignore_index=int(ignore_index),
-        reduction=reduction, out_dtype=out_dtype,
+        reduction=reduction, factor=temperature**2 if temperature_squared else 1.0, out_dtype=out_dtype,
     )  # fmt: skip
-    if temperature_squared:
-        losses = losses * temperature**2
     return losses.view(student_logits.shape[:-1]) if reduction == "none" else losses

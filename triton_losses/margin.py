@@ -4,13 +4,13 @@ import numbers
 
 import torch
 
-from triton_losses.core.compiler import runs_kernels, tl
+from triton_losses.core import threads
+from triton_losses.core.compiler import INTERPRET, runs_kernels, tl
 from triton_losses.core.device_math import sign
 from triton_losses.core.formula import formula
-from triton_losses.core.op import read_whole, readable
+from triton_losses.core.op import is_watched, readable
 from triton_losses.core.reduction import DTYPES, reduction_of
-from triton_losses.families.margin_native import margin_native
-from triton_losses.families.margin_rows import margin_rows
+from triton_losses.families.margin_rows import margin_rows, margin_rows_by_aten
 
 
 @formula
@@ -25,6 +25,9 @@ def squared_margin_excess(d, margin):
     z = margin + d
     excess = tl.where(z > 0.0, z, 0.0)
     return excess * excess, 2.0 * excess
+
+
+WIDE = (torch.float32, torch.float64)
 
 
 def check_scores(input, target):
@@ -60,11 +63,37 @@ def check_power_and_weight(p, weight):
         raise ValueError(f"weight must be one-dimensional, got {tuple(weight.shape)}")
 
 
-def by_margin(formula, x, labels, weight, p, margin, reduction):
-    """Rows and their labels, by ATen on a CPU; the formula is max(0, margin + d)^p."""
-    if x.device.type == "cpu" and not runs_kernels(x) and not read_whole():
-        return margin_native(formula, x, labels, weight, p, margin, reduction)
-    return margin_rows(formula, x, labels, weight, (margin,), reduction)
+def by_margin(formula, x, labels, weight, margin, reduction, low):
+    """Scores (rows, classes) and their labels, which begin at ``low``; on a GPU the kernels assert it."""
+    if INTERPRET or not runs_kernels(x):
+        check_range(labels, low, x.shape[1])
+    return margin_rows(formula, x, labels, weight, margin, reduction)
+
+
+def by_aten(formula, input, target, weight, margin, reduction):
+    """The loss by ATen, of few numbers on a CPU: all else takes longer there. None where it is ours, or where ATen refuses.
+
+    ATen refuses what the checks would refuse, but it does not say which label was wrong. The loss is ours in a graph that is
+    being recorded, under torch.func, and of 16-bit numbers.
+    """
+    if not threads.ATEN or INTERPRET or is_watched(input, target, weight):
+        return None
+    if torch._C._are_functorch_transforms_active() or target is None or not (input.is_cpu and target.is_cpu):
+        return None
+    if input.dim() != 2 or not 0 < input.numel() <= threads.SMALL or input.dtype not in WIDE:
+        return None
+    if weight is not None and not fits(weight, input):
+        return None
+    try:
+        return margin_rows_by_aten(formula, input, target, weight, margin, reduction)
+    except RuntimeError:
+        return None
+
+
+def fits(weight, input):
+    """Whether ATen may read the weight: it does not look at all of this itself."""
+    alike = weight.dtype == input.dtype and weight.shape == input.shape[1:] and weight.is_cpu
+    return alike and not weight.requires_grad
 
 
 def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=None, reduce=None, reduction="mean"):
@@ -81,8 +110,11 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
     """
     reduction = reduction_of(reduction, size_average, reduce)
     check_power_and_weight(p, weight)
-    if not isinstance(margin, (numbers.Number, torch.Tensor)):
+    if not isinstance(margin, (float, numbers.Number, torch.Tensor)):
         raise TypeError(f"margin must be a number, got {margin!r}")
+    formula, margin = margin_excess if p == 1 else squared_margin_excess, float(margin)
+    if (loss := by_aten(formula, input, target, weight, margin, reduction)) is not None:
+        return loss
     check_scores(input, target)
     classes, rows = input.shape[-1] if input.dim() else 1, input.shape[0] if input.dim() == 2 else 1
     if target.dim() > 1 or target.numel() != rows:
@@ -93,10 +125,10 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
             raise RuntimeError(f"weight must be {input.dtype} of size {classes}, got {weight.dtype} of size {weight.numel()}")
         if weight.requires_grad:
             raise RuntimeError("multi_margin_loss is not differentiable with respect to weight: it must not require grad")
-    check_range(target, 0, classes)
-    formula = margin_excess if p == 1 else squared_margin_excess
-    losses = by_margin(formula, input.reshape(rows, classes), target.reshape(rows, 1), weight, int(p), float(margin), reduction)
-    return losses.view(target.shape) if reduction == "none" else losses
+    x = input if input.dim() == 2 else input.reshape(rows, classes)
+    labels = target if target.dim() else target.reshape(1)
+    losses = by_margin(formula, x, labels, weight, margin, reduction, low=0)
+    return losses if target.dim() or reduction != "none" else losses.view(())
 
 
 def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
@@ -111,13 +143,12 @@ def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduct
     tensor(0.8500)
     """
     reduction = reduction_of(reduction, size_average, reduce)
+    if (loss := by_aten(margin_excess, input, target, None, 1.0, reduction)) is not None:
+        return loss
     check_scores(input, target)
     single = input.dim() < 2
     if target.numel() != input.numel() if single and target.dim() < 2 else target.shape != input.shape:
         raise RuntimeError(f"target must have the input's size, {tuple(input.shape)}, got {tuple(target.shape)}")
-    classes = input.shape[-1] if input.dim() else 1
-    check_range(target, -1, classes)
-    x, labels = (input.reshape(1, classes), target.reshape(1, classes)) if single else (input, target)
-    labels = labels if classes > 1 else labels.clamp(min=0)  # a lone class: there is nothing to lose to
-    losses = by_margin(margin_excess, x, labels, None, 1, 1.0, reduction)
+    x, labels = (input.reshape(1, -1), target.reshape(1, -1)) if single else (input, target)
+    losses = by_margin(margin_excess, x, labels, None, 1.0, reduction, low=-1)
     return losses.view(()) if single else losses

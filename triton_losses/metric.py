@@ -12,7 +12,7 @@ from triton_losses.core.op import readable
 from triton_losses.core.reduction import DTYPES, reduction_of
 from triton_losses.core.threads import aten_is_best
 from triton_losses.families.elementwise import elementwise
-from triton_losses.families.pairs import pair_sums
+from triton_losses.families.pairs import pairs
 
 FEW = 1 << 19  # numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
 
@@ -148,6 +148,7 @@ def check_triplet(anchor, positive, negative):
         )
 
 
+POWERS = {1: absolute_difference, 2: squared_difference}
 TRIPLET = (0, 1), (0, 2)
 SWAPPED = *TRIPLET, (1, 2)
 
@@ -175,13 +176,10 @@ def triplet_margin_loss(
     ours = are_real(*vectors) and 1 <= p < math.inf and anchor.dim() and anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]
     if not ours or are_atens(*vectors):  # a last dimension that broadcasts counts in one distance once, in another often
         return torch.nn.functional.triplet_margin_loss(*vectors, margin, p, eps, swap, reduction=reduction)
-    if p == 2:
-        sums = pair_sums(squared_difference, vectors, SWAPPED if swap else TRIPLET, (eps,))
-    elif p == 1:
-        sums = pair_sums(absolute_difference, vectors, SWAPPED if swap else TRIPLET, (eps,))
-    else:
-        sums = pair_sums(power_of_difference, vectors, SWAPPED if swap else TRIPLET, (eps, p))
-    return elementwise(triplet_swapped if swap else triplet, sums, (margin, p), reduction, None, promoted(*vectors))
+    distance, of_distance = POWERS.get(p, power_of_difference), (eps,) if p in POWERS else (eps, p)
+    formula, of = (triplet_swapped, SWAPPED) if swap else (triplet, TRIPLET)
+    options = {"scalars": (margin, p), "coordinate_scalars": of_distance, "reduction": reduction, "dtype": promoted(*vectors)}
+    return pairs(formula, distance, vectors, of, **options)
 
 
 def triplet_margin_with_distance_loss(
@@ -228,8 +226,8 @@ def cosine_embedding_loss(input1, input2, target, margin=0, size_average=None, r
     plain = input1.dim() == input2.dim() == target.dim() + 1 <= 2 and input1.shape[-1] == input2.shape[-1]
     if not plain or not are_real(input1, input2) or are_atens(input1, input2):  # what is not plain is refused as a rule
         return torch.nn.functional.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
-    sums = pair_sums(product, (input1, input2), COSINE)
-    return elementwise(cosine_embedding, (*sums, target.detach()), (margin,), reduction, None, promoted(input1, input2))
+    options = {"scalars": (margin,), "reduction": reduction, "dtype": promoted(input1, input2)}
+    return pairs(cosine_embedding, product, (input1, input2), COSINE, target.detach(), **options)
 
 
 def check_pairs(input1, input2, target):
@@ -254,8 +252,8 @@ def cosine_similarity_loss(input1, input2, target, reduction="mean", eps=1e-8):
     """
     reduction = reduction_of(reduction)
     check_pairs(input1, input2, target)
-    sums = pair_sums(product, (input1, input2), COSINE)
-    return elementwise(squared_cosine_error, (*sums, target), (eps,), reduction, None, promoted(input1, input2))
+    options = {"scalars": (eps,), "reduction": reduction, "dtype": promoted(input1, input2)}
+    return pairs(squared_cosine_error, product, (input1, input2), COSINE, target, **options)
 
 
 def contrastive_loss(input1, input2, target, margin=1.0, reduction="mean"):
@@ -278,5 +276,5 @@ def contrastive_loss(input1, input2, target, margin=1.0, reduction="mean"):
         low, high = target.detach().aminmax()
         if not (low >= 0 and high <= 1):
             raise ValueError(f"every target must be in [0, 1], got {low.item()} to {high.item()}")
-    (square,) = pair_sums(squared_difference, (input1, input2), ((0, 1),), (0.0,))
-    return elementwise(contrastive, (square, target), (margin,), reduction, None, promoted(input1, input2))
+    options = {"scalars": (margin,), "coordinate_scalars": (0.0,), "reduction": reduction, "dtype": promoted(input1, input2)}
+    return pairs(contrastive, squared_difference, (input1, input2), ((0, 1),), target, **options)

@@ -1,24 +1,132 @@
-"""What Dice and its kin share: an image and its target become sums, sums become scores, scores a loss.
-
-The sums are of the size (images, classes): all of this is plain torch, for autograd to differentiate.
-"""
+"""What Dice and its kin share: their options, their scores, and how both become a problem of families/regions.py."""
 
 import math
 import numbers
 import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
+from triton_losses.core.compiler import compute_dtype, tl
+from triton_losses.core.device_math import at_least, at_least_tiny, power
+from triton_losses.core.formula import formula
 from triton_losses.core.op import readable
-from triton_losses.core.reduction import reduction_of, result_dtype
-from triton_losses.families.regions import regions
+from triton_losses.core.reduction import cast, reduction_of, result_dtype
+from triton_losses.core.regions import loss_of_scores
+from triton_losses.families.regions import Problem, SumsProblem, region_sums, regions
 
 AVERAGES = ("macro", "micro")
 EMPTY = ("smooth", "zero", "exclude")
-LEAST_SCORE = 1e-7  # what a logarithm is taken of at least
 
 
-# From an image to its sums
+class Image(NamedTuple):
+    """An image, its target, and how they are read. What the options mean stands in ``dice_loss``."""
+
+    input: torch.Tensor
+    target: torch.Tensor
+    to_onehot_y: bool
+    sigmoid: bool
+    softmax: bool
+    other_act: Callable | None
+    ignore_index: int | None
+    squared_pred: bool = False
+    soft_label: bool = False
+
+
+class Options(NamedTuple):
+    """What becomes of the sums of images."""
+
+    include_background: bool
+    reduction: str
+    smooth_nr: float
+    smooth_dr: float
+    batch: bool
+    process_group: Any
+    return_stats: bool
+
+
+class OfClasses(NamedTuple):
+    """What becomes of the scores of classes."""
+
+    weight: Any = None
+    log_loss: bool = False
+    classes: Any = None
+    average: str = "macro"
+    empty: str = "smooth"
+    gamma: float = 1
+
+
+# Scores of Σ pt, Σ p and Σ t: 1 where there is nothing over nothing, which without smoothing may be
+
+
+@formula
+def dice_score(overlap, predicted, wanted, smooth_nr, smooth_dr):
+    denominator = predicted + wanted + smooth_dr
+    nothing = denominator == 0.0
+    divisor = tl.where(nothing, 1.0, denominator)
+    score = tl.where(nothing, 1.0, (2.0 * overlap + smooth_nr) / divisor)
+    slope = tl.where(nothing, 0.0, 1.0 / divisor)
+    return score, 2.0 * slope, -score * slope, -score * slope
+
+
+@formula
+def tversky_score(overlap, predicted, wanted, alpha, beta, smooth_nr, smooth_dr):
+    misses = alpha * (predicted - overlap) + beta * (wanted - overlap)
+    denominator = overlap + misses + smooth_dr
+    nothing = denominator == 0.0
+    divisor = tl.where(nothing, 1.0, denominator)
+    score = tl.where(nothing, 1.0, (overlap + smooth_nr) / divisor)
+    slope = tl.where(nothing, 0.0, 1.0 / divisor)
+    return score, (1.0 - score * (1.0 - alpha - beta)) * slope, -alpha * score * slope, -beta * score * slope
+
+
+# The loss of a score; logarithms are taken of 1e-7 at least, and of a perfect score's loss the power has a finite slope
+
+
+@formula
+def one_less_score(score):
+    return 1.0 - score, -1.0
+
+
+@formula
+def power_of_one_less_score(score, gamma):
+    loss = 1.0 - score
+    least = at_least_tiny(loss)
+    raised = power(least, gamma)
+    return raised, tl.where(loss >= least, -gamma * raised / least, 0.0)
+
+
+@formula
+def minus_log_score(score):
+    least = at_least(score, 1e-7)
+    return -tl.log(least), tl.where(score >= least, -1.0 / least, 0.0)
+
+
+@formula
+def power_of_minus_log_score(score, gamma):
+    p = at_least(score, 1e-7)
+    loss = -tl.log(p)
+    least = at_least_tiny(loss)
+    raised = power(least, gamma)
+    return raised, tl.where((score >= p) & (loss >= least), -gamma * raised / (least * p), 0.0)
+
+
+def link_of(log_loss, gamma):
+    """The formula of a score's loss, and its scalars."""
+    if gamma == 1:
+        return (minus_log_score if log_loss else one_less_score), ()
+    return (power_of_minus_log_score if log_loss else power_of_one_less_score), (gamma,)
+
+
+def dice_or_jaccard(options, jaccard):
+    """A score's formula and its scalars."""
+    if jaccard:
+        return tversky_score, (1.0, 1.0, options.smooth_nr / 2, options.smooth_dr / 2)
+    return dice_score, (options.smooth_nr, options.smooth_dr)
+
+
+# What may be given
 
 
 def activation_of(input, sigmoid, softmax, other_act=None):
@@ -67,6 +175,57 @@ def ignorable(ignore_index, target):
     return int(ignore_index)
 
 
+def check_smooth(**smooth):
+    for name, value in smooth.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def check_not_negative(**values):
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be no less than 0, got {value}")
+
+
+def check_average(average):
+    if average not in AVERAGES:
+        raise ValueError(f"average must be one of {AVERAGES}, got {average!r}")
+
+
+def named_classes(classes, include_background, count):
+    """The indices of the classes that are named, None if none are; there are so many classes."""
+    if classes is None:
+        if not include_background and count == 1:
+            warnings.warn("single channel prediction, `include_background=False` ignored.", stacklevel=4)
+        return None
+    classes = list(classes)
+    if not classes or not all(isinstance(c, numbers.Integral) and 0 <= c < count for c in classes):
+        raise ValueError(f"classes must be a list of class indices in [0, {count}), got {classes}")
+    if not include_background:
+        rule = "classes says which classes count: include_background=False has no place beside it"
+        raise ValueError(f"{rule}, got {classes=}")
+    return classes
+
+
+def class_weights_of(weight, input, count):
+    """(count,) numbers >= 0 on the input's device, or None; checked where that costs nothing."""
+    if weight is None:
+        return None
+    dtype = None if isinstance(weight, torch.Tensor) else compute_dtype(input.dtype)
+    weight = torch.as_tensor(weight, dtype=dtype, device=input.device)
+    if weight.dim() > 1 or weight.dim() == 1 and weight.shape[0] != count:
+        shape = f"({count},), one for each class that counts"
+        raise ValueError(f"weight must be a number or have shape {shape}, got {tuple(weight.shape)}")
+    if weight.requires_grad:
+        raise RuntimeError("the loss is not differentiable with respect to weight: it must not require grad")
+    if readable(weight) and not (weight >= 0).all():
+        raise ValueError(f"every weight must be no less than 0, got {weight.tolist()}")
+    return weight.expand(count) if weight.dim() == 0 else weight
+
+
+# From an image to its loss
+
+
 def flat_image(input, target):
     """Logits (B, C, P), and labels (B, P) or a map (B, C, P); of one class, labels are its map."""
     images, classes, *space = input.shape
@@ -75,18 +234,48 @@ def flat_image(input, target):
     return input.reshape(images, classes, pixels), target.reshape((images, classes, pixels) if whole else (images, pixels))
 
 
-def region_sums(
-    input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, squared=False, smaller=False,
-    formula=None, scalars=(), class_weights=None, smoothing=0.0,
-):  # fmt: skip
-    """Sums (B, 3, C) of pt, p, t, and (B,) of the formula of the same pixels."""
-    check_image(input, target, to_onehot_y)
-    activation = activation_of(input, sigmoid, softmax, other_act)
-    ignore_index = ignorable(ignore_index, target)
-    logits, target = flat_image(input if other_act is None else other_act(input), target)
-    if ignore_index is not None and target.dim() == 3 and activation == "softmax":
+def check_ignored(problem, target):
+    if problem.ignore_index is not None and target.dim() == 3 and problem.activation == "softmax":
         raise ValueError("ignore_index beside softmax needs labels: a map's pixels share their classes' probabilities")
-    return regions(logits, target, activation, class_weights, ignore_index, squared, smaller, formula, scalars, smoothing)
+
+
+def flat_problem(image):
+    """Logits (B, C, P), their targets, and the problem of their sums without a formula."""
+    input, target, other_act = image.input, image.target, image.other_act
+    check_image(input, target, image.to_onehot_y)
+    activation = activation_of(input, image.sigmoid, image.softmax, other_act)
+    ignore_index = ignorable(image.ignore_index, target)
+    logits, target = flat_image(input if other_act is None else other_act(input), target)
+    squared = bool(image.squared_pred)
+    smaller = bool(image.soft_label) and not squared  # of squares p t is right for soft maps too
+    problem = SumsProblem(activation, ignore_index, squared, smaller, "", (), 0.0)
+    check_ignored(problem, target)
+    return logits, target, problem
+
+
+def problem_of(of_sums, input, options, score, of_classes, lambdas=(), means_of_space=False):
+    """The sums' problem, and what the options say of the rest. score: a formula and its scalars."""
+    check_smooth(smooth_nr=options.smooth_nr, smooth_dr=options.smooth_dr)
+    if of_classes.empty not in EMPTY:
+        raise ValueError(f"empty must be one of {EMPTY}, got {of_classes.empty!r}")
+    if options.process_group is not None and not options.batch:
+        raise ValueError("process_group sums a batch across processes: it needs batch=True, got batch=False")
+    link, link_scalars = link_of(of_classes.log_loss, of_classes.gamma)
+    return Problem(
+        *of_sums,
+        background=bool(options.include_background or input.shape[1] == 1),
+        batch=bool(options.batch),
+        average=of_classes.average,
+        score=score[0].name,
+        score_scalars=tuple(map(float, score[1])),
+        link=link.name,
+        link_scalars=tuple(map(float, link_scalars)),
+        empty=of_classes.empty,
+        lambdas=tuple(map(float, lambdas)),
+        means_of_space=means_of_space,
+        reduction=reduction_of(options.reduction),
+        dtype=result_dtype(input),
+    )
 
 
 class AllReduce(torch.autograd.Function):
@@ -108,110 +297,36 @@ def summed(x, group):
     return x
 
 
-def chosen_sums(sums, include_background, classes, batch, process_group):
-    """Sums of the classes that count, (B, 3, C) or for the whole batch (1, 3, C), and across processes."""
-    count = sums.shape[2]
-    if process_group is not None and not batch:
-        raise ValueError("process_group sums a batch across processes: it needs batch=True, got batch=False")
+def chosen_sums(sums, classes, process_group):
+    """Sums of the classes that are named, (B, 3, C), or of the batches of all processes, (1, 3, C)."""
     if classes is not None:
-        classes = list(classes)
-        if not classes or not all(isinstance(c, numbers.Integral) and 0 <= c < count for c in classes):
-            raise ValueError(f"classes must be a list of class indices in [0, {count}), got {classes}")
-        if not include_background:
-            raise ValueError(f"classes says which classes count: include_background=False has no place beside it, got {classes=}")
         sums = torch.stack([sums[:, :, c] for c in classes], 2)
-    elif not include_background:
-        if count == 1:
-            warnings.warn("single channel prediction, `include_background=False` ignored.", stacklevel=3)
-        else:
-            sums = sums[:, :, 1:]
-    if batch:
-        sums = sums.sum(0, keepdim=True)
-        if process_group is not None:
-            sums = AllReduce.apply(sums, process_group)
+    if process_group is not None:
+        sums = AllReduce.apply(sums.sum(0, keepdim=True), process_group)
     return sums
 
 
-# From sums to a loss
-
-
-def check_smooth(**smooth):
-    for name, value in smooth.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
-
-
-def check_not_negative(**values):
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be no less than 0, got {value}")
-
-
-def ratio(numerator, denominator, smooth_dr):
-    """1 where there is neither, which without smoothing may be: nothing was there and nothing was said to be."""
-    if smooth_dr > 0:
-        return numerator / denominator
-    nothing = denominator == 0
-    return torch.where(nothing, 1, numerator / torch.where(nothing, 1, denominator))
-
-
-def dice_score(sums, smooth_nr, smooth_dr):
-    overlap, predicted, wanted = sums.unbind(1)
-    return ratio(2 * overlap + smooth_nr, predicted + wanted + smooth_dr, smooth_dr)
-
-
-def tversky_score(sums, alpha, beta, smooth_nr, smooth_dr):
-    overlap, predicted, wanted = sums.unbind(1)
-    misses = alpha * (predicted - overlap) + beta * (wanted - overlap)
-    return ratio(overlap + smooth_nr, overlap + misses + smooth_dr, smooth_dr)
-
-
-def class_weights_of(weight, like, count):
-    """(count,) numbers >= 0, or one number, on the sums' device; checked where that costs nothing."""
-    if weight is None:
-        return None
-    weight = torch.as_tensor(weight, dtype=None if isinstance(weight, torch.Tensor) else like.dtype, device=like.device)
-    if weight.dim() > 1 or weight.dim() == 1 and weight.shape[0] != count:
-        raise ValueError(f"weight must be a number or have shape ({count},), one for each class that counts, got {tuple(weight.shape)}")
-    if weight.requires_grad:
-        raise RuntimeError("the loss is not differentiable with respect to weight: it must not require grad")
-    if readable(weight) and not (weight >= 0).all():
-        raise ValueError(f"every weight must be no less than 0, got {weight.tolist()}")
-    return weight
-
-
-def loss_of_scores(score, wanted, dims, batch, weight, log_loss, gamma, empty, reduction):
+def loss_of_regions(image, options, score, of_classes):
     """1 - score, or -log score, to the power gamma, of each image and class; weighted and reduced.
 
-    wanted: Σ t, which says where a class is absent. dims: of the input. Of "none" (B, C, 1, 1, ...), or (C, 1, 1, ...) for a whole batch.
+    Of "none" (B, C, 1, 1, ...), or (C, 1, 1, ...) for a whole batch; and the sums' values where options say so.
     """
-    reduction = reduction_of(reduction)
-    if empty not in EMPTY:
-        raise ValueError(f"empty must be one of {EMPTY}, got {empty!r}")
-    losses = -torch.log(score.clamp(min=LEAST_SCORE)) if log_loss else 1 - score
-    if gamma != 1:
-        losses = losses.clamp(min=1e-37) ** gamma  # or a perfect score's gradient would be inf · 0
-    weight = class_weights_of(weight, losses, losses.shape[1]) if losses.shape[1] > 1 else None
-    losses = losses if weight is None else losses * weight
-    if empty != "smooth":
-        losses = torch.where(wanted > 0, losses, 0)
-    if reduction == "none":
-        return losses.view(*losses.shape[bool(batch) :], *[1] * (dims - 2))
-    if reduction == "sum":
-        return losses.sum()
-    if empty == "exclude":  # each image's own mean first
-        present = ((wanted > 0) * (1.0 if weight is None else weight)).sum(1)
-        return (losses.sum(1) / torch.where(present == 0, 1, present)).mean()
-    return losses.sum() / losses.numel()
+    logits, target, of_sums = flat_problem(image)
+    problem = problem_of(of_sums, image.input, options, score, of_classes)
+    classes = named_classes(of_classes.classes, options.include_background, logits.shape[1])
+    count = logits.shape[1] - (not problem.background) if classes is None else len(classes)
+    weighted = count > 1 and problem.average == "macro"
+    weight, of_images = class_weights_of(of_classes.weight, logits, count) if weighted else None, None
+    if classes is None and options.process_group is None and not options.return_stats:
+        loss = regions(problem, logits, target, weight)
+    else:
+        of_images, _ = region_sums(of_sums, logits, target)
+        sums = chosen_sums(of_images, classes, options.process_group)
+        loss = cast(loss_of_scores(sums, weight, problem), problem.dtype)
+    if problem.reduction == "none":
+        loss = loss.view(*loss.shape, *[1] * (image.input.dim() - 2))
+    return with_stats(loss, of_images, options)
 
 
-def averaged(sums, average):
-    """For "micro" one sum over all classes."""
-    if average not in AVERAGES:
-        raise ValueError(f"average must be one of {AVERAGES}, got {average!r}")
-    return sums.sum(2, keepdim=True) if average == "micro" else sums
-
-
-def finished(loss, input, sums, return_stats):
-    loss = loss.to(result_dtype(input))
-    return (loss, sums.detach().unbind(1)) if return_stats else loss
+def with_stats(loss, of_images, options):
+    return (loss, of_images.detach().unbind(1)) if options.return_stats else loss

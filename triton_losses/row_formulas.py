@@ -58,7 +58,12 @@ def cross_entropy_smoothed(log_p, mean_log_p, lse, weight, smoothing, z_loss):
 
 
 @formula
-def cross_entropy_of_probabilities(p, log_q, smoothing, uniform):
+def cross_entropy_of_probabilities(p, log_q):
+    return tl.where(p == 0.0, p, -p * log_q), -log_q, -p
+
+
+@formula
+def cross_entropy_of_smoothed_probabilities(p, log_q, smoothing, uniform):
     kept = 1.0 - smoothing
     target = kept * p + uniform
     return tl.where(target == 0.0, target, -target * log_q), -kept * log_q, -target
@@ -80,6 +85,13 @@ def cross_entropy_formula(label_smoothing, z_loss):
     if label_smoothing:
         return cross_entropy_smoothed, (label_smoothing, z_loss)
     return (cross_entropy_with_z_loss, (z_loss,)) if z_loss else (cross_entropy_plain, ())
+
+
+def of_probabilities(label_smoothing, classes):
+    """The formula of class probabilities that are smoothed so, and its scalars."""
+    if not label_smoothing:
+        return cross_entropy_of_probabilities, ()
+    return cross_entropy_of_smoothed_probabilities, (label_smoothing, label_smoothing / max(classes, 1))
 
 
 def check_shape_of_logits(temperature, softcap):

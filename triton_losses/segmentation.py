@@ -1,17 +1,13 @@
 """Region losses for segmentation: Dice and its kin, of the overlap between what is predicted and what is there."""
 
-import torch
-
 from triton_losses.region_scores import (
-    averaged,
+    Image,
+    OfClasses,
+    Options,
+    check_average,
     check_not_negative,
-    check_smooth,
-    chosen_sums,
-    dice_score,
-    finished,
-    loss_of_scores,
-    ratio,
-    region_sums,
+    dice_or_jaccard,
+    loss_of_regions,
     tversky_score,
 )
 
@@ -42,13 +38,11 @@ def dice_loss(
     >>> dice_loss(torch.tensor([[[0.9, 0.2]]]), torch.tensor([[[1.0, 0.0]]]))
     tensor(0.1429)
     """
-    check_smooth(smooth_nr=smooth_nr, smooth_dr=smooth_dr)
-    overlap_of_soft = soft_label and not squared_pred  # of squares p t is right for soft maps too
-    of_images, _ = region_sums(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, squared_pred, overlap_of_soft)
-    sums = averaged(chosen_sums(of_images, include_background, classes, batch, process_group), average)
-    score = tversky_score(sums, 1.0, 1.0, smooth_nr / 2, smooth_dr / 2) if jaccard else dice_score(sums, smooth_nr, smooth_dr)
-    loss = loss_of_scores(score, sums[:, 2], input.dim(), batch, weight, log_loss, 1, empty, reduction)
-    return finished(loss, input, of_images, return_stats)
+    image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, squared_pred, soft_label)
+    options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)
+    of_classes = OfClasses(weight, log_loss, classes, average, empty)
+    check_average(average)
+    return loss_of_regions(image, options, dice_or_jaccard(options, jaccard), of_classes)
 
 
 def jaccard_loss(
@@ -64,11 +58,10 @@ def jaccard_loss(
     >>> jaccard_loss(torch.tensor([[[0.9, 0.2]]]), torch.tensor([[[1.0, 0.0]]]))
     tensor(0.2500)
     """
-    return tversky_loss(
-        input, target, include_background, to_onehot_y, sigmoid, softmax, other_act, 1.0, 1.0, reduction, smooth_nr, smooth_dr, batch,
-        soft_label, ignore_index, weight=weight, log_loss=log_loss, classes=classes, average=average, empty=empty,
-        process_group=process_group, return_stats=return_stats,
-    )  # fmt: skip
+    image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, soft_label=soft_label)
+    options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)
+    of_classes = OfClasses(weight, log_loss, classes, average, empty)
+    return tversky(image, options, 1.0, 1.0, of_classes)
 
 
 def tversky_loss(
@@ -85,10 +78,10 @@ def tversky_loss(
     >>> tversky_loss(torch.tensor([[[0.9, 0.2]]]), torch.tensor([[[1.0, 0.0]]]), beta=0.9)
     tensor(0.1743)
     """
-    return tversky(
-        input, target, include_background, to_onehot_y, sigmoid, softmax, other_act, alpha, beta, 1, reduction, smooth_nr, smooth_dr,
-        batch, soft_label, ignore_index, weight, log_loss, classes, average, empty, process_group, return_stats,
-    )  # fmt: skip
+    image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, soft_label=soft_label)
+    options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)
+    of_classes = OfClasses(weight, log_loss, classes, average, empty)
+    return tversky(image, options, alpha, beta, of_classes)
 
 
 def focal_tversky_loss(
@@ -106,23 +99,17 @@ def focal_tversky_loss(
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be > 0, got {gamma}")
-    return tversky(
-        input, target, include_background, to_onehot_y, sigmoid, softmax, other_act, alpha, beta, gamma, reduction, smooth_nr, smooth_dr,
-        batch, soft_label, ignore_index, weight, log_loss, classes, average, empty, process_group, return_stats,
-    )  # fmt: skip
+    image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, soft_label=soft_label)
+    options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)
+    of_classes = OfClasses(weight, log_loss, classes, average, empty, gamma)
+    return tversky(image, options, alpha, beta, of_classes)
 
 
-def tversky(
-    input, target, include_background, to_onehot_y, sigmoid, softmax, other_act, alpha, beta, gamma, reduction, smooth_nr, smooth_dr,
-    batch, soft_label, ignore_index, weight, log_loss, classes, average, empty, process_group, return_stats,
-):  # fmt: skip
-    check_smooth(smooth_nr=smooth_nr, smooth_dr=smooth_dr)
+def tversky(image, options, alpha, beta, of_classes):
     check_not_negative(alpha=alpha, beta=beta)
-    of_images, _ = region_sums(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, smaller=soft_label)
-    sums = averaged(chosen_sums(of_images, include_background, classes, batch, process_group), average)
-    score = tversky_score(sums, alpha, beta, smooth_nr, smooth_dr)
-    loss = loss_of_scores(score, sums[:, 2], input.dim(), batch, weight, log_loss, gamma, empty, reduction)
-    return finished(loss, input, of_images, return_stats)
+    check_average(of_classes.average)
+    score = tversky_score, (alpha, beta, options.smooth_nr, options.smooth_dr)
+    return loss_of_regions(image, options, score, of_classes)
 
 
 def generalized_dice_loss(
@@ -139,17 +126,11 @@ def generalized_dice_loss(
     >>> generalized_dice_loss(torch.tensor([[[0.9, 0.2], [0.1, 0.8]]]), torch.tensor([[0, 1]]))
     tensor(0.1500)
     """
-    check_smooth(smooth_nr=smooth_nr, smooth_dr=smooth_dr)
     w_type = getattr(w_type, "value", w_type)
     if w_type not in W_TYPES:
         raise ValueError(f"w_type must be one of {W_TYPES}, got {w_type!r}")
-    of_images, _ = region_sums(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, smaller=soft_label)
-    overlap, predicted, wanted = chosen_sums(of_images, include_background, classes, batch, process_group).unbind(1)
-    volume = wanted.detach()
-    w = torch.ones_like(volume)
-    if w_type != "uniform" and volume.numel():
-        w = torch.where(volume == 0, 0, 1 / torch.where(volume == 0, 1, volume) ** (2 if w_type == "square" else 1))
-        w = torch.where(volume == 0, w.amax(1, keepdim=True), w)
-    score = ratio(2 * (overlap * w).sum(1) + smooth_nr, ((predicted + wanted) * w).sum(1) + smooth_dr, smooth_dr)[:, None]
-    loss = loss_of_scores(score, score, input.dim(), batch, None, log_loss, 1, "smooth", reduction)
-    return finished(loss, input, of_images, return_stats)
+    image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, soft_label=soft_label)
+    options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)
+    average = "micro" if w_type == "uniform" else w_type
+    of_classes = OfClasses(log_loss=log_loss, classes=classes, average=average)
+    return loss_of_regions(image, options, dice_or_jaccard(options, False), of_classes)

@@ -6,11 +6,12 @@ import torch
 
 from triton_losses.core.op import readable
 from triton_losses.core.reduction import reduction_of, result_dtype
-from triton_losses.families.ctc import ctc, labels_of
+from triton_losses.core.targets import labels_of
+from triton_losses.families.ctc import ctc
 
 
 def lengths_of(name, value, samples, most):
-    """(N,) int64 lengths, and the largest of them where it can be told without waiting for a GPU, else None."""
+    """(N,) lengths, and the largest of them where it can be told without waiting for a GPU, else None."""
     if not isinstance(value, (torch.Tensor, tuple, list)):
         raise TypeError(f"{name} must be a Tensor, or a tuple or list of integers, got {value!r}")
     known = value
@@ -27,7 +28,7 @@ def lengths_of(name, value, samples, most):
     for length in known or ():
         if not 0 <= length <= most:
             raise RuntimeError(f"Expected {name} to have values of at least 0 and at most {most}, but got value {length}")
-    return value.reshape(-1).long().contiguous(), None if known is None else max([*known, 0])
+    return value.reshape(-1).contiguous(), None if known is None else max([*known, 0])
 
 
 def check_labels(targets, target_lengths, longest, classes):
@@ -35,7 +36,7 @@ def check_labels(targets, target_lengths, longest, classes):
     if targets.numel():
         lowest, highest = (int(v) for v in targets.aminmax())
         if lowest < 0 or highest >= classes:
-            labels = labels_of(targets, target_lengths, longest + 1)
+            labels = labels_of(targets, target_lengths, longest)
             labels = labels[torch.arange(longest) < target_lengths[:, None]]
             wrong = labels[(labels < 0) | (labels >= classes)]
             if wrong.numel():
@@ -76,16 +77,19 @@ def over_alignments(name, inputs, targets, input_lengths, target_lengths, blank,
     else:  # nobody knows; but a target of more labels than there are steps has no alignment, however many more
         width = min(room, steps + 1) + 1
     targets, input_lengths, target_lengths = (t.to(inputs.device, non_blocking=True) for t in (targets, input_lengths, target_lengths))
-    losses = ctc(
-        batch, targets, input_lengths, target_lengths, width=width, blank=int(blank), zero_infinity=bool(zero_infinity), **convention
-    )  # fmt: skip
-    if reduction == "mean":
-        losses = (losses / target_lengths.clamp(min=1)).mean()
-    elif reduction == "sum":
-        losses = losses.sum()
-    elif inputs.dim() == 2:
-        losses = losses[0]
-    return losses.to(dtype)
+    loss = ctc(
+        batch,
+        targets,
+        input_lengths,
+        target_lengths,
+        width=width,
+        blank=int(blank),
+        zero_infinity=bool(zero_infinity),
+        reduction=reduction,
+        dtype=dtype,
+        **convention,
+    )
+    return loss.view(()) if reduction == "none" and inputs.dim() == 2 else loss
 
 
 def ctc_loss(
@@ -120,4 +124,4 @@ def ctc_loss_with_logits(logits, targets, input_lengths, target_lengths, blank=0
     tensor(0.2877)
     """
     arguments = logits, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
-    return over_alignments("logits", *arguments, from_logits=True)
+    return over_alignments("logits", *arguments, from_logits=True, exact=False)

@@ -26,9 +26,12 @@ else:
 WARP = 64 if torch.version.hip else 32
 
 
+# Kernels serve GPU tensors (ROCm calls itself cuda), and CPU tensors in Triton's interpreter; PyTorch reads the formula for all others.
+KERNEL_DEVICES = {"cuda", "xpu", "cpu"} if INTERPRET else set() if triton is None else {"cuda", "xpu"}
+
+
 def runs_kernels(x):
-    """Kernels serve GPU tensors, and CPU tensors in Triton's interpreter; PyTorch reads the formula for all others."""
-    return triton is not None and (INTERPRET or x.device.type in ("cuda", "xpu"))  # ROCm calls itself cuda
+    return x.device.type in KERNEL_DEVICES
 
 
 def compute_dtype(dtype):

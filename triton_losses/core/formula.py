@@ -92,3 +92,30 @@ def formula(fn):
         raise ValueError(f"two formulas are named {fn.__name__!r}")
     made = FORMULAS[fn.__name__] = Formula(fn)
     return made
+
+
+def value_of(formula, values, scalars, weighted):
+    """L of operands that are already in the compute type; the last of them is a factor where ``weighted``."""
+    if not weighted:
+        return formula.value(*values, *scalars)
+    return formula.value(*values[:-1], *scalars) * values[-1]
+
+
+def partials_of(formula, values, scalars, weighted, wanted):
+    """∂L/∂operand of each wanted operand."""
+    if not weighted:
+        return formula.partials(wanted)(*values, *scalars)
+    partials = formula.partials(wanted[:-1])(*values[:-1], *scalars) if any(wanted[:-1]) else ()
+    own = (formula.value(*values[:-1], *scalars),) if wanted[-1] else ()
+    return (*(partial * values[-1] for partial in partials), *own)
+
+
+def terms_of(problem, wanted, values):
+    """(vector, pair, ∂g/∂vector) of every wanted vector's place in a pair: of families/pairs.py."""
+    formula = FORMULAS[problem.coordinate]
+    for k, pair in enumerate(zip(problem.pairs[::2], problem.pairs[1::2])):
+        want = tuple(wanted[i] for i in pair)
+        if any(want):
+            partials = iter(formula.partials(want)(*(values[i] for i in pair), *problem.coordinate_scalars))
+            for i in (i for i in pair if wanted[i]):
+                yield i, k, next(partials)

@@ -9,8 +9,9 @@ import threading
 
 import torch
 
-from triton_losses.core.compiler import runs_kernels
+from triton_losses.core.compiler import INTERPRET, runs_kernels
 
+is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 LIBRARY = torch.library.Library("triton_losses", "DEF")
 STATE = threading.local()
 DEVICES = ("cpu", "cuda", "xpu")  # with blocks or kernels
@@ -21,6 +22,7 @@ def shapes_only():
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+GIVEN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 def op(fn):
@@ -66,6 +68,16 @@ def op(fn):
     return call
 
 
+def is_watched(*tensors):
+    """Whether a call of ours has to be an op: a graph is being recorded, a dispatch mode is on, or a tensor is a subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    for tensor in tensors:
+        if type(tensor) not in GIVEN:
+            return True
+    return False
+
+
 def keeps_for_backward(x):
     """True where a backward in PyTorch will follow a forward in PyTorch, and what is kept for it can be changed, for nobody else sees it."""
     return x.requires_grad and torch.is_grad_enabled() and x.numel() > 0 and readable(x) and not runs_kernels(x)
@@ -74,6 +86,8 @@ def keeps_for_backward(x):
 def readable(*tensors):
     """True where values may be looked at before a loss is computed: real tensors on a CPU, and nobody traces or transforms."""
     if torch.compiler.is_compiling() or not all(t.device.type == "cpu" and type(t) in PLAIN for t in tensors):
+        return False
+    if runs_kernels(tensors[0]) and not INTERPRET:  # the bench measures a GPU's path on a CPU's tensors
         return False
     return not torch._C._len_torch_dispatch_stack() and not read_whole(*tensors)
 
@@ -92,4 +106,9 @@ def read_whole(*tensors):
     """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms and autograd's batched ones."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+    if torch._C._are_functorch_transforms_active():
+        return True
+    for tensor in tensors:
+        if tensor is not None and is_legacy_batchedtensor(tensor):
+            return True
+    return False

@@ -45,3 +45,26 @@ def promoted(a, b):
     if not dtype.is_floating_point:
         raise NotImplementedError(f"a loss takes floating-point tensors, got {a.dtype} and {b.dtype}")
     return dtype
+
+
+def given(tensors):
+    """The tensors without the None among them."""
+    return [t for t in tensors if t is not None]
+
+
+def widest(tensors):
+    """The type that a loss of these tensors is computed in."""
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def divisor_of(x, reduction):
+    return x.numel() if reduction == "mean" else 1
+
+
+def reduced(losses, reduction, dtype):
+    if reduction != "none":
+        losses = losses.mean() if reduction == "mean" else losses.sum()
+    return cast(losses, dtype)

@@ -38,6 +38,12 @@ def elements(dtype):
     return BYTES // dtype.itemsize
 
 
+def row_blocks(rows, cols, dtype):
+    """Runs of rows, small enough for a cache where a row is; none where there are no columns."""
+    step = max(1, elements(dtype) // max(cols, 1))
+    return [slice(start, start + step) for start in range(0, rows if cols else 0, step)]
+
+
 def pool(threads):
     """Threads in each of which torch's operations stay."""
     with making:

@@ -1,9 +1,13 @@
-"""Which launch configuration a kernel runs with: measured at the first call, remembered on disk.
+"""Which launch configuration a kernel runs with: known for this GPU, or measured at the first call and remembered on disk.
+
+A first call compiles the few candidates of each kernel side by side, in threads, and then times them one after another.
 
 TRITON_LOSSES_AUTOTUNE=0   never measure; the rule written beside each kernel decides
 TRITON_LOSSES_CACHE_DIR    where the measured choices lie (default: triton_losses inside Triton's own cache)
 """
 
+import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,7 +18,10 @@ import threading
 
 import torch
 
+from triton_losses.core import plan
+from triton_losses.core.choices import CHOICES
 from triton_losses.core.compiler import INTERPRET, triton
+from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
 
 LAUNCH_OPTIONS = {
@@ -37,17 +44,19 @@ name_of = functools.cache(lambda index: gpu().get_device_name(index))
 class Tuned:
     """A @triton.jit kernel whose launch configuration is chosen once per GPU and ``key(args)``; call it with its arguments.
 
-    configs   the configurations to try, or a function of args that lists them
+    configs   the configurations to try, or a function of args that lists them: few, for each takes a first call its time
     rule      args -> the configuration when nothing is measured
-    key       args -> what the choice may depend on: formula, columns, dtype, alignment; never the rows, which vary by step
-    programs  args, config -> the size of the grid
+    key       args -> what the choice may depend on: formula, class of width, dtype, alignment; never the rows, which vary by step
+    size      the kernel's argument that says how many rows (or elements, or images) there are: its last one of ``tl.int64``
+    programs  size, arguments with the configuration -> how many programs
     sample    args -> the launch on at most 256 MB of rows, for measuring
     written   names of the tensors that the kernel reads and overwrites: measured on copies
     fuse      whether the compiler may make one operation, rounded once, of a multiplication and an addition
     """
 
-    def __init__(self, kernel, *, configs, rule, key, programs, sample=None, written=(), fuse=True):
-        self.kernel, self.rule, self.key, self.programs = kernel, rule, key, programs
+    def __init__(self, kernel, *, configs, rule, key, programs, size=None, sample=None, written=(), fuse=True):
+        self.kernel, self.rule, self.key, self.size = kernel, rule, key, size
+        self.programs_of = programs
         self.configs = configs if callable(configs) else lambda args: configs
         self.sample, self.written, self.chosen = sample, written, {}
         self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # said always: Triton 3.10 flips the default
@@ -55,6 +64,24 @@ class Tuned:
     def __call__(self, **args):
         if not shapes_only():
             self.launch(args, self.config(args))
+
+    def bind(self, **args):
+        """A launch for all calls of the kind that these arguments are of."""
+        config, settled = self.choice(args)
+        names = self.kernel.arg_names
+        varying = names[: names.index(self.size) + 1]
+        fixed = {name: value for name, value in {**args, **config}.items() if name in names and name not in varying}
+        options = {name: value for name, value in config.items() if name not in names} | self.options
+        if INTERPRET:  # it knows no num_warps
+            options = {}
+        launch = Launch(self.kernel, fixed, options, functools.partial(self.programs_of, fixed=fixed))
+        launch.settled = settled
+        return launch
+
+    def programs(self, args, config):
+        if self.size is None:
+            return self.programs_of(args, config)
+        return self.programs_of(args[self.size], fixed={**args, **config})
 
     def launch(self, args, config):
         programs = self.programs(args, config)
@@ -65,14 +92,19 @@ class Tuned:
 
     def config(self, args):
         """The remembered choice, else the fastest where it can be measured now, else the rule."""
-        if not autotune or INTERPRET or torch.are_deterministic_algorithms_enabled():
-            return self.rule(args)
+        return self.choice(args)[0]
+
+    def choice(self, args):
+        """The configuration, and whether it is settled: a call that cannot be measured takes the rule, the next one may do better."""
+        if not autotune or INTERPRET or torch.are_deterministic_algorithms_enabled() or not can_measure():
+            return self.rule(args), True
         key = (device_name(), self.key(args))
-        return self.chosen.get(key) or self.choose(key, args)
+        config = self.chosen.get(key) or self.choose(key, args)
+        return config, key in self.chosen
 
     def choose(self, key, args):
         rule = self.rule(args)
-        if shapes_only() or not can_measure() or not self.programs(args, rule):
+        if shapes_only() or not self.programs(args, rule):
             return rule
         with one_at_a_time:
             if key not in self.chosen and (choice := self.recall_or_measure(key, args, rule)) is not None:
@@ -83,6 +115,9 @@ class Tuned:
         shipped = [rule, *(config for config in self.configs(args) if config != rule)]
         path = self.path(key, args)
         choice = recall(path, shipped)
+        if choice is None:
+            known = CHOICES.get(key[0], {}).get(self.kernel.__name__, {}).get(key[1])
+            choice = next((ours for ours in shipped if ours == known), None)
         if choice is None and not capturing():
             log.info("tuning %s for %s on %s: %d configurations", self.kernel.__name__, key[1], key[0], len(shipped))
             times = self.measure(args, shipped)
@@ -94,12 +129,26 @@ class Tuned:
 
     def measure(self, args, shipped):
         times = []
+        self.build(args, shipped)
         for config in shipped:
             try:
                 times.append((median_ms(functools.partial(self.launch, self.sampled(args), config)), config))
             except DOES_NOT_LAUNCH as error:
                 log.info("%s %s does not launch: %s", self.kernel.__name__, config, error)
         return times
+
+    def build(self, args, shipped):
+        """Compile every configuration, side by side. One that does not compile says so again when it is to be launched."""
+        index = None if gpu() is None else gpu().current_device()
+
+        def compile_one(config):
+            with contextlib.nullcontext() if index is None else gpu().device(index):  # a thread has a current device of its own
+                self.kernel.warmup(grid=(1,), **args, **config, **self.options)
+
+        with concurrent.futures.ThreadPoolExecutor(len(shipped)) as pool:
+            for building in [pool.submit(compile_one, config) for config in shipped]:
+                if (error := building.exception()) is not None and not isinstance(error, DOES_NOT_LAUNCH):
+                    raise error
 
     def sampled(self, args):
         args = self.sample(args) if self.sample else args
@@ -153,6 +202,15 @@ def capturing():
     return gpu() is not None and gpu().is_current_stream_capturing()
 
 
+def chosen(kernels):
+    """What was chosen on this machine for these kernels (Tuned), in the form of core/choices.py."""
+    found = {}
+    for tuned in kernels:
+        for (device, key), config in tuned.chosen.items():
+            found.setdefault(device, {}).setdefault(tuned.kernel.__name__, {})[key] = config
+    return found
+
+
 def median_ms(launch):
     return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
 
@@ -167,6 +225,7 @@ def set_autotune(enabled):
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be True or False, got {enabled!r}")
     autotune = enabled
+    plan.forget()
 
 
 def tune(loss, *tensors, **options):

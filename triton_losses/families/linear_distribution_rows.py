@@ -16,7 +16,7 @@ import torch
 from triton_losses.core.compiler import compute_dtype, runs_kernels
 from triton_losses.core.op import differentiated_again, is_plain, op, read_whole
 from triton_losses.families import top_k_rows
-from triton_losses.families.distribution_rows import VECTOR, Whole, walk
+from triton_losses.families.distribution_rows import Pass, Problem, in_plain_torch, walk
 from triton_losses.families.linear_rows import (
     cast,
     dtype_of_product,
@@ -27,6 +27,8 @@ from triton_losses.families.linear_rows import (
     product,
     sweep,
 )  # fmt: skip
+
+VECTOR = 16  # numbers: rows of two tensors whose strides are multiples of it start at the same place within a vector
 
 
 def stored_rows(stored):
@@ -68,23 +70,19 @@ def linear_distribution_rows_pass(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else empty)."""
     losses = hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(dtype, teacher_dtype))
+    problem = problem_of(formula, scalars, one_read, ignore_index, losses.dtype)
     if kind != "top_k":
         rows_of = product_rows(*in_dtype(teacher_dtype, *teacher)) if kind == "products" else stored_rows(*teacher)
 
     def visit(part, label, logits, _):
-        found = losses.new_empty(2, len(logits))
         factors = upstream[part] if any(wanted) else None
         if kind == "top_k":
-            options = formula, scalars, student_first, one_read, ignore_index, tail
-            top_k_rows.walk(logits, *(t[part] for t in teacher), label, *options, found, factors)
+            found = top_k_rows.walk(logits, *(t[part] for t in teacher), label, problem, student_first, tail, factors)
         else:
-            pair = (logits, rows_of(part)) if student_first else (rows_of(part), logits)
-            making = {}
-            if any(wanted):
-                making = {"grads": (logits, None) if student_first else (None, logits), "upstream": factors}
-            options = formula, scalars, False, ignore_index, found.new_empty(6, len(logits)), found, one_read
-            walk(*pair, None, label, *options, **making)
-        losses[part] = found[0]
+            pair, grads = (logits, rows_of(part)), (logits if any(wanted) else None, None)
+            pair, grads = (pair, grads) if student_first else (pair[::-1], grads[::-1])
+            found = walk((*pair, None, label), problem, Pass(grads, factors))
+        losses[part] = found
 
     return losses, *sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
 
@@ -93,22 +91,28 @@ def wide_dtype(dtype, teacher_dtype):
     return compute_dtype(torch.promote_types(dtype, teacher_dtype))
 
 
+def problem_of(formula, scalars, one_read, ignore_index, dtype):
+    """A loss of each row. scalars: 1 / T, then the formula's."""
+    scale, *scalars = scalars
+    return Problem(formula, tuple(scalars), False, one_read, scale, 0.0, 1.0, ignore_index, "none", dtype)
+
+
 def whole(
     hidden, weight, bias, teacher, labels, kind, formula, scalars, student_first, one_read, tail, ignore_index, _, __, dtype, teacher_dtype
 ):  # fmt: skip
     """Losses in plain torch, all logits at once."""
     wide = wide_dtype(dtype, teacher_dtype)
     ours = torch.nn.functional.linear(*in_dtype(dtype, hidden, weight, bias))
+    problem = problem_of(formula, scalars, one_read, ignore_index, wide)
     if kind == "top_k":
-        scale, *scalars = scalars
-        ours, theirs = top_k_rows.whole_bins(ours, *teacher, labels, ignore_index, tail, scale, wide)
-        scalars = [1.0, *scalars]
+        ours, theirs = top_k_rows.whole_bins(ours, *teacher, labels, ignore_index, tail, problem.scale, wide)
+        problem = problem._replace(scale=1.0)
     elif kind == "products":
         theirs = torch.nn.functional.linear(*in_dtype(teacher_dtype, *teacher))
     else:
         theirs = teacher[0].reshape(ours.shape)
     pair = (ours, theirs) if student_first else (theirs, ours)
-    return Whole.apply(*pair, None, labels, formula, scalars, False, one_read, ignore_index, "none", wide)
+    return in_plain_torch(problem, *pair, None, labels)
 
 
 class LinearDistributionRows(torch.autograd.Function):
@@ -159,7 +163,7 @@ def linear_distribution_rows(
     """
     dtype = dtype_of_product(hidden, weight)
     teacher_dtype = dtype_of_product(*teacher[:2]) if kind == "products" else teacher[-1].dtype
-    scalars = [1.0 / temperature, 0.0, *(float(s) for s in scalars)]
+    scalars = [1.0 / temperature, *(float(s) for s in scalars)]
     options = kind, formula.name, scalars, student_first, one_read, tail, ignore_index, chunk_bytes, kept_tokens, dtype, teacher_dtype
     if is_plain(hidden):
         losses = whole(hidden, weight, bias, teacher, labels, *options)

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 
 from triton_losses.core.compiler import compute_dtype, runs_kernels
-from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import differentiated_again, is_plain, op, read_whole, shapes_only
-from triton_losses.families.label_rows import walk
-from triton_losses.families.label_rows_blocks import whole_losses
+from triton_losses.core.rows import Pass
+from triton_losses.families.label_rows import Problem, walk
+from triton_losses.whole.label_rows import losses_of
 
 ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
 
@@ -116,12 +116,14 @@ def linear_rows_forward(
     losses, weights, saved = (hidden.new_zeros(shape, dtype=wide) for shape in ((rows,), (rows,), (4, rows)))
     likeliest = labels.new_full((rows if stats else 0,), -1, dtype=torch.int64)
 
+    problem = Problem(formula, tuple(scalars), ignore_index, softcap, scale, "none", wide)
+
     def visit(part, label, logits, room):
         kept = saved.new_empty(4, len(label))
         best = likeliest.new_empty(len(label)) if stats else None
         making = {"grad": logits, "upstream": upstream[part], "room": room} if any(wanted) else {}
-        options = formula, scalars, ignore_index, softcap, scale, kept
-        losses[part], some = walk(logits, label, class_weights, *options, forward=True, entropy=stats, likeliest=best, **making)
+        task = Pass(kept, forward=True, entropy=stats, likeliest=best, **making)
+        losses[part], some = walk((logits, label, class_weights), problem, task)
         if stats:
             likeliest[part] = best
         weights[part] = 1.0 if some is None else some
@@ -139,11 +141,11 @@ def linear_rows_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted (else empty)."""
 
+    problem = Problem(formula, tuple(scalars), ignore_index, softcap, scale, "none", compute_dtype(dtype))
+
     def visit(part, label, logits, _):
-        walk(
-            logits, label, class_weights, formula, scalars, ignore_index, softcap, scale, saved[:, part].contiguous(),
-            grad=logits, upstream=upstream[part], operands=[v[part] for v in operands],
-        )  # fmt: skip
+        task = Pass(saved[:, part].contiguous(), grad=logits, upstream=upstream[part], operands=[v[part] for v in operands])
+        walk((logits, label, class_weights), problem, task)
 
     return sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
 
@@ -171,7 +173,8 @@ def add_gradients(grads, part, x, weight, logits, wanted, first):
 def whole(hidden, weight, bias, labels, class_weights, operands, formula, scalars, ignore_index, softcap, scale, dtype):
     """Losses and weights in plain torch, all logits at once."""
     logits = torch.nn.functional.linear(*in_dtype(dtype, hidden, weight, bias))
-    return whole_losses(logits, labels, class_weights, FORMULAS[formula], scalars, ignore_index, softcap, scale, operands)
+    problem = Problem(formula, tuple(scalars), ignore_index, softcap, scale, "none", dtype)
+    return losses_of((logits, labels, class_weights), problem, operands)
 
 
 class LinearRows(torch.autograd.Function):

@@ -17,6 +17,7 @@ An entry whose log-probability is -inf does not exist, whatever its id is: so en
 
 import torch
 
+from triton_losses.core.rows import Pass
 from triton_losses.families import distribution_rows, label_rows
 
 IGNORED = -1  # the mark of a row that does not count; that of others is 0
@@ -69,14 +70,14 @@ def with_tails(bins, highest, log_rest, lowest, log_p):
     return ours, torch.cat([log_p, torch.where(none, -float("inf"), rest.log())], 1)
 
 
-def walk(logits, ids, log_p, labels, formula, scalars, student_first, one_read, ignore_index, tail, losses, upstream=None):
-    """Fill losses (2, rows) as distribution_rows.walk does; with ``upstream`` the logits become the gradient of Σ upstream · losses.
+def walk(logits, ids, log_p, labels, problem, student_first, tail, upstream=None):
+    """The losses of the rows, as distribution_rows.walk has them; with ``upstream`` the logits become the gradient of Σ upstream · losses.
 
     Without it they are lost too. student_first: the logits are the p of the formula, else its q.
     """
     rows, classes = logits.shape
-    wide, (scale, *scalars), count = losses.dtype, scalars, ids.shape[1]
-    marks = marks_of(rows, labels, ignore_index, ids)
+    wide, scale, count = problem.dtype, problem.scale, ids.shape[1]
+    marks = marks_of(rows, labels, problem.ignore_index, ids)
     exists, place, columns = entries_of(ids, log_p, marks, classes)
     check(ids, log_p, exists, classes)
     taken, written = logits.gather(1, columns), exists.gather(1, place)  # not written where a row has no entry at all
@@ -84,26 +85,25 @@ def walk(logits, ids, log_p, labels, formula, scalars, student_first, one_read, 
     if tail:
         lowest = lowest_of(logits.dtype, scale)
         logits.scatter_(1, columns, torch.where(written, lowest, taken))
-        rest, of_rest = bins.new_empty(4, rows), (logits, marks, None, "log_total", [], IGNORED, 0.0, scale)
-        label_rows.walk(*of_rest, rest, forward=True)
+        rest, of_rest = bins.new_empty(4, rows), label_rows.Problem("log_total", (), IGNORED, 0.0, scale, "none", wide)
+        label_rows.walk((logits, marks, None), of_rest, Pass(rest, forward=True))
         bins, theirs = with_tails(bins, *rest[:2, :, None], 0.5 * lowest * scale, theirs)
-    pair = (bins, theirs) if student_first else (theirs, bins)
-    making, g = {}, torch.empty_like(bins)
-    if upstream is not None:
-        making = {"grads": (g, None) if student_first else (None, g), "upstream": upstream}
-    options = formula, [1.0, *scalars], False, IGNORED, bins.new_empty(6, rows), losses, one_read
-    distribution_rows.walk(*pair, None, marks, *options, **making)
+    g = None if upstream is None else torch.empty_like(bins)
+    pair, grads = ((bins, theirs), (g, None)) if student_first else ((theirs, bins), (None, g))
+    of_bins, task = problem._replace(scale=1.0, ignore_index=IGNORED), distribution_rows.Pass(grads, upstream)
+    losses = distribution_rows.walk((*pair, None, marks), of_bins, task)
     if upstream is None:
-        return
+        return losses
     if tail:
         # the bins' gradients sum to 0; where the tail has most of the mass, its own is a difference that rounding eats
         most = bins[:, count] > bins[:, :count].logsumexp(1)
         of_tail = torch.where(most, -g[:, :count].sum(1), g[:, count])
-        label_rows.walk(*of_rest, rest, grad=logits, upstream=of_tail)
+        label_rows.walk((logits, marks, None), of_rest, Pass(rest, grad=logits, upstream=of_tail))
     else:
         logits.zero_()
     of_entries = (g[:, :count] * scale).to(logits.dtype).gather(1, place)
     logits.scatter_(1, columns, torch.where(written, of_entries, logits.gather(1, columns)))
+    return losses
 
 
 def whole_bins(logits, ids, log_p, labels, ignore_index, tail, scale, wide):

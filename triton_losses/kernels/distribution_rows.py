@@ -1,4 +1,4 @@
-"""The kernels of families/distribution_rows.py, and how they are launched. One program is one pair of rows.
+"""Losses of two rows by kernels: one program is one pair of rows.
 
 Both rows are walked together, as label_rows.py walks one: in vectors of 16 bytes, the elements before the first
 aligned vector and after the last as one narrow tile, the *edge*. Here the edge has the shape of all other tiles, its two ends
@@ -6,17 +6,29 @@ in the first two lanes, so that one function folds them all.
 
 Both kernels are built without fused multiply-adds. The compiler fuses what it likes, and so may round Σ exp of p and of q
 differently: identical rows would not give exactly 0, neither as a loss nor as a gradient.
+
+What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is reduced,
+the losses, and, where there are labels, 1 for each row that counts; then max p, log Σ exp(p - max p), the same of q,
+Σ ∂f/∂log p and Σ ∂f/∂log q; at last, where the mean is over the rows that count, how many those are.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.device_math import as_scalars, exact, exp, load_zeros
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import shapes_only
+from triton_losses.core.plan import planned
+from triton_losses.core.reduction import given, widest
+from triton_losses.core.rows import readable
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
-from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, configs, programs, rule, span_of, take, write_zeros
+from triton_losses.kernels.finish import finish
+from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, configs, rule, span_of, take, write_zeros
+
+VECTOR = 16  # bytes; both rows of a pair must start at the same place within one
+SAVED = 6  # numbers a row that the backward reads
 
 
 @triton.jit
@@ -232,22 +244,25 @@ def in_two_reads(
     return highest_p, log_total_p, highest_q, log_total_q, tl.sum(total_p, 0), tl.sum(total_q, 0), tl.sum(total_f, 0)
 
 
-@triton.jit(repr=name_of("distribution_rows_forward"), do_not_specialize=["rows", "ignore_index"])
+@triton.jit(
+    repr=name_of("distribution_rows_forward"), do_not_specialize=["rows", "ignore_index"],
+    do_not_specialize_on_alignment=["labels", "losses", "state"],
+)
 def forward_kernel(
     p, q,  # (rows, cols), row r at r * stride_p, r * stride_q
     weight,  # (cols,) where WEIGHTED
     labels,  # (rows,) where LABELLED
-    losses,  # (2, rows): losses, and 1 for each row that counts
-    saved,  # (6, rows): max p, log Σ exp(p - max p), the same of q, Σ ∂f/∂log p, Σ ∂f/∂log q
-    rows, cols, stride_p, stride_q, ignore_index, scalars,
+    losses,  # (rows,); where COUNTED (2, rows): losses, and 1 for each row that counts
+    state,  # (AHEAD, rows) of other things, then (6, rows) for the backward
+    rows: tl.int64,
+    cols, stride_p, stride_q, ignore_index, factors, scalars,
     FORMULA: tl.constexpr, GIVEN: tl.constexpr, ONE_READ: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr,
-    EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    COUNTED: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.cast(rows, tl.int64)
+    scale, z_loss, factor = exact(factors, COMPUTE)
     values = exact(scalars, COMPUTE)
-    scale = values[0]
-    z_loss = values[1]
     zero = tl.zeros((), COMPUTE)
     found = (zero, zero, zero, zero, zero, zero, zero)
     counts = zero
@@ -259,21 +274,20 @@ def forward_kernel(
         at_p = row * stride_p
         at_q = row * stride_q
         if ONE_READ:
-            found = in_one_read(
-                p, q, at_p, at_q, weight, cols, scale, values[2:], FORMULA, GIVEN, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL
-            )
+            found = in_one_read(p, q, at_p, at_q, weight, cols, scale, values, FORMULA, GIVEN, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL)
         else:
-            found = in_two_reads(p, q, at_p, at_q, weight, cols, scale, values[2:], FORMULA, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL)
+            found = in_two_reads(p, q, at_p, at_q, weight, cols, scale, values, FORMULA, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL)
     highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q, loss = found
     if z_loss != 0.0:
         lse = highest_q + log_total_q
         loss += z_loss * lse * lse
         slope_q -= 2.0 * z_loss * lse
     row_saved = (highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q)
-    tl.store(losses + row, loss.to(losses.dtype.element_ty))  # every program writes every output
-    tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
+    tl.store(losses + row, (loss * factor).to(losses.dtype.element_ty))  # every program writes every output
+    if COUNTED:
+        tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
     for i in tl.static_range(6):
-        tl.store(saved + i * rows + row, row_saved[i])
+        tl.store(state + (AHEAD + i) * rows + row, row_saved[i])
 
 
 @triton.jit
@@ -296,22 +310,24 @@ def store_gradients(
         tl.store(grad_q, g.to(grad_q.dtype.element_ty), mask=mask, eviction_policy=EVICT)
 
 
-@triton.jit(repr=name_of("distribution_rows_backward"), do_not_specialize=["rows", "ignore_index", "dout_stride"])
+@triton.jit(
+    repr=name_of("distribution_rows_backward"), do_not_specialize=["rows", "ignore_index", "dout_stride"],
+    do_not_specialize_on_alignment=["labels", "state", "dout"],
+)
 def backward_kernel(
     p, q,  # (rows, cols), row r at r * stride_p, r * stride_q
     weight,  # (cols,) where WEIGHTED
     labels,  # (rows,) where LABELLED
-    saved,  # (6, rows)
+    state,  # (AHEAD, rows) of other things, then (6, rows); where COUNTED then how many rows count
     grad_p, grad_q,  # as p and q, which they may be, where WANT_P and WANT_Q
     dout,  # of row r at r * dout_stride
-    denominator,  # () where MEAN
-    rows, cols, stride_p, stride_q, dout_stride, ignore_index, scalars,
-    FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, MEAN: tl.constexpr,
-    WANT_P: tl.constexpr, WANT_Q: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    rows: tl.int64,
+    cols, stride_p, stride_q, dout_stride, ignore_index, factors, scalars,
+    FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, COUNTED: tl.constexpr,
+    AHEAD: tl.constexpr, MEAN: tl.constexpr, WANT_P: tl.constexpr, WANT_Q: tl.constexpr, EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.cast(rows, tl.int64)
     start_p = row * stride_p
     start_q = row * stride_q
     head, vectors = span_of(start_q, cols, VEC, EDGE)
@@ -323,14 +339,14 @@ def backward_kernel(
     if LABELLED:
         kept = tl.load(labels + row).to(tl.int64) != ignore_index
     if kept:
+        scale, _, factor = exact(factors, COMPUTE)
         values = exact(scalars, COMPUTE)
-        scale = values[0]
         rowwise = ()
         for i in tl.static_range(6):
-            rowwise += (tl.load(saved + i * rows + row),)
-        upstream = tl.load(dout + row * dout_stride).to(COMPUTE)
+            rowwise += (tl.load(state + (AHEAD + i) * rows + row),)
+        upstream = tl.load(dout + row * dout_stride).to(COMPUTE) * factor
         if MEAN:
-            upstream = upstream / tl.load(denominator)
+            upstream = upstream / (tl.load(state + (AHEAD + 6) * rows) if COUNTED else tl.cast(rows, COMPUTE))
         unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
         for v in range(0, unmasked, LANES * UNROLL):
             pairs = ()
@@ -340,7 +356,7 @@ def backward_kernel(
             for u in tl.static_range(UNROLL):
                 at = (v + u * LANES) * VEC + tile
                 store_gradients(
-                    pairs[u], grad_p + first_p + at, grad_q + first_q + at, weight + head + at, None, scale, rowwise, upstream, values[2:],
+                    pairs[u], grad_p + first_p + at, grad_q + first_q + at, weight + head + at, None, scale, rowwise, upstream, values,
                     FORMULA, GIVEN, WEIGHTED, WANT_P, WANT_Q, "evict_first",
                 )  # fmt: skip
         for v in range(unmasked, vectors, LANES):
@@ -348,14 +364,14 @@ def backward_kernel(
             mask = (v + lanes < vectors)[:, None]
             pair = load_pair(p + first_p + at, q + first_q + at, mask, scale, GIVEN, COMPUTE, "evict_first")
             store_gradients(
-                pair, grad_p + first_p + at, grad_q + first_q + at, weight + head + at, mask, scale, rowwise, upstream, values[2:],
+                pair, grad_p + first_p + at, grad_q + first_q + at, weight + head + at, mask, scale, rowwise, upstream, values,
                 FORMULA, GIVEN, WEIGHTED, WANT_P, WANT_Q, "evict_first",
             )  # fmt: skip
         if EDGE:
             edge, exists = edge_tile(head, vectors, cols, LANES, VEC)
             pair = load_pair(p + start_p + edge, q + start_q + edge, exists, scale, GIVEN, COMPUTE, "")
             store_gradients(
-                pair, grad_p + start_p + edge, grad_q + start_q + edge, weight + edge, exists, scale, rowwise, upstream, values[2:],
+                pair, grad_p + start_p + edge, grad_q + start_q + edge, weight + edge, exists, scale, rowwise, upstream, values,
                 FORMULA, GIVEN, WEIGHTED, WANT_P, WANT_Q, "",
             )  # fmt: skip
     else:
@@ -363,20 +379,6 @@ def backward_kernel(
             write_zeros(grad_p, start_p, cols, EDGE, VEC, LANES)
         if WANT_Q:
             write_zeros(grad_q, start_q, cols, EDGE, VEC, LANES)
-
-
-def row_arguments(p, q, weight, labels, formula, scalars, given, ignore_index):
-    """What both kernels take."""
-    rows, cols = q.shape
-    strides = [x.stride(0) if rows > 1 else cols for x in (p, q)]
-    wide = compute_dtype(torch.promote_types(p.dtype, q.dtype))
-    vec = 16 // min(p.element_size(), q.element_size())
-    return dict(
-        p=p, q=q, weight=q if weight is None else weight.contiguous(), labels=q if labels is None else labels.contiguous(), rows=rows,
-        cols=cols, stride_p=strides[0], stride_q=strides[1], ignore_index=ignore_index, scalars=as_scalars(scalars, wide),
-        FORMULA=formula.kernel, GIVEN=given, WEIGHTED=weight is not None, LABELLED=labels is not None,
-        EDGE=any(size % vec for size in (cols, *strides)), COMPUTE=triton_type(wide), VEC=vec,
-    )  # fmt: skip
 
 
 def key(args):
@@ -399,8 +401,125 @@ def pair_configs(args):
     return [config for config in configs(args) if config["num_warps"] * config["UNROLL"] < 64]  # beyond, registers spill
 
 
-forward_launch = Tuned(forward_kernel, configs=pair_configs, rule=rule, key=key, programs=programs, sample=sample, fuse=False)
-written = ("grad_p", "grad_q")  # where they are p and q
-backward_launch = Tuned(
-    backward_kernel, configs=pair_configs, rule=rule, key=key, programs=programs, sample=sample, written=written, fuse=False
-)
+tuning = {"configs": pair_configs, "rule": rule, "key": key, "size": "rows", "sample": sample, "fuse": False}
+tuning["programs"] = lambda rows, fixed: rows
+forward_launch = Tuned(forward_kernel, **tuning)
+backward_launch = Tuned(backward_kernel, written=("grad_p", "grad_q"), **tuning)  # where they are p and q
+
+
+def readable_pair(p, q):
+    """Both with rows one after another, and starting at the same place within a vector."""
+    p, q = readable(p), readable(q)
+    if q.shape[0] > 1 and (p.stride(0) - q.stride(0)) % VECTOR:
+        p, q = p.contiguous(), q.contiguous()
+    return p, q
+
+
+def ahead_of(problem, labels):
+    """How many runs of ``state`` come before what the backward reads."""
+    return 0 if problem.reduction == "none" else 1 if labels is None else 2
+
+
+def state_of(q, problem, labels, wide):
+    ahead = ahead_of(problem, labels)
+    return q.new_empty((ahead + SAVED) * q.shape[0] + ahead // 2, dtype=wide)
+
+
+@planned
+def plan(tensors, problem, wanted):
+    """Of the forward where nothing is wanted, else of the backward: the launch, or False where the tensors have to be arranged."""
+    p, q, weight, labels, dout = tensors
+    first, second = readable_pair(p, q)
+    if first is not p or second is not q or not all(t.is_contiguous() for t in given((weight, labels))):
+        return False
+    rows, cols = q.shape
+    wide, vec = widest((p, q)), VECTOR // min(p.element_size(), q.element_size())
+    strides = [x.stride(0) if rows > 1 else cols for x in (p, q)]
+    none, state = problem.reduction == "none", state_of(q, problem, labels, wide)
+    arguments = {
+        "p": p,
+        "q": q,
+        "weight": q if weight is None else weight,
+        "labels": q if labels is None else labels,
+        "state": state,
+        "rows": rows,
+        "cols": cols,
+        "stride_p": strides[0],
+        "stride_q": strides[1],
+        "ignore_index": problem.ignore_index,
+        "factors": as_scalars((problem.scale, problem.z_loss, problem.factor), wide),
+        "scalars": as_scalars(problem.scalars, wide),
+        "FORMULA": FORMULAS[problem.formula].kernel,
+        "GIVEN": problem.given,
+        "WEIGHTED": weight is not None,
+        "LABELLED": labels is not None,
+        "COUNTED": labels is not None and not none,
+        "AHEAD": ahead_of(problem, labels),
+        "EDGE": any(size % vec for size in (cols, *strides)),
+        "COMPUTE": triton_type(wide),
+        "VEC": vec,
+    }
+    if not wanted:
+        losses = q.new_empty(rows, dtype=problem.dtype) if none else state
+        return forward_launch.bind(losses=losses, ONE_READ=problem.one_read, **arguments)
+    grads = [room_for_gradient(x) if want else x for x, want in zip((p, q), wanted)]
+    return backward_launch.bind(
+        grad_p=grads[0],
+        grad_q=grads[1],
+        dout=dout,
+        dout_stride=dout.stride(0) if none and rows > 1 else 0,
+        MEAN=problem.reduction == "mean",
+        WANT_P=wanted[0],
+        WANT_Q=wanted[1],
+        **arguments,
+    )
+
+
+def prepared(tensors, problem, wanted=(), dout=None):
+    """The launch, and p, q, weight and labels as its kernel wants them."""
+    p, q, weight, labels = tensors
+    launch = plan((*tensors, dout), problem, wanted)
+    if not launch:
+        p, q = readable_pair(p, q)
+        weight, labels = (t if t is None else t.contiguous() for t in (weight, labels))
+        launch = plan((p, q, weight, labels, dout), problem, wanted)
+    return launch, p, q, q if weight is None else weight, q if labels is None else labels
+
+
+def room_for_gradient(x):
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def forward(tensors, problem):
+    p, q, _, labels = tensors
+    rows, none, wide = q.shape[0], problem.reduction == "none", widest((p, q))
+    out, state = q.new_empty(rows if none else (), dtype=problem.dtype), state_of(q, problem, labels, wide)
+    if shapes_only():
+        return [out], [state]
+    launch, p, q, weight, marks = prepared(tensors, problem)
+    launch(p, q, weight, marks, out if none else state, state, rows)
+    if not none:
+        mean, weights_at = problem.reduction == "mean", 0 if labels is None else 2 + SAVED
+        finish(state, out, rows, weights_at, mean, rows)
+    return [out], [state]
+
+
+def backward(tensors, saved, upstream, problem, wanted):
+    (state,), (dout,), wanted = saved, upstream, tuple(wanted[:2])
+    if shapes_only():
+        return [x.new_empty(x.shape) for x, want in zip(tensors, wanted) if want]
+    launch, p, q, weight, marks = prepared(tensors, problem, wanted, dout)
+    grad_p, grad_q = (room_for_gradient(x) if want else x for x, want in zip((p, q), wanted))
+    launch(p, q, weight, marks, state, grad_p, grad_q, dout, q.shape[0])
+    return [grad for grad, want in zip((grad_p, grad_q), wanted) if want]
+
+
+def walk(tensors, problem, task):
+    """The losses of the rows; fills the gradients that the task asks for. Of a pair that can be read as it lies."""
+    (losses,), (state,) = forward(tensors, problem)
+    wanted = tuple(grad is not None for grad in task.grads)
+    if any(wanted):
+        launch, p, q, weight, marks = prepared(tensors, problem, wanted, task.upstream)
+        grad_p, grad_q = (x if grad is None else grad for x, grad in zip((p, q), task.grads))
+        launch(p, q, weight, marks, state, grad_p, grad_q, task.upstream, q.shape[0])
+    return losses

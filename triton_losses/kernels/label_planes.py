@@ -1,19 +1,27 @@
-"""The kernels of families/label_planes.py, and how they are launched. One program is a run of one image's pixels, and all their classes.
+"""Images and their labels by kernels: one program is a run of one image's pixels, and all their classes.
 
 A thread has 16 bytes of neighbouring pixels of each class. Where its registers hold all classes at once, each class is a tile of
 its own: one tile with a dimension of classes would be padded to a power of two. More classes are walked in a loop, with a running
 maximum and Σ exp(x - maximum) for each pixel; the backward of few walks them twice, the second time out of the cache.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from triton_losses.core.compiler import WARP, compute_dtype
+from triton_losses.core.compiler import INTERPRET, WARP, compute_dtype
 from triton_losses.core.device_math import as_scalars, exact, exp
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.launch import Launch
+from triton_losses.core.op import shapes_only
+from triton_losses.core.plan import planned
+from triton_losses.core.rows import counted, slots_of
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
-from triton_losses.kernels.label_rows import factors_of, read_formula
-from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, transform
+from triton_losses.kernels.finish import finish
+from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, factors_of, read_formula, transform
 
 SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
 FEW = 32  # classes whose logits a program still finds in the cache when it reads them again: 16 bytes of each a thread
@@ -131,7 +139,8 @@ def forward_kernel(
     mean_weight,  # () where WEIGHTED
     saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written where SAVED
     out,  # (images, pixels) losses; where REDUCE (2, images, spans): sums of losses and of weights
-    images, classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
+    images: tl.int64,
+    classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
     FORMULA: tl.constexpr, SLOTS: tl.constexpr, REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
     HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +165,7 @@ def forward_kernel(
             SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_first", COMPUTE,
         )  # fmt: skip
         if SAVED:
-            count = tl.cast(images, tl.int64) * (pixels // VEC * VEC)
+            count = images * (pixels // VEC * VEC)
             tl.store(saved + places, highest, mask=mask)
             tl.store(saved + count + places, log_total, mask=mask)
             if SLOTS[2]:
@@ -167,7 +176,7 @@ def forward_kernel(
     loss = tl.where(kept, loss, 0.0).to(COMPUTE)
     if REDUCE:
         tl.store(out + program, tl.sum(loss, 0))
-        tl.store(out + tl.cast(images, tl.int64) * spans + program, tl.sum(weight, 0))
+        tl.store(out + images * spans + program, tl.sum(weight, 0))
     else:
         tl.store(out + places, loss.to(out.dtype.element_ty), mask=mask)
 
@@ -200,7 +209,7 @@ def write_tiles(
         tl.store(at + i * class_stride, g.to(at.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
-@triton.jit(repr=direction("backward"), debug=True, do_not_specialize=["ignore_index", "images"])
+@triton.jit(repr=direction("backward"), debug=True, do_not_specialize=["ignore_index", "images", "at_denominator"])
 def backward_kernel(
     logits,  # (images, classes, pixels); a pixel's neighbours lie beside it
     labels,  # (images, pixels)
@@ -209,8 +218,10 @@ def backward_kernel(
     saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; read where SAVED
     grad,  # (images, classes, pixels), contiguous
     upstream,  # () where SAME, else (images, pixels)
-    denominator,  # () where MEAN
-    images, classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
+    denominator,  # where MEAN (at + 1,), of which the last is read
+    at_denominator: tl.int64,
+    images: tl.int64,
+    classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
     FORMULA: tl.constexpr, SLOTS: tl.constexpr, SAME: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
     SCALED: tl.constexpr, HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +249,7 @@ def backward_kernel(
             SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_last", COMPUTE,
         )  # fmt: skip
     elif SOFTMAX:
-        count = tl.cast(images, tl.int64) * plane
+        count = images * plane
         highest = tl.load(saved + places, mask=mask, other=0.0)
         log_total = tl.load(saved + count + places, mask=mask, other=0.0)
         if SLOTS[2]:
@@ -248,7 +259,7 @@ def backward_kernel(
     )
     factor = tl.load(upstream).to(COMPUTE) if SAME else tl.load(upstream + places, mask=mask, other=0.0).to(COMPUTE)
     if MEAN:
-        factor = factor / tl.load(denominator)
+        factor = factor / tl.load(denominator + at_denominator)
     if SCALED:
         factor *= shape[1]
     factors = factors_of(partials, factor, mean_weight, classes, SLOTS, WEIGHTED)
@@ -266,24 +277,6 @@ def backward_kernel(
             write_tiles(
                 out + c * plane, plane, loaded, c, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED
             )
-
-
-def shared_arguments(logits, labels, class_weights, formula, slots, scalars, ignore_index, softcap, scale, saved):
-    """What both kernels take."""
-    images, classes, pixels = logits.shape
-    wide, weighted = compute_dtype(logits.dtype), class_weights is not None
-    strides = logits.stride()[:2]
-    vec = 16 // logits.element_size()
-    while any(s % vec for s in (pixels, *strides)):
-        vec //= 2
-    return dict(
-        logits=logits, labels=labels.contiguous(), class_weights=class_weights.contiguous() if weighted else logits,
-        mean_weight=class_weights.to(wide).mean() if weighted else logits, saved=saved,
-        images=images, classes=classes, pixels=pixels, image_stride=strides[0], class_stride=strides[1],
-        ignore_index=ignore_index, scalars=as_scalars(scalars, wide), shape=as_scalars((softcap, scale), wide),
-        FORMULA=formula.kernel, SLOTS=slots, WEIGHTED=weighted, CAPPED=softcap > 0, SCALED=scale != 1,
-        HELD=held(logits), SAVED=not few(logits), COMPUTE=triton_type(wide), VEC=vec,
-    )  # fmt: skip
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
@@ -309,7 +302,9 @@ def rule(args):
 
 
 def configs(args):
-    return [config(args, threads, unroll) for threads in (64, 128, 256) for unroll in ((1,) if args["HELD"] else (2, 4, 8))]
+    if args["HELD"]:
+        return [config(args, threads, 1) for threads in (64, 128, 256)]
+    return [config(args, threads, unroll) for threads, unroll in ((128, 4), (128, 8), (64, 4), (256, 4))]
 
 
 def in_spans(choice, args):
@@ -317,8 +312,8 @@ def in_spans(choice, args):
     return {**choice, "BLOCK": SPAN // args["logits"].element_size()}
 
 
-def programs(args, config):
-    return args["images"] * -(-args["pixels"] // config["BLOCK"])
+def programs(images, fixed):
+    return images * -(-fixed["pixels"] // fixed["BLOCK"])
 
 
 forward_launch = Tuned(
@@ -327,6 +322,147 @@ forward_launch = Tuned(
     rule=lambda args: in_spans(rule(args), args),
     key=key,
     programs=programs,
+    size="images",
     sample=sample,
 )
-backward_launch = Tuned(backward_kernel, configs=configs, rule=rule, key=key, programs=programs, sample=sample)
+backward_launch = Tuned(backward_kernel, configs=configs, rule=rule, key=key, programs=programs, size="images", sample=sample)
+
+
+def shared_arguments(logits, labels, class_weights, problem, saved):
+    """What both kernels take."""
+    formula, (images, classes, pixels) = FORMULAS[problem.formula], logits.shape
+    wide, weighted = compute_dtype(logits.dtype), class_weights is not None
+    strides = logits.stride()[:2]
+    vec = 16 // logits.element_size()
+    while any(s % vec for s in (pixels, *strides)):
+        vec //= 2
+    softcap, scale = problem.softcap, problem.scale
+    return {
+        "logits": logits,
+        "labels": labels,
+        "class_weights": class_weights if weighted else logits,
+        "mean_weight": class_weights if weighted and slots_of(formula)[2] else logits,
+        "saved": saved,
+        "images": images,
+        "classes": classes,
+        "pixels": pixels,
+        "image_stride": strides[0],
+        "class_stride": strides[1],
+        "ignore_index": problem.ignore_index,
+        "scalars": as_scalars(problem.scalars, wide),
+        "shape": as_scalars((softcap, scale), wide),
+        "FORMULA": formula.kernel,
+        "SLOTS": slots_of(formula),
+        "WEIGHTED": weighted,
+        "CAPPED": softcap > 0,
+        "SCALED": scale != 1,
+        "HELD": held(logits),
+        "SAVED": not few(logits),
+        "COMPUTE": triton_type(wide),
+        "VEC": vec,
+    }
+
+
+class PlanesPlan(NamedTuple):
+    readable: bool  # pixels side by side, labels and class weights without gaps
+    wide: torch.dtype
+    spans: int  # sums of an image
+    mean_weight: bool
+    same: bool = False  # one upstream gradient for all pixels
+    launch: Launch | None = None
+
+
+def unreadable(logits, labels, class_weights):
+    return (logits.stride(2) != 1 and logits.shape[2] != 1) or not all(t is None or t.is_contiguous() for t in (labels, class_weights))
+
+
+def saved_of(logits, formula):
+    """Room for each pixel's max x, log Σ exp(x - max) and, where the formula takes it, mean_log_p: of many classes alone."""
+    images, _, pixels = logits.shape
+    taken = slots_of(formula)
+    count = 0 if few(logits) or not any(taken[1:4]) else 3 if taken[2] else 2
+    return logits.new_empty((count, images, pixels) if count else (0,), dtype=compute_dtype(logits.dtype))
+
+
+def sums_of(logits, spans):
+    """Room for sums of losses and of weights, and for the sum of those."""
+    return logits.new_empty(2 * logits.shape[0] * spans + 1, dtype=compute_dtype(logits.dtype))
+
+
+@planned
+def forward_plan(tensors, problem):
+    logits, labels, class_weights = tensors
+    wide, slots = compute_dtype(logits.dtype), slots_of(FORMULAS[problem.formula])
+    spans, weighted = -(-logits.shape[2] * logits.element_size() // SPAN), class_weights is not None and slots[2] > 0
+    if unreadable(*tensors):
+        return PlanesPlan(False, wide, spans, weighted)
+    none = problem.reduction == "none"
+    out = logits.new_empty(labels.shape, dtype=problem.dtype) if none else sums_of(logits, spans)
+    arguments = shared_arguments(*tensors, problem, saved_of(logits, FORMULAS[problem.formula]))
+    return PlanesPlan(True, wide, spans, weighted, launch=forward_launch.bind(out=out, REDUCE=not none, **arguments))
+
+
+@planned
+def backward_plan(tensors, problem):
+    logits, labels, class_weights, upstream, saved = tensors
+    wide, slots = compute_dtype(logits.dtype), slots_of(FORMULAS[problem.formula])
+    spans, weighted = -(-logits.shape[2] * logits.element_size() // SPAN), class_weights is not None and slots[2] > 0
+    same = not any(upstream.stride())  # one value, or one value expanded: what loss.sum().backward() sends
+    if unreadable(*tensors[:3]) or not (same or upstream.is_contiguous()):
+        return PlanesPlan(False, wide, spans, weighted, same)
+    launch = backward_launch.bind(
+        grad=logits.new_empty(logits.shape),
+        upstream=upstream,
+        denominator=sums_of(logits, spans),
+        at_denominator=0,
+        SAME=same,
+        MEAN=problem.reduction == "mean",
+        **shared_arguments(logits, labels, class_weights, problem, saved),
+    )
+    return PlanesPlan(True, wide, spans, weighted, same, launch)
+
+
+def prepared(plan, tensors, problem):
+    """The plan, and the tensors as its kernel wants them, with the mean of the class weights."""
+    found = plan(tensors, problem)
+    if not found.readable:
+        logits, *others = tensors
+        if logits.stride(2) != 1 and logits.shape[2] != 1:
+            logits = logits.contiguous()
+        others = [t if t is None or found.same and t is others[2] else t.contiguous() for t in others]
+        tensors = (logits, *others)
+        found = plan(tensors, problem)
+    logits, labels, class_weights, *upstream = tensors
+    if INTERPRET:
+        counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
+    mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
+    return found, (logits, labels, logits if class_weights is None else class_weights, mean_weight), upstream
+
+
+def forward(tensors, problem):
+    logits, labels, _ = tensors
+    none, saved = problem.reduction == "none", saved_of(logits, FORMULAS[problem.formula])
+    out = logits.new_empty(labels.shape if none else (), dtype=problem.dtype)
+    if shapes_only():
+        spans = -(-logits.shape[2] * logits.element_size() // SPAN)
+        return [out], [saved, saved.new_empty(0) if none else sums_of(logits, spans)]
+    found, inputs, _ = prepared(forward_plan, tensors, problem)
+    images = logits.shape[0]
+    if none:
+        found.launch(*inputs, saved, out, images)
+        return [out], [saved, saved.new_empty(0)]
+    sums = sums_of(logits, found.spans)
+    found.launch(*inputs, saved, sums, images)
+    finish(sums, out, images * found.spans, weights_at=2, mean=problem.reduction == "mean")
+    return [out], [saved, sums]
+
+
+def backward(tensors, saved, upstream, problem):
+    logits, (statistics, sums) = tensors[0], saved
+    grad = logits.new_empty(logits.shape)
+    if shapes_only():
+        return [grad]
+    found, inputs, (dout, statistics) = prepared(backward_plan, (*tensors, upstream[0], statistics), problem)
+    images = logits.shape[0]
+    found.launch(*inputs, statistics, grad, dout, sums, 2 * images * found.spans, images)
+    return [grad]

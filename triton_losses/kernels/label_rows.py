@@ -1,32 +1,40 @@
-"""The kernel of families/label_rows.py, and how it is launched. One program is one row."""
+"""Rows and their labels by kernels: one program is one row. Images go to label_planes.py.
 
+What a forward leaves for its backward is one tensor, ``state``: six numbers a row, the loss, its weight, max x, log Σ exp(x - max),
+mean_log_p and the entropy, in six runs of one number a row each; then the sum of the weights.
+"""
+
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from triton_losses.core.compiler import compute_dtype
-from triton_losses.core.device_math import as_scalars, exact, exp, load_zeros
+from triton_losses.core.compiler import INTERPRET, compute_dtype
+from triton_losses.core.device_math import as_scalars, exact
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.launch import Launch
+from triton_losses.core.op import shapes_only
+from triton_losses.core.plan import planned
+from triton_losses.core.rows import Pass, counted, readable, slots_of
 from triton_losses.core.tuning import Tuned
+from triton_losses.kernels import label_planes, short_rows
 from triton_losses.kernels.elementwise import name_of, triton_type
-from triton_losses.kernels.rows import LOWEST, configs, edge_of, programs, row_statistics, rule, span_of, transform, write_zeros
-
-
-@triton.jit
-def read_formula(FORMULA: tl.constexpr, SLOTS: tl.constexpr, statistics, weight, operands, scalars):
-    """The loss, and its partial by each of the statistics: 0 by those not taken."""
-    values = ()
-    for i in tl.static_range(len(statistics)):
-        if SLOTS[i]:
-            values += (statistics[i],)
-    if SLOTS[len(statistics)]:
-        values += (weight,)
-    out = FORMULA(*values, *operands, *scalars)
-    partials = ()
-    for i in tl.static_range(len(statistics)):
-        if SLOTS[i]:
-            partials += (out[SLOTS[i]],)
-        else:
-            partials += (weight * 0.0,)
-    return out[0], partials
+from triton_losses.kernels.finish import finish
+from triton_losses.kernels.rows import (
+    configs,
+    edge_of,
+    factors_of,
+    gradient_at,
+    key,
+    read_formula,
+    row_statistics,
+    rule,
+    sample,
+    span_of,
+    transform,
+    write_zeros,
+)
 
 
 @triton.jit
@@ -37,40 +45,6 @@ def label_of(labels, row, cols, ignore_index):
     fits = (label >= 0) & (label < cols)
     tl.device_assert(fits | (label == ignore_index), "a target is out of bounds: it is no class and not ignore_index")
     return kept, tl.where(fits, label, 0).to(tl.int32)
-
-
-@triton.jit
-def factors_of(partials, upstream, mean_weight, cols, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr):
-    """What a row's gradient is made of: of its softmax, at its label, in every column, and by its entropy."""
-    d_picked, d_log_p, d_mean_log_p, d_lse, d_entropy = partials
-    softmax_factor = d_lse - d_log_p
-    if SLOTS[2]:
-        softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(upstream.dtype) if WEIGHTED else 1.0)
-    return softmax_factor * upstream, (d_log_p + d_picked) * upstream, d_mean_log_p * upstream / cols, d_entropy * upstream
-
-
-@triton.jit
-def gradient_at(
-    x, columns, mask, highest, log_total, entropy, factors, label, class_weights, shape,
-    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    softmax_factor, label_factor, uniform_factor, entropy_factor = factors
-    x = transform(x, shape, CAPPED, SCALED)
-    g = tl.where(columns == label, label_factor, 0.0).to(x.dtype)
-    if SLOTS[4]:
-        log_p = (x - highest) - log_total
-        g += exp(log_p) * (softmax_factor - entropy_factor * (tl.maximum(log_p, LOWEST) + entropy))
-    elif SLOTS[1] or SLOTS[2] or SLOTS[3]:
-        g += exp((x - highest) - log_total) * softmax_factor
-    if SLOTS[2]:
-        if WEIGHTED:
-            g += uniform_factor * load_zeros(class_weights + columns, mask).to(x.dtype)
-        else:
-            g += uniform_factor
-    if CAPPED:
-        slope = x / (shape[0] * shape[1])  # tanh(logit / softcap)
-        g *= 1.0 - slope * slope
-    return g
 
 
 @triton.jit
@@ -118,28 +92,33 @@ def name_of_pass(spec):
     return name_of(f"label_rows_{'both' if forward and backward else 'forward' if forward else 'backward'}")(spec)
 
 
-@triton.jit(repr=name_of_pass, debug=True, do_not_specialize=["rows", "ignore_index", "upstream_stride"])
+@triton.jit(
+    repr=name_of_pass, debug=True, do_not_specialize=["rows", "ignore_index", "upstream_stride"],
+    do_not_specialize_on_alignment=["losses", "saved", "likeliest", "upstream"],
+)
 def rows_kernel(
     logits,  # (rows, cols), row r at r * stride
     labels,  # (rows,)
     class_weights,  # (cols,) where WEIGHTED
-    mean_weight,  # () where WEIGHTED
+    mean_weight,  # () where WEIGHTED and mean_log_p is taken
     operands,  # pointers to (rows,)
-    losses,  # (2, rows): losses and weights; written where FORWARD
-    saved,  # (4, rows): max, log Σ exp(x - max), mean_log_p where the formula takes it, entropy where ENTROPY; written where FORWARD, else read
+    losses,  # written where FORWARD: (2, rows), losses and weights; where not REDUCED (rows,), losses alone
+    saved,  # written where FORWARD, else read: (AHEAD, rows) of other things, then max, log Σ exp(x - max), mean_log_p where the
+    # formula takes it, entropy where ENTROPY; where MEAN then the sum of the weights
     likeliest,  # (rows,) where LIKELIEST: the first of the highest columns, -1 where ignored; written where FORWARD
     grad,  # (rows, cols), row r at r * stride; may be logits: each element is read, then written, by one thread
     upstream,  # of row r at r * upstream_stride
-    denominator,  # () where MEAN
-    rows, cols, stride, upstream_stride, ignore_index, scalars, shape,
-    FORMULA: tl.constexpr, SLOTS: tl.constexpr, ENTROPY: tl.constexpr, LIKELIEST: tl.constexpr, FORWARD: tl.constexpr,
-    BACKWARD: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    rows: tl.int64,
+    cols, stride, upstream_stride, ignore_index, scalars, shape,
+    FORMULA: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, ENTROPY: tl.constexpr, LIKELIEST: tl.constexpr,
+    FORWARD: tl.constexpr, REDUCED: tl.constexpr, BACKWARD: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr, SCALED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3] or SLOTS[4]
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.cast(rows, tl.int64)
     start = row * stride
+    saved += AHEAD * rows
     shape = exact(shape, COMPUTE)
     kept, place = label_of(labels, row, cols, ignore_index)
     loss = tl.zeros((), COMPUTE)
@@ -179,7 +158,7 @@ def rows_kernel(
         if BACKWARD:
             factor = tl.load(upstream + row * upstream_stride).to(COMPUTE)
             if MEAN:
-                factor = factor / tl.load(denominator)
+                factor = factor / tl.load(saved + 4 * rows)
             if SCALED:
                 factor *= shape[1]
             factors = factors_of(partials, factor, mean_weight, cols, SLOTS, WEIGHTED)
@@ -191,7 +170,8 @@ def rows_kernel(
         write_zeros(grad, start, cols, EDGE, VEC, LANES)
     if FORWARD:  # every program writes every output
         tl.store(losses + row, loss.to(losses.dtype.element_ty))
-        tl.store(losses + rows + row, weight.to(losses.dtype.element_ty))
+        if REDUCED:
+            tl.store(losses + rows + row, weight.to(losses.dtype.element_ty))
         if SOFTMAX:
             tl.store(saved + row, highest)
             tl.store(saved + rows + row, log_total)
@@ -203,42 +183,169 @@ def rows_kernel(
             tl.store(likeliest + row, best.to(likeliest.dtype.element_ty))
 
 
-def launch(
-    logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, slots, saved, losses, likeliest, grad, upstream,
-    denominator, operands, entropy,
-):  # fmt: skip
-    """One pass over the rows: forward where there are losses to write, backward where there is a gradient, both where both."""
-    rows, cols = logits.shape
+rows_launch = Tuned(
+    rows_kernel, configs=configs, rule=rule, key=key, programs=lambda rows, fixed: rows, size="rows", sample=sample, written=("grad",)
+)
+
+
+class Task(NamedTuple):
+    """What a pass does, as far as its kernel is built for it."""
+
+    forward: bool = False
+    backward: bool = False
+    reduced: bool = True  # whether the rows' weights are wanted beside their losses
+    mean: bool = False
+    entropy: bool = False
+    likeliest: bool = False
+    ahead: int = 0
+
+
+class RowsPlan(NamedTuple):
+    readable: bool  # logits, labels and class weights lie as the kernel wants them
+    wide: torch.dtype
+    mean_weight: bool  # whether the mean of the class weights is wanted
+    launch: Launch | None
+
+
+@planned
+def plan(tensors, problem, task):
+    logits, labels, class_weights, upstream, *operands = tensors
+    wide, weighted = compute_dtype(logits.dtype), class_weights is not None
+    if readable(logits) is not logits or not labels.is_contiguous() or weighted and not class_weights.is_contiguous():
+        return RowsPlan(False, wide, False, None)
+    formula, (rows, cols) = FORMULAS[problem.formula], logits.shape
+    slots, vec = slots_of(formula), 16 // logits.element_size()
     stride = logits.stride(0) if rows > 1 else cols
-    wide = compute_dtype(logits.dtype)
-    vec = 16 // logits.element_size()
-    weighted = class_weights is not None
-    rows_launch(
-        logits=logits, labels=labels.contiguous(), class_weights=class_weights.contiguous() if weighted else logits,
-        mean_weight=class_weights.to(wide).mean() if weighted else logits, operands=tuple(operands),
-        losses=saved if losses is None else losses, saved=saved, likeliest=labels if likeliest is None else likeliest, grad=logits if grad is None else grad,
-        upstream=saved if upstream is None else upstream, denominator=saved if denominator is None else denominator,
-        rows=rows, cols=cols, stride=stride, upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
-        ignore_index=ignore_index, scalars=as_scalars(scalars, wide), shape=as_scalars((softcap, scale), wide),
-        FORMULA=formula.kernel, SLOTS=slots, ENTROPY=entropy or slots[4] > 0, LIKELIEST=likeliest is not None, FORWARD=losses is not None,
-        BACKWARD=grad is not None, MEAN=denominator is not None, WEIGHTED=weighted, CAPPED=softcap > 0, SCALED=scale != 1, EDGE=cols % vec != 0 or stride % vec != 0,
-        COMPUTE=triton_type(wide), VEC=vec,
-    )  # fmt: skip
+    state = logits.new_empty(6 * rows + 1, dtype=wide)
+    softcap, scale = problem.softcap, problem.scale
+    short = short_rows.serves(cols, task, slots)
+    launch = (short_rows.short_rows_launch if short else rows_launch).bind(
+        logits=logits,
+        labels=labels,
+        class_weights=class_weights if weighted else logits,
+        mean_weight=state if weighted and slots[2] else logits,
+        operands=tuple(operands),
+        losses=state if task.reduced or not task.forward else logits.new_empty(rows, dtype=problem.dtype),
+        saved=state,
+        likeliest=labels.new_empty(rows, dtype=torch.int64) if task.likeliest else labels,
+        grad=torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device) if task.backward else logits,
+        upstream=state if upstream is None else upstream,
+        rows=rows,
+        cols=cols,
+        stride=stride,
+        upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
+        ignore_index=problem.ignore_index,
+        scalars=as_scalars(problem.scalars, wide),
+        shape=as_scalars((softcap, scale), wide),
+        FORMULA=formula.kernel,
+        SLOTS=slots,
+        AHEAD=task.ahead,
+        ENTROPY=task.entropy or slots[4] > 0,
+        LIKELIEST=task.likeliest,
+        FORWARD=task.forward,
+        REDUCED=task.reduced,
+        BACKWARD=task.backward,
+        MEAN=task.mean,
+        WEIGHTED=weighted,
+        CAPPED=softcap > 0,
+        SCALED=scale != 1,
+        EDGE=cols % vec != 0 or stride % vec != 0,
+        COMPUTE=triton_type(wide),
+        VEC=vec,
+    )
+    return RowsPlan(True, wide, weighted and slots[2] > 0, launch)
 
 
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+def prepared(tensors, problem, task, upstream=None, operands=()):
+    """The plan, and logits, labels, class weights and their mean as its kernel wants them: None where not given."""
+    logits, labels, class_weights = tensors
+    found = plan((*tensors, upstream, *operands), problem, task)
+    if not found.readable:
+        logits, labels = readable(logits), labels.contiguous()
+        class_weights = class_weights if class_weights is None else class_weights.contiguous()
+        found = plan((logits, labels, class_weights, upstream, *operands), problem, task)
+    if INTERPRET:
+        counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
+    mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
+    return found, logits, labels, logits if class_weights is None else class_weights, mean_weight
 
 
-def key(args):
-    x = args["logits"]
-    flags = tuple(args[name] for name in ("ENTROPY", "LIKELIEST", "FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED", "EDGE"))
-    return args["FORMULA"].__name__, args["cols"], str(x.dtype), *flags, x.data_ptr() % 16 == 0
+OF_REDUCED = Task(forward=True, ahead=2)
+OF_EACH = Task(forward=True, reduced=False, ahead=2)
+BACKWARD = Task(backward=True, ahead=2)
+BACKWARD_OF_MEAN = Task(backward=True, mean=True, ahead=2)
 
 
-def sample(args):
-    most = max(SAMPLE_BYTES // max(args["stride"] * args["logits"].element_size(), 1), 1)
-    rows = min(args["rows"], most)
-    return {**args, "rows": rows, "grad": args["grad"][:rows]}
+def forward(tensors, problem):
+    logits = tensors[0]
+    if logits.dim() == 3:
+        return label_planes.forward(tensors, problem)
+    rows, none = logits.shape[0], problem.reduction == "none"
+    out = logits.new_empty(rows if none else (), dtype=problem.dtype)
+    if shapes_only():
+        return [out], [logits.new_empty(6 * rows + 1, dtype=compute_dtype(logits.dtype))]
+    found, logits, labels, class_weights, mean_weight = prepared(tensors, problem, OF_EACH if none else OF_REDUCED)
+    state = logits.new_empty(6 * rows + 1, dtype=found.wide)
+    losses = out if none else state
+    found.launch(logits, labels, class_weights, mean_weight, (), losses, state, labels, logits, state, rows)
+    if not none:
+        finish(state, out, rows, weights_at=6, mean=problem.reduction == "mean")
+    return [out], [state]
 
 
-rows_launch = Tuned(rows_kernel, configs=configs, rule=rule, key=key, programs=programs, sample=sample, written=("grad",))
+def backward(tensors, saved, upstream, problem, wanted):
+    logits = tensors[0]
+    if logits.dim() == 3:
+        return label_planes.backward(tensors, saved, upstream, problem)
+    if shapes_only():
+        return [logits.new_empty(logits.shape)]
+    (state,), (dout,) = saved, upstream
+    task = BACKWARD_OF_MEAN if problem.reduction == "mean" else BACKWARD
+    found, logits, labels, class_weights, mean_weight = prepared(tensors, problem, task, dout)
+    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    found.launch(logits, labels, class_weights, mean_weight, (), state, state, labels, grad, dout, logits.shape[0])
+    return [grad]
+
+
+def walk(tensors, problem, task):
+    """One Pass, of logits whose rows can be read as they lie."""
+    saved, forward, entropy, likeliest, grad, upstream, operands, _ = task
+    kind = Task(forward, grad is not None, True, False, entropy, likeliest is not None)
+    found, logits, labels, class_weights, mean_weight = prepared(tensors, problem, kind, upstream, operands)
+    rows = logits.shape[0]
+    losses = saved.new_empty(2, rows) if forward else saved
+    found.launch(
+        logits,
+        labels,
+        class_weights,
+        mean_weight,
+        tuple(operands),
+        losses,
+        saved,
+        labels if likeliest is None else likeliest,
+        logits if grad is None else grad,
+        saved if upstream is None else upstream,
+        rows,
+    )
+    return losses.unbind(0) if forward else (None, None)
+
+
+def statistics_forward(tensors, problem):
+    logits, labels = tensors
+    saved = logits.new_empty(4, logits.shape[0], dtype=compute_dtype(logits.dtype))
+    if shapes_only():
+        return [torch.empty_like(saved[0]), torch.empty_like(saved[0])], [saved]
+    log_p, _ = walk((*tensors, None), problem, Pass(saved, forward=True))
+    return [log_p.clone(), torch.where(labels != problem.ignore_index, saved[3], 0)], [saved]
+
+
+def statistics_backward(tensors, saved, upstream, problem, wanted):
+    logits = tensors[0]
+    if shapes_only():
+        return [logits.new_empty(logits.shape)]
+    logits = readable(logits)
+    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    task = Pass(saved[0], grad=grad, upstream=torch.ones_like(upstream[0]), operands=upstream)
+    walk((logits, tensors[1], None), problem._replace(formula="along"), task)
+    return [grad]
+

@@ -1,16 +1,25 @@
-"""The kernels of families/pairs.py, and how they are launched. One program is a few rows, walked together in blocks of columns.
+"""Losses of pairs of vectors by kernels: one program is a few rows, walked together in blocks of columns.
 
 A thread reads vectors of 16 bytes where every row starts at a multiple of them, and single numbers where not. Sums are kept
 per thread until the row ends: one exchange between threads, not one a block.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from triton_losses.core.compiler import WARP
 from triton_losses.core.device_math import as_scalars, exact, load_zeros
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.launch import Launch
+from triton_losses.core.op import shapes_only
+from triton_losses.core.plan import planned
+from triton_losses.core.reduction import given, widest
 from triton_losses.core.tuning import Tuned
-from triton_losses.kernels.elementwise import name_of, triton_type
+from triton_losses.kernels.elementwise import triton_type
+from triton_losses.kernels.finish import finish
 
 VECTOR = 16  # bytes
 
@@ -37,19 +46,29 @@ def add_tiles(totals, values, mask, scalars, FORMULA: tl.constexpr, PAIRS: tl.co
     return new
 
 
-@triton.jit(repr=name_of("pair_sums_forward"), do_not_specialize=["rows"])
+def direction(which):
+    return lambda spec: f"pairs_{which}_{spec.constants['LOSS'].__name__}"
+
+
+@triton.jit(
+    repr=direction("forward"), do_not_specialize=["rows"], do_not_specialize_on_alignment=["target", "losses", "sums"]
+)
 def forward_kernel(
     vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * VEC
-    sums,  # pointers to (rows,), one a pair
-    rows, cols, strides, scalars,
-    FORMULA: tl.constexpr, PAIRS: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    target,  # (rows,) where TARGETED
+    losses,  # (rows,)
+    sums,  # (AHEAD, rows) of other things, then (pairs, rows)
+    rows: tl.int64,
+    cols, strides, scalars, loss_scalars,
+    FORMULA: tl.constexpr, LOSS: tl.constexpr, PAIRS: tl.constexpr, TARGETED: tl.constexpr, AHEAD: tl.constexpr,
+    COMPUTE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, rows - 1)  # what lies beyond the last row is the last row again, and not written
     lanes = tl.arange(0, BLOCK)
     values_of = exact(scalars, COMPUTE)
     totals = ()
-    for _ in tl.static_range(len(sums)):
+    for _ in tl.static_range(len(PAIRS) // 2):
         totals += (tl.zeros((ROWS, BLOCK), COMPUTE),)
     whole = cols // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -59,8 +78,14 @@ def forward_kernel(
         mask = ((start + lanes) // VEC < cols // VEC)[None, :]  # of whole vectors
         values = tiles_of(vectors, strides, read, start + lanes, mask, COMPUTE, VEC)
         totals = add_tiles(totals, values, mask, values_of, FORMULA, PAIRS)
-    for k in tl.static_range(len(sums)):
-        tl.store(sums[k] + row, tl.sum(totals[k], 1), mask=row < rows)
+    values = ()
+    for k in tl.static_range(len(PAIRS) // 2):
+        values += (tl.sum(totals[k], 1),)
+        tl.store(sums + (AHEAD + k) * rows + row, values[k], mask=row < rows)
+    if TARGETED:
+        values += (tl.load(target + read).to(COMPUTE),)
+    loss = LOSS(*values, *exact(loss_scalars, COMPUTE))[0]
+    tl.store(losses + row, loss.to(losses.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -80,22 +105,41 @@ def store_gradients(
             tl.store(grads[i] + at, total.to(grads[i].dtype.element_ty), mask=mask)
 
 
-@triton.jit(repr=name_of("pair_sums_backward"), do_not_specialize=["rows"])
+@triton.jit(
+    repr=direction("backward"),
+    do_not_specialize=["rows", "dout_stride"],
+    do_not_specialize_on_alignment=["target", "sums", "dout", "grad_target"],
+)
 def backward_kernel(
     vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * VEC
-    douts,  # pointers to (rows,), one a pair
+    target,  # (rows,) where TARGETED
+    sums,  # (AHEAD, rows) of other things, then (pairs, rows)
+    dout,  # of row r at r * dout_stride
     grads,  # pointers to (rows, cols), contiguous, one a vector; written where WANTED
-    rows, cols, strides, scalars,
-    FORMULA: tl.constexpr, PAIRS: tl.constexpr, WANTED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_target,  # (rows,), written where WANT_TARGET
+    rows: tl.int64,
+    cols, strides, dout_stride, scalars, loss_scalars,
+    FORMULA: tl.constexpr, LOSS: tl.constexpr, PAIRS: tl.constexpr, TARGETED: tl.constexpr, AHEAD: tl.constexpr, MEAN: tl.constexpr,
+    WANTED: tl.constexpr, WANT_TARGET: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, rows - 1)
     lanes = tl.arange(0, BLOCK)
     values_of = exact(scalars, COMPUTE)
+    factor = tl.load(dout + read * dout_stride).to(COMPUTE)
+    if MEAN:
+        factor = factor / tl.cast(rows, COMPUTE)
+    operands = ()
+    for k in tl.static_range(len(PAIRS) // 2):
+        operands += (tl.load(sums + (AHEAD + k) * rows + read),)
+    if TARGETED:
+        operands += (tl.load(target + read).to(COMPUTE),)
+    out = LOSS(*operands, *exact(loss_scalars, COMPUTE))
     slopes = ()
-    for k in tl.static_range(len(douts)):
-        slopes += (tl.load(douts[k] + read).to(COMPUTE)[:, None],)
+    for k in tl.static_range(len(PAIRS) // 2):
+        slopes += ((out[1 + k] * factor)[:, None],)
+    if WANT_TARGET:
+        tl.store(grad_target + row, (out[1 + len(PAIRS) // 2] * factor).to(grad_target.dtype.element_ty), mask=row < rows)
     exists = (row < rows)[:, None]
     first = row[:, None] * (cols // VEC * VEC)
     whole = cols // BLOCK * BLOCK
@@ -110,24 +154,10 @@ def backward_kernel(
         store_gradients(values, grads, first + columns[None, :], exists & mask, slopes, values_of, FORMULA, PAIRS, WANTED)
 
 
-def row_arguments(vectors, formula, scalars, pairs, wide):
-    """What both kernels take."""
-    rows, cols = vectors[0].shape
-    vectors = [v if v.stride(1) == 1 or cols < 2 else v.contiguous() for v in vectors]
-    strides = [v.stride(0) if rows > 1 else 0 for v in vectors]
-    vec = VECTOR // min(v.element_size() for v in vectors)
-    if any(size % vec for size in (cols, *strides)):
-        vec = 1
-    return dict(
-        vectors=tuple(vectors), rows=rows, cols=cols, strides=tuple(stride // vec for stride in strides), scalars=as_scalars(scalars, wide),
-        FORMULA=formula.kernel, PAIRS=tuple(pairs), COMPUTE=triton_type(wide), VEC=vec,
-    )  # fmt: skip
-
-
 def key(args):
     aligned = all(v.data_ptr() % VECTOR == 0 for v in args["vectors"])
     dtypes = tuple(str(v.dtype) for v in args["vectors"])
-    return (args["FORMULA"].__name__, args["cols"], *dtypes, aligned, *(args.get(name) for name in ("PAIRS", "VEC", "WANTED")))
+    return (args["FORMULA"].__name__, args["LOSS"].__name__, triton.next_power_of_2(args["cols"]), *dtypes, aligned, *(args.get(name) for name in ("PAIRS", "VEC", "WANTED")))
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
@@ -150,16 +180,113 @@ def each_of(args):
 
 
 def configs(args):
-    return [config(args, warps, each_of(args) * vectors) for warps in (2, 4, 8) for vectors in (1, 2)]
+    return [config(args, warps, each_of(args) * vectors) for warps, vectors in ((4, 1), (4, 2), (2, 1), (8, 1))]
 
 
 def rule(args):
     return config(args, 4, each_of(args))
 
 
-def programs(args, config):
-    return -(-args["rows"] // config["ROWS"])
+def programs(rows, fixed):
+    return -(-rows // fixed["ROWS"])
 
 
-forward_launch = Tuned(forward_kernel, configs=configs, rule=rule, key=key, programs=programs, sample=sample)
-backward_launch = Tuned(backward_kernel, configs=configs, rule=rule, key=key, programs=programs, sample=sample)
+options = {"configs": configs, "rule": rule, "key": key, "programs": programs, "size": "rows", "sample": sample}
+forward_launch = Tuned(forward_kernel, **options)
+backward_launch = Tuned(backward_kernel, **options)
+
+
+class PairsPlan(NamedTuple):
+    readable: bool  # every vector's coordinates lie side by side
+    wide: torch.dtype
+    launch: Launch | None = None
+
+
+def fixed_arguments(vectors, target, problem, wide):
+    rows, cols = vectors[0].shape
+    strides = [v.stride(0) if rows > 1 else 0 for v in vectors]
+    vec = VECTOR // min(v.element_size() for v in vectors)
+    if any(size % vec for size in (cols, *strides)):
+        vec = 1
+    return {
+        "vectors": vectors,
+        "target": vectors[0] if target is None else target,
+        "rows": rows,
+        "cols": cols,
+        "strides": tuple(stride // vec for stride in strides),
+        "scalars": as_scalars(problem.coordinate_scalars, wide),
+        "loss_scalars": as_scalars(problem.scalars, wide),
+        "FORMULA": FORMULAS[problem.coordinate].kernel,
+        "LOSS": FORMULAS[problem.formula].kernel,
+        "PAIRS": problem.pairs,
+        "TARGETED": target is not None,
+        "AHEAD": 0 if problem.reduction == "none" else 1,
+        "COMPUTE": triton_type(wide),
+        "VEC": vec,
+    }
+
+
+@planned
+def plan(tensors, problem, wanted):
+    """Of the forward where nothing is wanted, else of the backward."""
+    *vectors, target, dout = tensors
+    vectors = tuple(given(vectors))
+    wide = widest([*vectors, *given([target])])
+    rows, cols = vectors[0].shape
+    if any(v.stride(1) != 1 and cols > 1 for v in vectors) or target is not None and not target.is_contiguous():
+        return PairsPlan(False, wide)
+    arguments = fixed_arguments(vectors, target, problem, wide)
+    sums = vectors[0].new_empty((1 + len(problem.pairs) // 2) * rows, dtype=wide)
+    if not wanted:
+        losses = vectors[0].new_empty(rows, dtype=problem.dtype) if problem.reduction == "none" else sums
+        return PairsPlan(True, wide, forward_launch.bind(losses=losses, sums=sums, **arguments))
+    want_target = len(wanted) == 4 and wanted[3]
+    launch = backward_launch.bind(
+        sums=sums,
+        dout=dout,
+        grads=tuple(v.new_empty(v.shape) if want else v for v, want in zip(vectors, wanted)),
+        grad_target=torch.empty_like(target) if want_target else sums,
+        dout_stride=dout.stride(0) if problem.reduction == "none" and rows > 1 else 0,
+        MEAN=problem.reduction == "mean",
+        WANTED=wanted[: len(vectors)],
+        WANT_TARGET=want_target,
+        **arguments,
+    )
+    return PairsPlan(True, wide, launch)
+
+
+def prepared(tensors, problem, wanted=(), dout=None):
+    """The plan, the vectors, and the target or what stands in its place."""
+    found = plan((*tensors, dout), problem, wanted)
+    if not found.readable:
+        *vectors, target = tensors
+        vectors = [v if v is None or v.stride(1) == 1 else v.contiguous() for v in vectors]
+        tensors = (*vectors, target if target is None else target.contiguous())
+        found = plan((*tensors, dout), problem, wanted)
+    *vectors, target = tensors
+    return found, tuple(given(vectors)), vectors[0] if target is None else target
+
+
+def forward(tensors, problem):
+    x, none, count = tensors[0], problem.reduction == "none", len(problem.pairs) // 2
+    rows = x.shape[0]
+    out = x.new_empty(rows if none else (), dtype=problem.dtype)
+    if shapes_only():
+        return [out], [x.new_empty((count + 1 - none) * rows, dtype=widest(given(tensors)))]
+    found, vectors, target = prepared(tensors, problem)
+    sums = x.new_empty((count + 1 - none) * rows, dtype=found.wide)
+    found.launch(vectors, target, out if none else sums, sums, rows)
+    if not none:
+        finish(sums, out, rows, mean=problem.reduction == "mean", divisor=rows)
+    return [out], [sums]
+
+
+def backward(tensors, saved, upstream, problem, wanted):
+    *given_vectors, target = tensors
+    want_target = len(wanted) == 4 and wanted[3]
+    grads = tuple(v.new_empty(v.shape) if want else v for v, want in zip(given_vectors, wanted) if v is not None)
+    grad_target = torch.empty_like(target, memory_format=torch.contiguous_format) if want_target else saved[0]
+    if not shapes_only():
+        found, vectors, target = prepared(tensors, problem, tuple(wanted), upstream[0])
+        found.launch(vectors, target, saved[0], upstream[0], grads, grad_target, tensors[0].shape[0])
+    return [*(g for g, want in zip(grads, wanted) if want), *([grad_target] if want_target else [])]

@@ -1,19 +1,31 @@
-"""The kernels of families/proportion_rows.py, and how they are launched. One program is one row.
+"""Losses of rows of chances by kernels: one program is one row.
 
 Rows are walked as in distribution_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge.
+
+What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is reduced,
+the losses, and, where there are labels, 1 for each row that counts; then Σ x and Σ p ∂f/∂p; at last, where the mean is over the
+rows that count, how many those are.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.compiler import INTERPRET
 from triton_losses.core.device_math import as_scalars, exact, load_zeros
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import shapes_only
+from triton_losses.core.plan import planned
+from triton_losses.core.reduction import widest
+from triton_losses.core.rows import counted, readable
 from triton_losses.core.tuning import Tuned
-from triton_losses.kernels.distribution_rows import edge_tile
+from triton_losses.kernels.distribution_rows import VECTOR, edge_tile, readable_pair, room_for_gradient
 from triton_losses.kernels.elementwise import name_of, triton_type
+from triton_losses.kernels.finish import finish
 from triton_losses.kernels.label_rows import label_of
-from triton_losses.kernels.rows import configs, programs, rule, span_of
+from triton_losses.kernels.rows import configs, rule, span_of
+
+SAVED = 2  # numbers a row that the backward reads
 
 
 @triton.jit
@@ -77,18 +89,21 @@ def sums_of_pair(
     return tl.sum(totals[0], 0), tl.sum(totals[1], 0)
 
 
-@triton.jit(repr=name_of("proportion_rows_forward"), debug=True, do_not_specialize=["rows", "ignore_index"])
+@triton.jit(
+    repr=name_of("proportion_rows_forward"), debug=True, do_not_specialize=["rows", "ignore_index"],
+    do_not_specialize_on_alignment=["losses", "state"],
+)
 def forward_kernel(
     x,  # (rows, cols), row r at r * stride_x
     y,  # (rows, cols), row r at r * stride_y; labels (rows,) where LABELLED
-    losses,  # (2, rows): losses, and 1 for each row that counts
-    saved,  # (2, rows): Σ x, Σ p ∂f/∂p
-    rows, cols, stride_x, stride_y, ignore_index, scalars,
-    FORMULA: tl.constexpr, LABELLED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
+    losses,  # (rows,); where COUNTED (2, rows): losses, and 1 for each row that counts
+    state,  # (AHEAD, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p
+    rows: tl.int64,
+    cols, stride_x, stride_y, ignore_index, scalars,
+    FORMULA: tl.constexpr, LABELLED: tl.constexpr, COUNTED: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.cast(rows, tl.int64)
     values = exact(scalars, COMPUTE)
     start = row * stride_x
     total = sum_of_row(x, start, cols, EDGE, COMPUTE, VEC, LANES, UNROLL)
@@ -103,9 +118,10 @@ def forward_kernel(
     else:
         loss, moved = sums_of_pair(y, x, row * stride_y, start, cols, 1.0 / total, values, FORMULA, EDGE, COMPUTE, VEC, LANES)
     tl.store(losses + row, loss.to(losses.dtype.element_ty))
-    tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
-    tl.store(saved + row, total)
-    tl.store(saved + rows + row, moved)
+    if COUNTED:
+        tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
+    tl.store(state + AHEAD * rows + row, total)
+    tl.store(state + (AHEAD + 1) * rows + row, moved)
 
 
 @triton.jit
@@ -127,27 +143,30 @@ def store_gradients(
             tl.store(grad_y, (out[1] * upstream).to(grad_y.dtype.element_ty), mask=exists, eviction_policy="evict_first")
 
 
-@triton.jit(repr=name_of("proportion_rows_backward"), debug=True, do_not_specialize=["rows", "ignore_index", "dout_stride"])
+@triton.jit(
+    repr=name_of("proportion_rows_backward"), debug=True, do_not_specialize=["rows", "ignore_index", "dout_stride"],
+    do_not_specialize_on_alignment=["state", "dout"],
+)
 def backward_kernel(
     x,  # (rows, cols), row r at r * stride_x
     y,  # (rows, cols), row r at r * stride_y; labels (rows,) where LABELLED
-    saved,  # (2, rows): Σ x, Σ p ∂f/∂p
+    state,  # (AHEAD, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p; where COUNTED then how many rows count
     grad_x, grad_y,  # as x and y, those that are wanted
     dout,  # of row r at r * dout_stride
-    denominator,  # () where MEAN
-    rows, cols, stride_x, stride_y, dout_stride, ignore_index, scalars,
-    FORMULA: tl.constexpr, LABELLED: tl.constexpr, MEAN: tl.constexpr, WANT_X: tl.constexpr, WANT_Y: tl.constexpr, EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    rows: tl.int64,
+    cols, stride_x, stride_y, dout_stride, ignore_index, scalars,
+    FORMULA: tl.constexpr, LABELLED: tl.constexpr, COUNTED: tl.constexpr, AHEAD: tl.constexpr, MEAN: tl.constexpr,
+    WANT_X: tl.constexpr, WANT_Y: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.cast(rows, tl.int64)
     values = exact(scalars, COMPUTE)
     start_x = row * stride_x
     upstream = tl.load(dout + row * dout_stride).to(COMPUTE)
     if MEAN:
-        upstream = upstream / tl.load(denominator)
-    inverse = 1.0 / tl.load(saved + row)
-    moved = tl.load(saved + rows + row)
+        upstream = upstream / (tl.load(state + (AHEAD + 2) * rows) if COUNTED else tl.cast(rows, COMPUTE))
+    inverse = 1.0 / tl.load(state + AHEAD * rows + row)
+    moved = tl.load(state + (AHEAD + 1) * rows + row)
     if LABELLED:
         start_y = start_x  # y holds labels: nobody reads a row of it
         kept, place = label_of(y, row, cols, ignore_index)
@@ -187,21 +206,6 @@ def backward_kernel(
         )  # fmt: skip
 
 
-def row_arguments(x, y, saved, formula, scalars, ignore_index):
-    """What both kernels take."""
-    rows, cols = x.shape
-    labelled = not y.is_floating_point()
-    strides = [t.stride(0) if rows > 1 else cols for t in ((x,) if labelled else (x, y))]
-    wide, vec = compute_dtype(x.dtype), 16 // x.element_size()
-    if not labelled:
-        wide, vec = compute_dtype(torch.promote_types(x.dtype, y.dtype)), 16 // min(x.element_size(), y.element_size())
-    return dict(
-        x=x, y=y, saved=saved, rows=rows, cols=cols, stride_x=strides[0], stride_y=strides[-1], ignore_index=ignore_index,
-        scalars=as_scalars(scalars, wide), FORMULA=formula.kernel, LABELLED=labelled, EDGE=any(size % vec for size in (cols, *strides)),
-        COMPUTE=triton_type(wide), VEC=vec,
-    )  # fmt: skip
-
-
 def key(args):
     rows = args["x"], args["y"]
     aligned = all(t.data_ptr() % 16 == 0 for t in rows)
@@ -216,5 +220,104 @@ def sample(args):
     return {**args, "rows": min(args["rows"], max(SAMPLE_BYTES // max(args["stride_x"] * args["x"].element_size(), 1), 1))}
 
 
-forward_launch = Tuned(forward_kernel, configs=configs, rule=rule, key=key, programs=programs, sample=sample)
-backward_launch = Tuned(backward_kernel, configs=configs, rule=rule, key=key, programs=programs, sample=sample)
+tuning = {"configs": configs, "rule": rule, "key": key, "programs": lambda rows, fixed: rows, "size": "rows", "sample": sample}
+forward_launch = Tuned(forward_kernel, **tuning)
+backward_launch = Tuned(backward_kernel, **tuning)
+
+
+def arranged(x, y):
+    """As the kernels walk them."""
+    if y.is_floating_point():
+        return readable_pair(x, y)
+    return readable(x), y.contiguous()
+
+
+def ahead_of(problem, y):
+    """How many runs of ``state`` come before what the backward reads."""
+    return 0 if problem.reduction == "none" else 1 if y.is_floating_point() else 2
+
+
+def state_of(x, y, problem):
+    ahead = ahead_of(problem, y)
+    return x.new_empty((ahead + SAVED) * x.shape[0] + ahead // 2, dtype=widest((x, y)))
+
+
+@planned
+def plan(tensors, problem, wanted):
+    """Of the forward where nothing is wanted, else of the backward: the launch, or False where the tensors have to be arranged."""
+    x, y, dout = tensors
+    first, second = arranged(x, y)
+    if first is not x or second is not y:
+        return False
+    rows, cols = x.shape
+    labelled, none = not y.is_floating_point(), problem.reduction == "none"
+    walked = (x,) if labelled else (x, y)
+    wide, vec = widest(walked), VECTOR // min(t.element_size() for t in walked)
+    strides = [t.stride(0) if rows > 1 else cols for t in walked]
+    state = state_of(x, y, problem)
+    arguments = {
+        "x": x,
+        "y": y,
+        "state": state,
+        "rows": rows,
+        "cols": cols,
+        "stride_x": strides[0],
+        "stride_y": strides[-1],
+        "ignore_index": problem.ignore_index,
+        "scalars": as_scalars(problem.scalars, wide),
+        "FORMULA": FORMULAS[problem.formula].kernel,
+        "LABELLED": labelled,
+        "COUNTED": labelled and not none,
+        "AHEAD": ahead_of(problem, y),
+        "EDGE": any(size % vec for size in (cols, *strides)),
+        "COMPUTE": triton_type(wide),
+        "VEC": vec,
+    }
+    if not wanted:
+        return forward_launch.bind(losses=x.new_empty(rows, dtype=problem.dtype) if none else state, **arguments)
+    grads = [room_for_gradient(t) if want else t for t, want in zip((x, y), wanted)]
+    return backward_launch.bind(
+        grad_x=grads[0],
+        grad_y=grads[1],
+        dout=dout,
+        dout_stride=dout.stride(0) if none and rows > 1 else 0,
+        MEAN=problem.reduction == "mean",
+        WANT_X=wanted[0],
+        WANT_Y=wanted[1],
+        **arguments,
+    )
+
+
+def prepared(tensors, problem, wanted=(), dout=None):
+    """The launch, and x and y as its kernel wants them."""
+    x, y = tensors
+    if INTERPRET and not y.is_floating_point():
+        counted(y, None, x.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
+    launch = plan((x, y, dout), problem, wanted)
+    if not launch:
+        x, y = arranged(x, y)
+        launch = plan((x, y, dout), problem, wanted)
+    return launch, x, y
+
+
+def forward(tensors, problem):
+    x, y = tensors
+    rows, none = x.shape[0], problem.reduction == "none"
+    out, state = x.new_empty(rows if none else (), dtype=problem.dtype), state_of(x, y, problem)
+    if shapes_only():
+        return [out], [state]
+    launch, x, y = prepared(tensors, problem)
+    launch(x, y, out if none else state, state, rows)
+    if not none:
+        finish(state, out, rows, 0 if y.is_floating_point() else 2 + SAVED, problem.reduction == "mean", rows)
+    return [out], [state]
+
+
+def backward(tensors, saved, upstream, problem, wanted):
+    (state,), (dout,) = saved, upstream
+    if shapes_only():
+        return [t.new_empty(t.shape) for t, want in zip(tensors, wanted) if want]
+    launch, x, y = prepared(tensors, problem, tuple(wanted), dout)
+    grad_x, grad_y = (room_for_gradient(t) if want else t for t, want in zip((x, y), wanted))
+    launch(x, y, state, grad_x, grad_y, dout, x.shape[0])
+    return [grad for grad, want in zip((grad_x, grad_y), wanted) if want]

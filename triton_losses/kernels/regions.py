@@ -1,158 +1,55 @@
-"""The kernels of families/regions.py, and how they are launched. One program is a run of pixels of one image, all their classes.
+"""Regions by kernels: one program is a run of pixels of one image, all their classes.
 
-A tile is (LANES · GROUP, VEC): VEC neighbouring pixels of one class in one load, and GROUP classes in neighbouring threads, so
-that a sum over classes is a few shuffles and no barrier. A tuple of such tiles holds all classes of a pixel in registers.
+Its tiles: region_tiles.py. What becomes of the sums: region_scores.py.
 """
 
 import math
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from triton_losses.core.compiler import INTERPRET, WARP, compute_dtype
-from triton_losses.core.device_math import as_scalars, exact, exp, sigmoid
+from triton_losses.core.device_math import as_scalars, exact, sigmoid
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.launch import Launch
+from triton_losses.core.op import shapes_only
+from triton_losses.core.plan import planned
+from triton_losses.core.regions import shape_of_loss, takes_weight
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import triton_type
-
-
-@triton.jit
-def tile_of(base, g: tl.constexpr, sub, plane, offset, inside, other, C: tl.constexpr, GROUP: tl.constexpr):
-    """Tile g: class g where a tile holds one class, else the GROUP classes from g · GROUP on."""
-    if GROUP == 1:
-        return tl.load(base + g * plane + offset, mask=inside, other=other, eviction_policy="evict_first")
-    else:
-        mask = inside & (g * GROUP + sub < C)
-        return tl.load(base + g * GROUP * plane + offset, mask=mask, other=other, eviction_policy="evict_first")
-
-
-@triton.jit
-def of_class(table, g: tl.constexpr, sub, C: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr):
-    """A number for each class of tile g, out of a small table."""
-    if GROUP == 1:
-        return tl.load(table + g).to(COMPUTE)
-    else:
-        return tl.load(table + g * GROUP + sub, mask=g * GROUP + sub < C, other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def over_classes(x, HIGHEST: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr):
-    """Maximum or sum over the threads that share a pixel, given to each of them."""
-    if GROUP == 1:
-        return x
-    else:
-        x = tl.reshape(x, (LANES, GROUP, VEC))
-        x = tl.max(x, 1) if HIGHEST else tl.sum(x, 1)
-        return tl.reshape(tl.broadcast_to(x[:, None, :], (LANES, GROUP, VEC)), (LANES * GROUP, VEC))
-
-
-@triton.jit
-def load_labels(targets, at, inside, ignore_index, C: tl.constexpr, IGNORE: tl.constexpr):
-    """Labels, -1 where they do not count and C where they are none."""
-    raw = tl.load(targets + at, mask=inside, other=0)
-    counts = inside & (raw != ignore_index) if IGNORE else inside
-    label = tl.where((raw >= 0) & (raw < C), raw.to(tl.int32), C)
-    return tl.where(counts, label, -1)
-
-
-@triton.jit
-def targets_of(
-    targets, label, g: tl.constexpr, sub, plane, offset, inside, ignore_index,
-    MAPS: tl.constexpr, IGNORE: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """t of tile g, 0 where it does not count, and where it does."""
-    if MAPS:
-        raw = tile_of(targets, g, sub, plane, offset, inside, 0, C, GROUP)
-        counts = inside & (raw != ignore_index) if IGNORE else inside
-        t = raw.to(COMPUTE)
-        t = tl.where(counts, t, 0.0) if IGNORE else t
-    else:
-        t, counts = tl.where(label == g * GROUP + sub, 1.0, 0.0).to(COMPUTE), label >= 0
-    return t, counts
-
-
-@triton.jit
-def step_of(p, t, SMALLER: tl.constexpr):
-    """∂ overlap / ∂p: of p · t, or of min(p, t)."""
-    if SMALLER:
-        return tl.where(p < t, 1.0, tl.where(p > t, 0.0, 0.5)).to(p.dtype)
-    else:
-        return t
-
-
-@triton.jit
-def softmax_of(
-    base, sub, plane, offset, inside, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
-    """Tuples of x as stored and of exp(x - max), then max and Σ exp(x - max) over the classes; nan outside."""
-    xs, es = (), ()
-    for g in tl.static_range((C + GROUP - 1) // GROUP):
-        x = tile_of(base, g, sub, plane, offset, inside, -float("inf"), C, GROUP)
-        xs += (x,)
-        top = x.to(COMPUTE) if g == 0 else tl.maximum(top, x.to(COMPUTE))
-    top = over_classes(top, True, LANES, GROUP, VEC)
-    for g in tl.static_range((C + GROUP - 1) // GROUP):
-        e = exp(xs[g].to(COMPUTE) - top)
-        es += (e,)
-        total = e if g == 0 else total + e
-    return xs, es, top, over_classes(total, False, LANES, GROUP, VEC)
-
-
-@triton.jit
-def picked_of(xs, label, sub, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, COMPUTE: tl.constexpr):
-    """The logit of each pixel's own class."""
-    for g in tl.static_range((C + GROUP - 1) // GROUP):
-        x = tl.where(label == g * GROUP + sub, xs[g].to(COMPUTE), 0.0)
-        picked = x if g == 0 else picked + x
-    return over_classes(picked, False, LANES, GROUP, VEC)
-
-
-@triton.jit
-def row_formula(log_p, w, values, which: tl.constexpr, FORMULA: tl.constexpr):
-    """L (0) or ∂L/∂log_p (1) of a pixel, if this were its class; the last of the values is the smoothing."""
-    return FORMULA(log_p, w + tl.zeros_like(log_p), *values[:-1])[which]
-
-
-@triton.jit
-def share_of(t, values, SMOOTHED: tl.constexpr, C: tl.constexpr):
-    """(1 - ε) t + ε / C: how much of a pixel's row loss is this class's."""
-    if SMOOTHED:
-        return t + values[-1] * (1.0 / C - t)
-    else:
-        return t
-
-
-@triton.jit
-def element_formula(x, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr):
-    """L (0) or ∂L/∂x (1) of an element; the class weight is an operand of the formula, or multiplies it."""
-    if OPERAND:
-        return FORMULA(x, t, w + tl.zeros_like(x), *values[:-1])[which]
-    elif WEIGHTED:
-        return FORMULA(x, t, *values[:-1])[which] * w
-    else:
-        return FORMULA(x, t, *values[:-1])[which]
+from triton_losses.kernels.finish import ALONE
+from triton_losses.kernels.region_scores import bind_scores
+from triton_losses.kernels.region_tiles import (
+    element_formula,
+    load_labels,
+    of_class,
+    over_classes,
+    picked_of,
+    place_of,
+    row_formula,
+    share_of,
+    slope_of,
+    softmax_of,
+    step_of,
+    targets_of,
+    tile_of,
+)
 
 
 def name_of_pass(which):
     return lambda spec: f"regions_{which}_{getattr(spec.constants['FORMULA'], '__name__', 'sums')}"
 
 
-@triton.jit
-def place_of(vectors, splits, LANES: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr):
-    """Image, first tile of pixels, end of the tiles; and for each row of a tile its lane and its class within the tile."""
-    program = tl.program_id(0)
-    first = (program % splits) * STEPS
-    tiles = tl.cdiv(vectors, LANES)
-    row = tl.arange(0, LANES * GROUP)
-    return (program // splits).to(tl.int64), first, tl.minimum(first + STEPS, tiles), row // GROUP, (row % GROUP)[:, None]
-
-
-@triton.jit(repr=name_of_pass("forward"), debug=True, do_not_specialize=["ignore_index", "splits"])
+@triton.jit(repr=name_of_pass("forward"), debug=True, do_not_specialize=["images", "ignore_index", "splits"])
 def forward_kernel(
     logits,  # (images, C, vectors · VEC)
     targets,  # (images, vectors · VEC) labels; where MAPS as logits
     class_weights,  # (C,) where WEIGHTED
     partial_sums,  # (images, splits, 3, C)
     partial_losses,  # (images, splits), written where there is a FORMULA
+    images: tl.int64,
     vectors, splits, ignore_index, scalars,
     FORMULA: tl.constexpr, ACTIVATION: tl.constexpr, MAPS: tl.constexpr, IGNORE: tl.constexpr, SQUARED: tl.constexpr,
     SMALLER: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr, SMOOTHED: tl.constexpr, COMPUTE: tl.constexpr,
@@ -227,13 +124,20 @@ def forward_kernel(
         tl.device_assert(highest < C, "a target is out of bounds: it is no class and not ignore_index")
 
 
-@triton.jit(repr=name_of_pass("backward"), do_not_specialize=["ignore_index", "splits"])
+@triton.jit(
+    repr=name_of_pass("backward"),
+    do_not_specialize=["images", "ignore_index", "splits", "dout_image", "dout_class"],
+    do_not_specialize_on_alignment=["d_sums", "d_losses", "dout"],
+)
 def backward_kernel(
     logits, targets, class_weights,  # as in the forward
     d_sums,  # (images, 3, C)
     d_losses,  # (images,), read where there is a FORMULA
+    dout,  # where FINISHED the loss's gradient: of image b and class c at b * dout_image + (c - FIRST) * dout_class
     grad,  # as logits
-    vectors, splits, ignore_index, scalars,
+    images: tl.int64,
+    vectors, splits, ignore_index, dout_image, dout_class, scalars,
+    FINISHED: tl.constexpr, FIRST: tl.constexpr,
     FORMULA: tl.constexpr, ACTIVATION: tl.constexpr, MAPS: tl.constexpr, IGNORE: tl.constexpr, SQUARED: tl.constexpr,
     SMALLER: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr, SMOOTHED: tl.constexpr, COMPUTE: tl.constexpr,
     C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, STEPS: tl.constexpr,
@@ -244,11 +148,16 @@ def backward_kernel(
     plane = tl.cast(vectors, tl.int64) * VEC
     values = exact(scalars, COMPUTE)
     d_overlap, d_predicted = (), ()
+    of_image = d_sums + image * (3 * C)
+    of_loss = dout + image * dout_image
     for g in tl.static_range((C + GROUP - 1) // GROUP):
-        d_overlap += (of_class(d_sums + image * (3 * C), g, sub, C, GROUP, COMPUTE),)
-        d_predicted += (of_class(d_sums + image * (3 * C) + C, g, sub, C, GROUP, COMPUTE) * (2.0 if SQUARED else 1.0),)
+        d_overlap += (slope_of(of_image, of_loss, g, sub, dout_class, FINISHED, FIRST, C, GROUP, COMPUTE),)
+        of_p = slope_of(of_image + C, of_loss, g, sub, dout_class, FINISHED, FIRST, C, GROUP, COMPUTE)
+        d_predicted += (of_p * 2.0 if SQUARED else of_p,)
     if FORMULA is not None:
         upstream = tl.load(d_losses + image).to(COMPUTE)
+        if FINISHED:
+            upstream *= tl.load(of_loss).to(COMPUTE)
     at = (lane * VEC)[:, None] + tl.arange(0, VEC)[None, :]
     offset = at + sub * plane if GROUP > 1 else at
     for tile in range(first, end):
@@ -340,28 +249,166 @@ def key(args):
 
 
 def sample(args):
-    images = max(SAMPLE_BYTES // max(args["logits"][:1].nbytes, 1), 1)
-    return {**args, "logits": args["logits"][:images]}
+    image = args["C"] * args["vectors"] * args["VEC"] * args["logits"].element_size()
+    return {**args, "images": min(args["images"], max(SAMPLE_BYTES // max(image, 1), 1))}
 
 
-def programs(args, config):
-    return args["logits"].shape[0] * args["splits"]
+def programs(images, fixed):
+    return images * fixed["splits"]
 
 
-options = {"configs": configs, "rule": config, "key": key, "programs": programs, "sample": sample}
+options = {"configs": configs, "rule": config, "key": key, "programs": programs, "size": "images", "sample": sample}
 forward_launch = Tuned(forward_kernel, **options)
 backward_launch = Tuned(backward_kernel, **options)
 
 
-def arguments(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing, operand):
-    """What both kernels are given. operand: the class weight is one of the formula's, not a factor."""
+class SumsPlan(NamedTuple):
+    launch: Launch
+    splits: int  # runs of pixels of an image
+    scores: Launch | None = None
+    scores_of_sums: Launch | None = None  # the same, of images whose splits are added up already
+
+
+def shared_arguments(logits, targets, class_weights, problem):
+    """What both kernels take."""
     images, classes, pixels = logits.shape
+    formula, wide = FORMULAS.get(problem.formula), compute_dtype(logits.dtype)
+    vec = math.gcd(pixels, 16 // logits.element_size())  # planes of no multiple of 16 bytes start anywhere
+    return {
+        "logits": logits,
+        "targets": targets,
+        "class_weights": given(class_weights, logits, problem),
+        "images": images,
+        "vectors": pixels // vec,
+        "splits": max(-(-pixels // span_of(classes)), 1),
+        "ignore_index": 0 if problem.ignore_index is None else problem.ignore_index,
+        "scalars": as_scalars((*problem.scalars, problem.smoothing), wide),
+        "FORMULA": formula.kernel if formula else None,
+        "ACTIVATION": problem.activation,
+        "MAPS": targets.dim() == 3,
+        "IGNORE": problem.ignore_index is not None,
+        "SQUARED": problem.squared,
+        "SMALLER": problem.smaller,
+        "WEIGHTED": formula is not None and class_weights is not None,
+        "OPERAND": formula is not None and problem.activation != "softmax" and takes_weight(formula, problem.scalars),
+        "SMOOTHED": problem.smoothing > 0,
+        "COMPUTE": triton_type(wide),
+        "C": classes,
+        "VEC": vec,
+    }
+
+
+def given(class_weights, logits, problem):
+    """The formula's class weights, or what stands in their place."""
+    return class_weights if problem.formula and class_weights is not None else logits
+
+
+def partials_of(logits, splits, formula):
+    """Room for the sums of each run of pixels, and for the formula's losses: the same where there are none."""
+    images, classes, _ = logits.shape
     wide = compute_dtype(logits.dtype)
-    vec = math.gcd(pixels, 16 // logits.element_size())  # planes start anywhere where their size is no multiple of 16 bytes
-    return dict(
-        logits=logits, targets=targets, class_weights=logits if class_weights is None else class_weights, vectors=pixels // vec,
-        splits=max(-(-pixels // span_of(classes)), 1), ignore_index=0 if ignore_index is None else ignore_index,
-        scalars=as_scalars((*scalars, smoothing), wide), FORMULA=formula.kernel if formula else None, ACTIVATION=activation,
-        MAPS=targets.dim() == 3, IGNORE=ignore_index is not None, SQUARED=squared, SMALLER=smaller,
-        WEIGHTED=class_weights is not None, OPERAND=operand, SMOOTHED=smoothing > 0, COMPUTE=triton_type(wide), C=classes, VEC=vec,
-    )  # fmt: skip
+    sums = logits.new_empty((images, splits, 3, classes), dtype=wide)
+    return sums, logits.new_empty((images, splits), dtype=wide) if formula else sums
+
+
+@planned
+def sums_plan(tensors, problem):
+    arguments = shared_arguments(*tensors, problem)
+    sums, losses = partials_of(tensors[0], arguments["splits"], problem.formula)
+    return SumsPlan(forward_launch.bind(partial_sums=sums, partial_losses=losses, **arguments), arguments["splits"])
+
+
+@planned
+def loss_plan(tensors, problem):
+    found = sums_plan(tensors, problem)
+    scores = (bind_scores(tensors, problem, splits) for splits in (found.splits, 1))
+    return SumsPlan(found.launch, found.splits, *scores)
+
+
+@planned
+def backward_plan(tensors, problem, finished):
+    logits, targets, class_weights, d_sums, d_losses, dout = tensors
+    strides = (0, 0)
+    if finished and dout.dim():
+        of_classes = dout.stride(-1) if dout.dim() == 2 or problem.batch else 0
+        strides = (0 if problem.batch else dout.stride(0), of_classes if problem.average == "macro" else 0)
+    return backward_launch.bind(
+        d_sums=d_sums,
+        d_losses=d_losses,
+        dout=dout,
+        grad=torch.empty_like(logits),
+        dout_image=strides[0],
+        dout_class=strides[1],
+        FINISHED=finished,
+        FIRST=int(finished and not problem.background),
+        **shared_arguments(logits, targets, class_weights, problem),
+    )
+
+
+def check_labels(targets, ignore_index, classes):
+    """In the interpreter, where labels lie in a CPU's memory; a GPU asserts."""
+    if targets.dim() == 2:
+        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= classes))]
+        if wrong.numel():
+            rule = f"it must be in [0, {classes})" + ("" if ignore_index is None else f", or ignore_index, {ignore_index}")
+            raise IndexError(f"Target {wrong.flatten()[0].item()} is out of bounds: {rule}")
+
+
+def launched(find, tensors, problem):
+    """The plan, and what each run of pixels summed."""
+    logits, targets, class_weights = tensors
+    if INTERPRET:
+        check_labels(targets, problem.ignore_index, logits.shape[1])
+    found = find(tensors, problem)
+    sums, losses = partials_of(logits, found.splits, problem.formula)
+    found.launch(logits, targets, given(class_weights, logits, problem), sums, losses, logits.shape[0])
+    return found, sums, losses
+
+
+def forward(tensors, problem):
+    """saved: the loss's derivatives by the sums, and by the formula's losses where there are any."""
+    logits, _, weights = tensors
+    images, classes, _ = logits.shape
+    wide = compute_dtype(logits.dtype)
+    out = logits.new_empty(shape_of_loss(problem, images, classes), dtype=problem.dtype)
+    saved = [logits.new_empty((images, 3, classes), dtype=wide)]
+    if problem.formula:
+        saved.append(logits.new_empty(images, dtype=wide))
+    if shapes_only():
+        return [out], saved
+    found, sums, losses = launched(loss_plan, tensors, problem)
+    scores = found.scores
+    if sums.numel() > ALONE:
+        sums, losses, scores = sums.sum(1), losses.sum(1) if problem.formula else sums, found.scores_of_sums
+    scores(sums, losses, logits if weights is None else weights, out, saved[0], saved[-1], images)
+    return [out], saved
+
+
+def backward(tensors, saved, upstream, problem, wanted):
+    logits, targets, class_weights = tensors
+    grad = torch.empty_like(logits)
+    if not shapes_only():
+        launch = backward_plan((*tensors, saved[0], saved[-1], upstream[0]), problem, True)
+        used = given(class_weights, logits, problem)
+        launch(logits, targets, used, saved[0], saved[-1], upstream[0], grad, logits.shape[0])
+    return [grad]
+
+
+def sums_forward(tensors, problem):
+    logits = tensors[0]
+    images, classes, _ = logits.shape
+    if shapes_only():
+        sums = logits.new_empty((images, 3, classes), dtype=compute_dtype(logits.dtype))
+        return [sums, sums.new_empty(images)], []
+    _, sums, losses = launched(sums_plan, tensors, problem)
+    return [sums.sum(1), losses.sum(1) if problem.formula else sums.new_zeros(images)], []
+
+
+def sums_backward(tensors, saved, upstream, problem, wanted):
+    logits, targets, class_weights = tensors
+    grad = torch.empty_like(logits)
+    if not shapes_only():
+        d_sums, d_losses = (d.contiguous() for d in upstream)
+        launch = backward_plan((*tensors, d_sums, d_losses, None), problem, False)
+        launch(logits, targets, given(class_weights, logits, problem), d_sums, d_losses, d_sums, grad, logits.shape[0])
+    return [grad]

@@ -185,21 +185,96 @@ def write_zeros(grad, start, cols, EDGE: tl.constexpr, VEC: tl.constexpr, LANES:
         tl.store(grad + start + columns, tl.zeros((2 * VEC,), grad.dtype.element_ty), mask=exists)
 
 
+@triton.jit
+def read_formula(FORMULA: tl.constexpr, SLOTS: tl.constexpr, statistics, weight, operands, scalars):
+    """The loss, and its partial by each of the statistics: 0 by those not taken."""
+    values = ()
+    for i in tl.static_range(len(statistics)):
+        if SLOTS[i]:
+            values += (statistics[i],)
+    if SLOTS[len(statistics)]:
+        values += (weight,)
+    out = FORMULA(*values, *operands, *scalars)
+    partials = ()
+    for i in tl.static_range(len(statistics)):
+        if SLOTS[i]:
+            partials += (out[SLOTS[i]],)
+        else:
+            partials += (weight * 0.0,)
+    return out[0], partials
+
+
+@triton.jit
+def factors_of(partials, upstream, mean_weight, cols, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr):
+    """What a row's gradient is made of: of its softmax, at its label, in every column, and by its entropy."""
+    d_picked, d_log_p, d_mean_log_p, d_lse, d_entropy = partials
+    softmax_factor = d_lse - d_log_p
+    if SLOTS[2]:
+        softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(upstream.dtype) if WEIGHTED else 1.0)
+    return softmax_factor * upstream, (d_log_p + d_picked) * upstream, d_mean_log_p * upstream / cols, d_entropy * upstream
+
+
+@triton.jit
+def gradient_at(
+    x, columns, mask, highest, log_total, entropy, factors, label, class_weights, shape,
+    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    softmax_factor, label_factor, uniform_factor, entropy_factor = factors
+    x = transform(x, shape, CAPPED, SCALED)
+    g = tl.where(columns == label, label_factor, 0.0).to(x.dtype)
+    if SLOTS[4]:
+        log_p = (x - highest) - log_total
+        g += exp(log_p) * (softmax_factor - entropy_factor * (tl.maximum(log_p, LOWEST) + entropy))
+    elif SLOTS[1] or SLOTS[2] or SLOTS[3]:
+        g += exp((x - highest) - log_total) * softmax_factor
+    if SLOTS[2]:
+        if WEIGHTED:
+            g += uniform_factor * load_zeros(class_weights + columns, mask).to(x.dtype)
+        else:
+            g += uniform_factor
+    if CAPPED:
+        slope = x / (shape[0] * shape[1])  # tanh(logit / softcap)
+        g *= 1.0 - slope * slope
+    return g
+
+
 def config(warps, unroll):
     return {"LANES": warps * WARP, "UNROLL": unroll, "num_warps": warps}
 
 
-def configs(args):
-    vectors = args["cols"] // args["VEC"]
-    widths = [w for w in (1, 2, 4, 8, 16) if w == 1 or w * WARP <= 2 * vectors]
-    return [config(w, u) for w in widths[-4:] for u in (1, 2, 4) if u == 1 or w * WARP * u <= vectors]
-
-
 def rule(args):
+    """What was the fastest, or near it, on an H200: more threads for very long rows, and one vector at a time where a thread holds more."""
     vectors = max(args["cols"] // args["VEC"], 1)
-    warps = max(1, min(8, triton.next_power_of_2(vectors // (2 * WARP))))
-    return config(warps, 2 if vectors >= 2 * warps * WARP else 1)
+    warps = max(1, min(16 if vectors >= 1 << 15 else 8, triton.next_power_of_2(vectors // (2 * WARP))))
+    holds_more = len(args.get("SLOTS", ())) > 2 and args["SLOTS"][2] > 0  # the mean of log p
+    if args.get("BACKWARD") and args["EDGE"] and vectors >= 1 << 12:
+        return config(16, 1)
+    return config(warps, 2 if vectors >= 2 * warps * WARP and not holds_more else 1)
+
+
+def configs(args):
+    """The rule's and its neighbours: half and twice as many threads, and the other number of vectors at a time."""
+    best, vectors = rule(args), max(args["cols"] // args["VEC"], 1)
+    warps, unroll = best["num_warps"], best["UNROLL"]
+    near = [(warps, unroll), (warps * 2, unroll), (warps // 2, unroll), (warps, 3 - unroll)]
+    return [config(w, u) for w, u in near if 1 <= w <= 16 and (w == 1 or w * WARP * u <= 2 * vectors)]
 
 
 def programs(args, config):
     return args["rows"]
+
+
+SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+
+
+def key(args):
+    x = args["logits"]
+    flags = tuple(args[name] for name in ("ENTROPY", "LIKELIEST", "FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED"))
+    edge = args["cols"] * x.element_size() % 16 != 0
+    return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), edge, str(x.dtype), *flags, x.data_ptr() % 16 == 0
+
+
+def sample(args):
+    most = max(SAMPLE_BYTES // max(args["stride"] * args["logits"].element_size(), 1), 1)
+    rows = min(args["rows"], most)
+    return {**args, "rows": rows, "grad": args["grad"][:rows]}

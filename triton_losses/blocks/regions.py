@@ -1,66 +1,99 @@
-"""regions in PyTorch: whole, differentiable as often as one likes; and in blocks of pixels that stay in a CPU's cache."""
+"""Regions in blocks of pixels that stay in a CPU's cache."""
 
 import torch
 
 from triton_losses.core.compiler import compute_dtype
-from triton_losses.core.reduction import cast
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import shapes_only
+from triton_losses.core.regions import (
+    activate,
+    divisors,
+    loss_of,
+    parts_of,
+    present,
+    shape_of_loss,
+    share_of,
+    takes_weight,
+    zero_where_no_share,
+)
 from triton_losses.core.threads import elements, share
 
 CERTAIN = 1e-30  # a smaller probability of a pixel's own class has lost digits, or all of itself; its logarithm has not
-
-
-def takes_weight(formula, scalars):
-    """Whether the class weight is an operand of the formula of an element; else it multiplies the loss."""
-    return len(formula.parameters) - len(scalars) == 3
-
-
-def activate(x, activation):
-    return x.softmax(1) if activation == "softmax" else x.sigmoid() if activation == "sigmoid" else x
-
-
-def share_of(t, smoothing):
-    """How much of a pixel's row loss is each class's; the classes come last but one."""
-    return t + smoothing * (1.0 / t.shape[-2] - t) if smoothing else t
-
-
-def zero_where_no_share(share, losses):
-    return torch.where(share == 0, 0, share * losses)  # 0 · inf would be nan
-
-
-
-# Whole
-
-
-def whole_sums(logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
-    """(images, 3, classes) sums and (images,) losses."""
-    x = cast(logits, compute_dtype(logits.dtype))
-    kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
-    t = torch.where(kept, targets, 0)
-    if targets.dim() == 2:
-        t, kept = t[:, None] == torch.arange(x.shape[1], device=x.device)[:, None], kept[:, None].expand(x.shape)
-        x = torch.where(kept, x, 0)  # or a nan there would be the gradient's too
-    t = t.to(x.dtype) * kept
-    p = torch.where(kept, activate(x, activation), 0)
-    overlap = torch.minimum(p, t) if smaller else p * t
-    sums = torch.stack([overlap.sum(2), (p * p if squared else p).sum(2), (t * t if squared else t).sum(2)], 1)
-    if formula is None:
-        return sums, x.new_zeros(x.shape[0])
-    weights = (x.new_ones(x.shape[1]) if class_weights is None else cast(class_weights, x.dtype))[:, None].expand(x.shape)
-    if activation == "softmax":
-        losses = zero_where_no_share(share_of(t, smoothing), formula.value(x.log_softmax(1), weights, *scalars))
-    elif takes_weight(formula, scalars):
-        losses = formula.value(x, t, weights, *scalars)
-    else:
-        losses = formula.value(x, t, *scalars) * weights
-    return sums, torch.where(kept, losses, 0).sum((1, 2))
-
-
-# In blocks
-
-
 FEW = 1 << 16  # elements of the smallest block
 ALONE = 64 << 20  # bytes of logits that the calling thread reads without help: beyond, another process on a core costs too much
 SHARE = 10.5  # of the logits that a block's buffers may be together beyond that: less than a tenth of the gradient
+
+
+def forward(tensors, problem, probabilities=None):
+    """saved: the sums."""
+    (sums, losses), _ = sums_forward(tensors, problem, probabilities)
+    if shapes_only():
+        out = sums.new_empty(shape_of_loss(problem, sums.shape[0], sums.shape[2]), dtype=problem.dtype)
+    else:
+        out = loss_of(sums, losses, tensors, problem)
+    return [out], [sums]
+
+
+def backward(tensors, saved, upstream, problem, wanted, probabilities=None):
+    if shapes_only():
+        return [torch.empty_like(tensors[0])]
+    slopes = slopes_of(saved[0], tensors, problem, upstream[0].to(saved[0].dtype))
+    return sums_backward(tensors, [], slopes, problem, wanted, probabilities)
+
+
+def slopes_of(sums, tensors, problem, upstream):
+    """The derivatives of `loss_of` by the sums and by the formula's losses, times the upstream gradient."""
+    _, targets, weights = tensors
+    (overlap, predicted, wanted), factors, class_weights = parts_of(sums, weights, problem)
+    of_score, of_formula = problem.lambdas if problem.formula else (1.0, 0.0)
+    slope, none = upstream * of_score, problem.reduction == "none"
+    if problem.formula and none:
+        slope = slope[:, None] / wanted.shape[1]
+    elif problem.reduction == "mean" and problem.empty == "exclude":
+        slope = slope / (present(wanted, class_weights) * len(wanted))[:, None]
+    elif problem.reduction == "mean":
+        slope = slope / wanted.numel()
+    score = FORMULAS[problem.score].value(overlap, predicted, wanted, *problem.score_scalars)
+    slope = slope * FORMULAS[problem.link].partials((True,))(score, *problem.link_scalars)[0]
+    slope = slope if class_weights is None else slope * class_weights
+    slope = slope if problem.empty == "smooth" else torch.where(wanted > 0, slope, 0)
+    slope = slope if factors is None else slope * factors
+    d_sums, first = torch.zeros_like(sums), int(not problem.background)
+    by_each = FORMULAS[problem.score].partials((True, True, False))(overlap, predicted, wanted, *problem.score_scalars)
+    for i, partial in enumerate(by_each):
+        d_sums[:, i, first:] = partial * slope
+    d_losses = sums.new_zeros(len(sums))
+    if problem.formula:
+        number = divisors(sums, targets, weights, problem)
+        number = number.sum() if problem.reduction == "mean" else number
+        d_losses += upstream * of_formula / torch.where(number == 0, 1, number)
+    return d_sums, d_losses
+
+
+def sums_forward(tensors, problem, probabilities=None):
+    """Sums (images, 3, classes) and losses (images,). probabilities: to fill with those of all pixels."""
+    logits = tensors[0]
+    images, classes, _ = logits.shape
+    if shapes_only() or not logits.numel():
+        sums = logits.new_zeros(images, 3, classes, dtype=compute_dtype(logits.dtype))
+        return [sums, sums.new_zeros(images)], []
+    return Blocks(tensors, problem).forward(probabilities), []
+
+
+def sums_backward(tensors, saved, upstream, problem, wanted, probabilities=None):
+    """The gradient; in place of the probabilities, where these are given."""
+    if shapes_only() or not tensors[0].numel():
+        return [torch.empty_like(tensors[0])]
+    return [Blocks(tensors, problem).backward(*upstream, probabilities)]
+
+
+def scratch(tensors, problem):
+    """Where the forward may leave the probabilities, because the gradient is to lie there; None where they do not fit."""
+    return torch.empty_like(tensors[0]) if may_hold_probabilities(tensors[0], problem) else None
+
+
+def may_hold_probabilities(grad, problem):
+    return problem.activation != "none" and grad.dtype == compute_dtype(grad.dtype)
 
 
 class Blocks:
@@ -70,40 +103,40 @@ class Blocks:
     and the backward turns them into the gradient in place.
     """
 
-    def __init__(self, logits, targets, class_weights, activation, ignore_index, squared, smaller, formula, scalars, smoothing):
-        self.logits, self.targets, self.activation, self.ignore_index = logits, targets, activation, ignore_index
-        self.squared, self.smaller, self.formula, self.scalars, self.smoothing = squared, smaller, formula, scalars, smoothing
-        images, classes, pixels = logits.shape
-        self.dtype, self.labels = compute_dtype(logits.dtype), targets.dim() == 2
-        self.by_label = activation == "softmax" and self.labels and not smoothing
-        self.weights = class_weights if class_weights is None else class_weights.to(self.dtype)[:, None]
-        operand = formula is not None and activation != "softmax" and takes_weight(formula, scalars)
+    def __init__(self, tensors, problem):
+        self.logits, self.targets, class_weights = tensors
+        self.problem, self.activation, self.ignore_index = problem, problem.activation, problem.ignore_index
+        self.squared, self.formula, self.scalars = problem.squared, FORMULAS.get(problem.formula), problem.scalars
+        images, classes, pixels = self.logits.shape
+        self.dtype, self.labels = compute_dtype(self.logits.dtype), self.targets.dim() == 2
+        self.by_label = self.activation == "softmax" and self.labels and not problem.smoothing
+        self.weights = None if class_weights is None or self.formula is None else class_weights.to(self.dtype)[:, None]
+        operand = self.formula is not None and self.activation != "softmax" and takes_weight(self.formula, self.scalars)
         self.weight_operand = [1.0 if self.weights is None else self.weights] * operand
         self.index = torch.arange(classes, dtype=self.dtype)[:, None]
         self.ones = torch.ones(classes, dtype=self.dtype)
 
-        buffers = 1 + self.labels * 3 / classes + (formula is not None) * (1 if self.by_label else 2) + squared + 3 * smaller
-        most = max(64, min(2 * elements(self.dtype), max(FEW, int(logits.numel() / buffers / SHARE))) // classes)
+        buffers = 1 + self.labels * 3 / classes + (self.formula is not None) * (1 if self.by_label else 2) + self.squared + 3 * problem.smaller
+        most = max(64, min(2 * elements(self.dtype), max(FEW, int(self.logits.numel() / buffers / SHARE))) // classes)
         self.runs_of_image = -(-pixels // most)
         self.pixels = -(-pixels // self.runs_of_image)  # runs are of about one size
         self.images = most // pixels if self.runs_of_image == 1 else 1
         self.count = -(-images // self.images) * self.runs_of_image
         self.alone = ALONE // (self.images * self.pixels * classes * self.dtype.itemsize)
-        self.logits_of, self.targets_of, self.probabilities_of = self.blocks(logits), self.blocks(targets), None
+        self.logits_of, self.targets_of, self.probabilities_of = self.blocks(self.logits), self.blocks(self.targets), None
         self.sigmoid_is_due = False
 
     def blocks(self, tensor):
         """Those of a tensor (images, ..., pixels)."""
         return [run for some in tensor.split(self.images) for run in some.split(self.pixels, -1)]
 
-    def begin_probabilities(self):
-        """A tensor for all probabilities, which `read` fills; None if they are not of the gradient's type."""
-        if self.activation == "none" or self.logits.dtype != self.dtype:
-            return None
-        if self.activation == "softmax":  # whole: of a slice of pixels it would make a copy
-            return self.logits.softmax(1)
-        self.sigmoid_is_due = True
-        return torch.empty_like(self.logits)
+    def begin_probabilities(self, probabilities):
+        """Fill them, or have `read` fill them."""
+        if self.activation == "softmax":
+            torch.softmax(self.logits, 1, out=probabilities)  # whole: of a slice of pixels it would make a copy
+        else:
+            self.sigmoid_is_due = True
+        self.probabilities_of = self.blocks(probabilities)
 
     def read(self, i):
         """x, p, t and which of them count, None where all do; else p and t are 0. Of labels the last has one class."""
@@ -160,18 +193,17 @@ class Blocks:
     def losses_of_elements(self, x, t, kept):
         if self.activation == "softmax":
             weights = (1.0 if self.weights is None else self.weights) + 0 * t
-            losses = zero_where_no_share(share_of(t, self.smoothing), self.formula.value(x.log_softmax(1), weights, *self.scalars))
+            losses = zero_where_no_share(share_of(t, self.problem.smoothing), self.formula.value(x.log_softmax(1), weights, *self.scalars))
         else:
             losses = self.formula.value(x, t, *self.weight_operand, *self.scalars)
             losses = losses if self.weights is None or self.weight_operand else losses * self.weights
         return (losses if kept is None else losses.masked_fill(~kept, 0)).sum((1, 2))
 
-    def forward(self, keep=False):
-        """Sums, losses, and all probabilities if they are to be kept and are of the gradient's type."""
+    def forward(self, probabilities):
+        """Sums and losses."""
         images, classes, _ = self.logits.shape
-        probabilities = self.begin_probabilities() if keep else None
         if probabilities is not None:
-            self.probabilities_of = self.blocks(probabilities)
+            self.begin_probabilities(probabilities)
         partial_sums = self.logits.new_empty(images * self.runs_of_image, 3, classes, dtype=self.dtype)
         partial_losses = partial_sums.new_zeros(len(partial_sums))
         sums_of, losses_of = partial_sums.split(self.images), partial_losses.split(self.images)
@@ -186,28 +218,29 @@ class Blocks:
             if self.formula is not None and not self.by_label:
                 losses_of[i].copy_(self.losses_of_elements(x, t, kept))
             weight = self.weight_of_label(t) if self.by_label else None
-            pt = torch.minimum(p, t) if self.smaller else self.times(t, p)
+            pt = torch.minimum(p, t) if self.problem.smaller else self.times(t, p)
             torch.sum(pt, 2, out=overlap)
             if self.formula is not None and self.by_label:
                 losses_of[i].copy_(self.losses_of_labels(self.log_p_of_label(i, x, pt, kept), weight, kept))
 
         share(add, self.count, self.alone)
-        return partial_sums.view(images, -1, 3, classes).sum(1), partial_losses.view(images, -1).sum(1), probabilities
+        return [partial_sums.view(images, -1, 3, classes).sum(1), partial_losses.view(images, -1).sum(1)]
 
-    def backward(self, d_sums, d_losses, probabilities=None):
+    def backward(self, d_sums, d_losses, probabilities):
         """The gradient; in place of the probabilities, where these are given."""
-        probabilities = self.begin_probabilities() if probabilities is None else probabilities
         grad = torch.empty_like(self.logits) if probabilities is None else probabilities
         grad_of = self.blocks(grad)
         if probabilities is not None:
             self.probabilities_of = grad_of
+        elif may_hold_probabilities(grad, self.problem):
+            self.begin_probabilities(grad)
         d_overlaps, d_predictions, _ = (d[:, :, None].split(self.images) for d in d_sums.unbind(1))
         d_losses_of = d_losses[:, None, None].split(self.images)
 
         def write(i):
             images, out = i // self.runs_of_image, grad_of[i]
             x, p, t, kept = self.read(i)
-            step = torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.smaller else t
+            step = torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.problem.smaller else t
             dx = self.times(step, d_overlaps[images]) if self.formula is None else step * d_overlaps[images]
             dx = dx.addcmul_(p, d_predictions[images], value=2) if self.squared else dx.add_(d_predictions[images])
             dx = self.through_activation(i, dx, x, p, t, kept, d_losses_of[images], out if out.dtype == dx.dtype else dx)
@@ -225,7 +258,7 @@ class Blocks:
             return self.through_softmax(i, dp.mul_(p), x, p, t, kept, upstream, out)
         own = None if self.formula is None else self.slope(x, p, t)
         if self.activation == "sigmoid":
-            torch.ops.aten.sigmoid_backward.grad_input(dp, p, grad_input=out)  # from here on p is no more
+            torch.ops.aten.sigmoid_backward.grad_input(dp, p, grad_input=out)  # overwrites p
         else:
             out = dp
         return out if own is None else out.addcmul_(own, upstream)
@@ -242,7 +275,7 @@ class Blocks:
         elif formula is not None:
             weights = (1.0 if self.weights is None else self.weights) + 0 * t
             (slope,) = formula.partials(wanted)(x.log_softmax(1), weights, *scalars)
-            own = zero_where_no_share(share_of(t, self.smoothing), slope * upstream)
+            own = zero_where_no_share(share_of(t, self.problem.smoothing), slope * upstream)
             dot += own.sum(1, keepdim=True)
             t = self.ones[0]
         torch.addcmul(dp_p, p, dot, value=-1, out=out)

@@ -1,106 +1,128 @@
-"""label_rows in PyTorch: whole, differentiable as often as one likes; and in blocks of rows that stay in a CPU's cache."""
+"""Rows and their labels in blocks of rows that stay in a CPU's cache; images go to label_planes.py."""
 
-import functools
 import threading
 
 import torch
 
+from triton_losses.blocks import label_planes
 from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import shapes_only
 from triton_losses.core.reduction import cast
-from triton_losses.core.threads import elements, share
-
-STATISTICS = ("picked", "log_p", "mean_log_p", "lse", "entropy")
-LOWEST = -3.4028234663852886e38  # finite, for 0 · -inf is nan
+from triton_losses.core.rows import LOWEST, Pass, arguments_of, counted, readable, slots_of, transform
+from triton_losses.core.threads import row_blocks, share
 
 
-@functools.cache
-def slots_of(formula):
-    """Where each statistic's partial stands in what the formula returns, 0 where it is not taken; last: takes the weight."""
-    taken = [name for name in (*STATISTICS, "weight") if name in formula.parameters]
-    if list(formula.parameters[: len(taken)]) != taken:
-        raise ValueError(f"formula {formula.name}: statistics come first, in the order {(*STATISTICS, 'weight')}")
-    return tuple(taken.index(name) + 1 if name in taken else 0 for name in (*STATISTICS, "weight"))
+def forward(tensors, problem, exponentials=None):
+    """saved: what the backward needs of each row, and the sum of the rows' weights where the mean needs it."""
+    logits, labels, _ = tensors
+    if logits.dim() == 3:
+        return label_planes.forward(tensors, problem, exponentials)
+    rows, reduction, dtype = logits.shape[0], problem.reduction, problem.dtype
+    saved = logits.new_empty(4, rows, dtype=compute_dtype(logits.dtype))
+    if shapes_only():
+        out = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
+        return [out], [saved, saved.new_empty(() if reduction == "mean" else (0,))]
+    losses, weights = walk(tensors, problem, Pass(saved, forward=True), exponentials)
+    if reduction == "none":
+        return [losses.to(dtype, copy=True)], [saved, saved.new_empty(0)]
+    total = losses.sum()
+    if reduction == "sum":
+        return [total.to(dtype, copy=True)], [saved, saved.new_empty(0)]
+    weight = saved.new_full((), rows) if weights is None else weights.sum()
+    return [(total / weight).to(dtype)], [saved, weight]
 
 
-def arguments_of(formula, statistics, weight):
-    """The statistics (in STATISTICS' order) and the weight, those alone that the formula takes."""
-    return [s for s, slot in zip((*statistics, weight), slots_of(formula)) if slot]
+def backward(tensors, saved, upstream, problem, wanted, exponentials=None):
+    logits = tensors[0]
+    if logits.dim() == 3:
+        return label_planes.backward(tensors, saved, upstream, problem, exponentials)
+    if shapes_only():
+        return [logits.new_empty(logits.shape)]
+    (saved, weight), (dout,) = saved, upstream
+    grad = room_for_gradient(readable(logits)) if exponentials is None else exponentials
+    factor = dout.to(saved.dtype)
+    factor = factor / weight if problem.reduction == "mean" else factor
+    walk(tensors, problem, Pass(saved, grad=grad, upstream=factor), exponentials)
+    return [grad]
 
 
-def transform(x, softcap, scale):
-    x = softcap * torch.tanh(x / softcap) if softcap else x
-    return x if scale == 1 else x * scale
+def small(tensors, problem):
+    """(loss,) of a few rows that all count, by ATen's log_softmax."""
+    logits, labels, class_weights = tensors
+    if logits.dim() == 3 or not logits.shape[1] or (labels == problem.ignore_index).any():
+        return None
+    formula = FORMULAS[problem.formula]
+    picked, log_p, mean_log_p, lse, entropy = slots_of(formula)[:5]
+    if picked or mean_log_p or entropy:
+        return None
+    x, at = transform(logits, problem.softcap, problem.scale), labels.long()[:, None]
+    log_rows = x.log_softmax(1)
+    try:
+        chosen = log_rows.gather(1, at)[:, 0] if log_p else None
+    except RuntimeError:
+        counted(labels, None, logits.shape[1], problem.ignore_index, logits.dtype)  # names the label that is no class
+        raise
+    weight = 1.0 if class_weights is None else class_weights.to(logits.dtype)[at[:, 0]]
+    statistics = (None, chosen, None, x.logsumexp(1) if lse else None, None)
+    losses = formula.value(*arguments_of(formula, statistics, weight), *problem.scalars)
+    if problem.reduction == "mean":
+        losses = losses.mean() if class_weights is None else losses.sum() / weight.sum()
+    elif problem.reduction == "sum":
+        losses = losses.sum()
+    return (cast(losses, problem.dtype),)
 
 
-# Whole
+def room_for_gradient(logits):
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
 
 
-def whole_losses(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, operands=()):
-    """Losses and weights of the rows, 0 where ignored; of either layout."""
-    wide, slots = compute_dtype(logits.dtype), slots_of(formula)
-    labels = labels.long()  # a byte would be compared with -100 as with 156
-    kept = labels != ignore_index
-    labels = torch.where(kept, labels, 0)
-    weights = kept.to(wide) if class_weights is None else torch.where(kept, cast(class_weights, wide)[labels], 0)
-    x = transform(cast(logits, wide), softcap, scale)
-    picked = x.gather(1, labels[:, None])[:, 0]
-    log_p = mean_log_p = lse = entropy = None
-    if any(slots[1:5]):
-        log_rows = x.log_softmax(1)
-        log_p = log_rows.gather(1, labels[:, None])[:, 0]
-        if slots[2]:
-            spread = None if class_weights is None else cast(class_weights, wide).view(-1, *[1] * (x.dim() - 2))
-            mean_log_p = (log_rows if spread is None else log_rows * spread).mean(1)
-        if slots[3]:
-            lse = x.logsumexp(1)
-        if slots[4]:
-            entropy = -(log_rows.exp() * log_rows.clamp(min=LOWEST)).sum(1)
-    losses = formula.value(*arguments_of(formula, (picked, log_p, mean_log_p, lse, entropy), weights), *operands, *scalars)
-    return torch.where(kept, losses, 0), weights
+def scratch(tensors, problem):
+    """Where the forward may leave its exponentials, because the gradient is to lie there; None where that does not serve."""
+    logits = tensors[0]
+    if logits.dim() == 3:
+        return label_planes.scratch(tensors, problem)
+    if not any(slots_of(FORMULAS[problem.formula])[1:5]) or logits.dtype != compute_dtype(logits.dtype):
+        return None
+    return room_for_gradient(readable(logits))
 
 
-# In blocks
+def scratch_again(tensors, problem):
+    """The same for a second backward, after the first has changed what the forward had left."""
+    return label_planes.scratch(tensors, problem) if tensors[0].dim() == 3 else None
 
 
-def counted(labels, class_weights, cols, ignore_index, dtype):
-    """Which rows count (None: all), labels (rows, 1) that can index, and the rows' weights (None: all 1)."""
-    kept = None
-    if labels.numel():
-        low, high = (int(v) for v in torch.aminmax(labels))
-        if low < 0 or high >= cols or low <= ignore_index <= high:
-            kept = labels != ignore_index
-            if low < 0 or high >= cols:
-                wrong = labels[kept & ((labels < 0) | (labels >= cols))]
-                if wrong.numel():
-                    raise IndexError(f"Target {int(wrong[0])} is out of bounds: it must be in [0, {cols}), or ignore_index, {ignore_index}")
-                labels = torch.where(kept, labels, 0)
-    labels = labels.long()
-    weights = None
-    if class_weights is not None:
-        weights = class_weights.to(dtype)[labels]
-        weights = weights if kept is None else torch.where(kept, weights, 0)
-    elif kept is not None:
-        weights = kept.to(dtype)
-    return kept, labels[:, None], weights
+def statistics_forward(tensors, problem):
+    logits, labels = tensors
+    saved = logits.new_empty(4, logits.shape[0], dtype=compute_dtype(logits.dtype))
+    if shapes_only():
+        return [torch.empty_like(saved[0]), torch.empty_like(saved[0])], [saved]
+    log_p, _ = walk((*tensors, None), problem, Pass(saved, forward=True))
+    return [log_p, torch.where(labels != problem.ignore_index, saved[3], 0)], [saved]
 
 
-def row_blocks(rows, cols, dtype):
-    """Runs of rows, small enough for a cache where a row is; none where there are no columns."""
-    step = max(1, elements(dtype) // max(cols, 1))
-    return [slice(start, start + step) for start in range(0, rows if cols else 0, step)]
+def statistics_backward(tensors, saved, upstream, problem, wanted):
+    logits = tensors[0]
+    grad = room_for_gradient(readable(logits))
+    if not shapes_only():
+        ones = torch.ones_like(upstream[0])
+        walk((*tensors, None), problem._replace(formula="along"), Pass(saved[0], grad=grad, upstream=ones, operands=upstream))
+    return [grad]
 
 
-def walk_blocks(
-    logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale,
-    saved, forward=False, grad=None, upstream=None, denominator=None, operands=(), entropy=False, likeliest=None, room=None, exponentials=None,
-):  # fmt: skip
-    """label_rows.walk, in PyTorch; the formula takes more than `picked`.
+def walk(tensors, problem, task, exponentials=None):
+    """One Pass; the formula takes more than `picked`.
 
     Blocks hold what is of the size of the logits; what is of the size of the rows, the formula itself, is done once.
     exponentials: to be filled with exp(x - max x) by the forward; in the backward they are where the gradient is to lie.
     """
+    logits, labels, class_weights = tensors
+    saved, forward, entropy, likeliest, grad, upstream, operands, room = task
+    ignore_index, softcap, scale, scalars = problem.ignore_index, problem.softcap, problem.scale, problem.scalars
+    logits = readable(logits)
     rows, cols = logits.shape
-    wide, slots = saved.dtype, slots_of(formula)
+    formula, wide = FORMULAS[problem.formula], saved.dtype
+    slots = slots_of(formula)
     kept, labels, weights = counted(labels, class_weights, cols, ignore_index, wide)
     if slots[2]:
         class_weights = class_weights if class_weights is None else class_weights.to(wide)
@@ -162,8 +184,7 @@ def walk_blocks(
         losses = losses if kept is None else torch.where(kept, losses, 0)
     if grad is None:
         return losses, weights
-    factor = upstream.to(wide) if denominator is None else upstream.to(wide) / denominator
-    factor = factor if scale == 1 else factor * scale
+    factor = upstream.to(wide) if scale == 1 else upstream.to(wide) * scale
     found = formula.partials(wanted)(*arguments)
     partials = [found[slot - 1] * factor if slot else 0.0 for slot in slots[1:5]]
     if kept is not None:

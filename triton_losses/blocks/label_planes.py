@@ -1,97 +1,53 @@
-"""label_rows' other layout: logits (images, classes, pixels), whose classes are strided and whose pixels lie side by side.
+"""Images and their labels in blocks of pixels that stay in a CPU's cache: logits (images, classes, pixels).
 
-A row is a pixel: its formula, statistics and gradient are those of label_rows.py, and nothing is permuted or copied.
-
-    forward   reads the logits once; writes each pixel's loss, or one partial sum per tile of pixels
-    backward  reads the logits once and writes the gradient
-
-Of few classes the backward computes the softmax of a pixel anew, from the values it has read anyhow, so nothing is saved: at two
-classes a saved maximum and logarithm would be as large as the logits. Of many, kernels save both. On a CPU the forward leaves
-log softmax where the gradient is to lie, and the backward makes it of that, in place.
+The backward computes the softmax of a pixel anew, from the values it has read anyhow, so nothing is saved: at two classes a saved
+maximum and logarithm would be as large as the logits. Or the forward leaves log softmax where the gradient is to lie, and the
+backward makes it of that, in place.
 """
 
 import torch
 
-from triton_losses.core.compiler import compute_dtype, runs_kernels, triton
+from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
+from triton_losses.core.rows import arguments_of, counted, slots_of, transform
 from triton_losses.core.threads import elements, share
-from triton_losses.families.label_rows_blocks import arguments_of, counted, slots_of, transform
-
-if triton is not None:
-    from triton_losses.kernels.label_planes import SPAN, backward_launch, few, forward_launch, shared_arguments
 
 
-def readable(logits):
-    """Pixels side by side; planes and images may lie anywhere."""
-    return logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()
-
-
-def saved_of(logits, formula):
-    """Room for each pixel's max x, log Σ exp(x - max) and, where the formula takes it, mean_log_p: for kernels, of many classes."""
-    images, _, pixels = logits.shape
-    taken = slots_of(formula)
-    count = 0 if not runs_kernels(logits) or few(logits) or not any(taken[1:4]) else 3 if taken[2] else 2
-    return logits.new_empty((count, images, pixels) if count else (0,), dtype=compute_dtype(logits.dtype))
-
-
-def log_rows_of(logits, formula, softcap, scale):
+def scratch(tensors, problem):
     """log softmax over the classes, in what is to become the gradient; None where that does not serve."""
-    if not any(slots_of(FORMULAS[formula])[1:4]) or logits.dtype != compute_dtype(logits.dtype) or not logits.is_contiguous():
+    logits = tensors[0]
+    if not any(slots_of(FORMULAS[problem.formula])[1:4]) or logits.dtype != compute_dtype(logits.dtype) or not logits.is_contiguous():
         return None
-    return transform(logits, softcap, scale).log_softmax(1)
+    return transform(logits, problem.softcap, problem.scale).log_softmax(1)
 
 
-def planes_forward(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, reduction, dtype, log_rows=None):
-    """The body of label_rows_forward for this layout."""
-    formula = FORMULAS[formula]
-    saved, whole = saved_of(logits, formula), reduction == "none"
-    out = logits.new_empty(labels.shape if whole else (), dtype=dtype)
-    denominator = saved.new_empty(() if reduction == "mean" else (0,))
+def forward(tensors, problem, log_rows=None):
+    logits, labels, _ = tensors
+    none, wide = problem.reduction == "none", compute_dtype(logits.dtype)
+    out = logits.new_empty(labels.shape if none else (), dtype=problem.dtype)
     if shapes_only():
-        return out, saved, denominator
-    if not runs_kernels(logits):
-        options = scalars, ignore_index, softcap, scale
-        sums = forward_blocks(logits, labels, class_weights, formula, *options, out if whole else None, log_rows)
-    else:
-        if logits.device.type == "cpu":
-            counted(labels, None, logits.shape[1], ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
-        images, _, pixels = logits.shape
-        sums = None if whole else saved.new_empty(2, images, -(-pixels * logits.element_size() // SPAN))
-        forward_launch(
-            **shared_arguments(readable(logits), labels, class_weights, formula, slots_of(formula), scalars, ignore_index, softcap, scale, saved),
-            out=out if whole else sums, REDUCE=not whole,
-        )  # fmt: skip
-    if whole:
-        return out, saved, denominator
-    total, weight = sums.flatten(1).sum(1).unbind(0)
-    if reduction == "sum":
-        return total.to(dtype, copy=True), saved, denominator
-    return (total / weight).to(dtype), saved, weight.clone()
+        return [out], [logits.new_empty(() if problem.reduction == "mean" else (0,), dtype=wide)]
+    sums = forward_blocks(tensors, problem, out if none else None, log_rows)
+    nothing = sums.new_empty(0)
+    if none:
+        return [out], [nothing]
+    total, weight = sums.sum(1).unbind(0)
+    if problem.reduction == "sum":
+        return [total.to(problem.dtype, copy=True)], [nothing]
+    return [(total / weight).to(problem.dtype)], [weight.clone()]
 
 
-def planes_backward(
-    logits, labels, class_weights, saved, denominator, dout, formula, scalars, ignore_index, softcap, scale, reduction, log_rows=None
-):  # fmt: skip
-    """The body of label_rows_backward for this layout."""
+def backward(tensors, saved, upstream, problem, log_rows=None):
+    logits = tensors[0]
     grad = logits.new_empty(logits.shape) if log_rows is None else log_rows
-    if shapes_only():
-        return grad
-    formula, denominator = FORMULAS[formula], denominator if reduction == "mean" else None
-    options = scalars, ignore_index, softcap, scale
-    if not runs_kernels(logits):
-        backward_blocks(logits, labels, class_weights, formula, *options, grad, dout, denominator, log_rows is not None)
-        return grad
-    same = not any(dout.stride())  # one value, or one value expanded: what loss.sum().backward() sends
-    backward_launch(
-        **shared_arguments(readable(logits), labels, class_weights, formula, slots_of(formula), *options, saved),
-        grad=grad, upstream=dout if same else dout.contiguous(), denominator=saved if denominator is None else denominator,
-        SAME=same, MEAN=denominator is not None,
-    )  # fmt: skip
-    return grad
+    if not shapes_only():
+        factor = upstream[0].to(compute_dtype(logits.dtype))
+        factor = factor / saved[0] if problem.reduction == "mean" else factor
+        backward_blocks(tensors, problem, grad, factor, log_rows is not None)
+    return [grad]
 
 
-# In blocks that stay in a CPU's cache
 
 
 def plane_blocks(logits):
@@ -123,8 +79,11 @@ def statistics_of(x, log_softmax, at, class_weights, taken):
     )
 
 
-def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, out, log_rows=None):
+def forward_blocks(tensors, problem, out, log_rows=None):
     """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights. log_rows: log softmax, if known."""
+    logits, labels, class_weights = tensors
+    formula, scalars, ignore_index, softcap, scale, *_ = problem
+    formula = FORMULAS[formula]
     wide, taken, classes = compute_dtype(logits.dtype), set(formula.parameters), logits.shape[1]
     class_weights = class_weights if class_weights is None else class_weights.to(wide)
     parts = plane_blocks(logits)
@@ -154,10 +113,11 @@ def forward_blocks(logits, labels, class_weights, formula, scalars, ignore_index
     return sums
 
 
-def backward_blocks(
-    logits, labels, class_weights, formula, scalars, ignore_index, softcap, scale, grad, upstream, denominator, of_log_rows=False
-):  # fmt: skip
-    """The gradient of Σ upstream · losses / denominator into ``grad``, which may hold log softmax before."""
+def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False):
+    """The gradient of Σ upstream · losses into ``grad``, which may hold log softmax before."""
+    logits, labels, class_weights = tensors
+    formula, scalars, ignore_index, softcap, scale, *_ = problem
+    formula = FORMULAS[formula]
     wide, slots, classes = compute_dtype(logits.dtype), slots_of(formula), logits.shape[1]
     class_weights = class_weights if class_weights is None else class_weights.to(wide)
     mean_weight = 1.0 if class_weights is None or not slots[2] else class_weights.mean()
@@ -175,8 +135,7 @@ def backward_blocks(
         statistics = statistics_of(x, log_softmax, at, class_weights, needs)
         g = x.softmax(1) if log_softmax is None else torch.exp(log_softmax, out=out if direct else None)
         found = formula.partials(wanted)(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
-        factor = upstream[images, pixels].to(wide) if upstream.dim() else upstream.to(wide)
-        factor = factor if denominator is None else factor / denominator
+        factor = upstream[images, pixels] if upstream.dim() else upstream
         factor = factor if scale == 1 else factor * scale
         partials = [found[slot - 1] * factor if slot else 0.0 for slot in slots[:4]]
         if kept is not None:

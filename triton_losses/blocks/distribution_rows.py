@@ -1,0 +1,193 @@
+"""Losses of two rows in blocks of rows that stay in a CPU's cache.
+
+Nothing is saved but, for plain calls, the gradients that an upstream of 1 would have: a forward has all that they are made of.
+"""
+
+import functools
+import itertools
+
+import torch
+
+from triton_losses.core.formula import FORMULAS
+from triton_losses.core.op import shapes_only
+from triton_losses.core.reduction import cast, given, widest
+from triton_losses.core.threads import elements, share
+
+SHORT = 1 << 10  # columns up to which log Σ exp is as good as rounded once
+
+
+def forward(tensors, problem, scratch=None):
+    _, q, _, labels = tensors
+    rows, reduction = q.shape[0], problem.reduction
+    if shapes_only():
+        return [q.new_empty(rows if reduction == "none" else (), dtype=problem.dtype)], []
+    dropped = None if labels is None else labels == problem.ignore_index
+    losses = sweep(tensors, problem, dropped, True, scratch or (None, None))
+    return [reduced(losses, problem, None if dropped is None else rows - dropped.sum())], []
+
+
+def reduced(losses, problem, count=None):
+    """count: over how many rows the mean is, where not over all."""
+    if problem.reduction == "sum":
+        losses = losses.sum()
+    elif problem.reduction == "mean":
+        losses = losses.mean() if count is None else losses.sum() / count
+    return cast(losses if problem.factor == 1 else losses * problem.factor, problem.dtype)
+
+
+def backward(tensors, saved, upstream, problem, wanted, scratch=None):
+    p, q, _, labels = tensors
+    grads = scratch or room_for_gradients((p, q), wanted)
+    if shapes_only():
+        return given(grads)
+    factor, dropped, rows = problem.factor, None, q.shape[0]
+    if labels is not None:
+        dropped = labels == problem.ignore_index
+    elif problem.reduction == "mean" and rows:
+        factor /= rows
+    factor = cast(upstream[0], widest((p, q))) * factor
+    if problem.reduction == "none":
+        factor = factor[:, None]
+    elif problem.reduction == "mean" and labels is not None:
+        factor = factor / (rows - dropped.sum())
+    if scratch is None:
+        sweep(tensors, problem, dropped, False, grads, factor)
+    else:
+        multiply(grads, problem, factor, dropped)
+    return given(grads)
+
+
+def scratch(tensors, problem):
+    """The gradients that are wanted; None where they are of a narrower type than is computed in."""
+    pair = tensors[:2]
+    wide = widest(pair)
+    if any(x.requires_grad and x.dtype != wide for x in pair):
+        return None
+    return room_for_gradients(pair, [x.requires_grad for x in pair])
+
+
+def room_for_gradients(pair, wanted):
+    return [x.new_empty(x.shape) if want else None for x, want in zip(pair, wanted)]
+
+
+def small(tensors, problem):
+    """(loss,) of a few rows, in operations that autograd follows: right where p is given and takes no gradient."""
+    p, q, weight, _ = tensors
+    wide = widest((p, q))
+    a, b, lse = log_rows(p, q, problem, wide)
+    f = FORMULAS[problem.formula].value(a, b, *problem.scalars)
+    return (reduced(total(f, weight if weight is None else cast(weight, wide), lse, problem), problem),)
+
+
+def walk(tensors, problem, task):
+    """The losses of the rows; fills the gradients that the task asks for."""
+    labels, upstream = tensors[3], task.upstream
+    dropped = None if labels is None else labels == problem.ignore_index
+    if upstream is not None:
+        upstream = cast(upstream, widest(tensors[:2]))[:, None] * problem.factor
+    return reduced(sweep(tensors, problem, dropped, True, task.grads, upstream), problem)
+
+
+def sweep(tensors, problem, dropped, forward, grads, factor=None):
+    """Read every block once: for the losses of its rows, for their gradients, which may lie where the rows do, or for both.
+
+    dropped: which rows count for nothing, None: none. factor: of the gradients, () or (rows, 1); None: they are still to be
+    multiplied. Returns the losses without the problem's own factor, where there is a forward.
+    """
+    p, q, weight, _ = tensors
+    weight = weight if weight is None else cast(weight, widest((p, q)))
+    outputs = [i for i, want in enumerate((forward, grads[0] is not None, grads[1] is not None or forward and ruled(problem))) if want]
+    read = functools.partial(visit, problem, reading_of(problem.formula, *outputs), outputs, weight)
+    step = elements(widest((p, q))) // max(q.shape[1], 1) or 1
+    if q.shape[0] <= step:
+        losses = read(p, q, *grads, factor, dropped)
+    else:
+        blocks = list(zip(*(slices(t, step) for t in (p, q, *grads, factor, dropped))))
+        found = [None] * len(blocks)
+
+        def work(i):
+            found[i] = read(*blocks[i])
+
+        share(work, len(blocks))
+        losses = torch.cat(found) if forward else None
+    return losses if dropped is None or not forward else losses.masked_fill_(dropped, 0)
+
+
+def slices(tensor, step):
+    """Its rows, ``step`` at a time; what has no rows goes to every block."""
+    return itertools.repeat(tensor) if tensor is None or not tensor.dim() else tensor.split(step)
+
+
+@functools.cache
+def reading_of(formula, *outputs):
+    return FORMULAS[formula].reading(outputs, in_tuple=True)
+
+
+def ruled(problem):
+    """Whether ∂f/∂log q = -p, by the rule of one read."""
+    return problem.one_read and not problem.given
+
+
+def log_rows(p, q, problem, wide):
+    """log p, or p where it is given; log q; and log Σ exp of q's logits, where the z-loss takes it."""
+    p, q, scale = cast(p, wide), cast(q, wide), problem.scale
+    if scale != 1:
+        q = q * scale
+        p = p if problem.given else p * scale
+    lse = q.logsumexp(1, keepdim=True) if problem.z_loss else None
+    return p.contiguous() if problem.given else torch.log_softmax(p, 1), torch.log_softmax(q, 1), lse
+
+
+def total(f, weight, lse, problem):
+    """The losses of rows of f."""
+    losses = f.sum(1) if weight is None else f.mv(weight)
+    return losses if lse is None else losses + problem.z_loss * lse[:, 0].square()
+
+
+def visit(problem, formula, outputs, weight, p, q, grad_p, grad_q, factor, dropped):
+    """One block. outputs: those of the formula that are wanted."""
+    wide, one_read = widest((p, q)), ruled(problem)
+    a, b, lse = log_rows(p, q, problem, wide)
+    found = dict(zip(outputs, formula(a, b, *problem.scalars)))
+    f, d_p, d_q = map(found.get, range(3))
+    if d_q is not None:
+        d_q, chances = d_q if weight is None else d_q * weight, b.exp_()
+        if one_read:
+            g_q = torch.add(d_q, chances, out=same_type(grad_q, wide))
+        else:
+            slope = d_q.sum(1, keepdim=True)
+            slope = slope if lse is None else slope - 2 * problem.z_loss * lse
+            g_q = torch.addcmul(d_q, chances, slope, value=-1, out=same_type(grad_q, wide))
+    if f is not None and one_read:
+        # log Σ exp is rounded, so that p sums to 1 + ε and q to 1 + δ. By the rule of one read, to first order, the loss is
+        # (Σ f + δ - ε) / (1 + ε). Of two rows that are nearly equal δ - ε is all there is
+        losses = f.add_(g_q).sum(1)
+        losses = losses if b.shape[1] <= SHORT else losses / d_q.sum(1).neg_()
+    else:
+        losses = None if f is None else total(f, weight, lse, problem)
+    if d_p is not None:
+        g_p = d_p if weight is None else d_p * weight
+        if not problem.given:
+            slope, chances = g_p.sum(1, keepdim=True), a.exp_()
+            slope = slope / chances.sum(1, keepdim=True) if one_read else slope  # of equal rows exactly 1
+            g_p = torch.addcmul(g_p, chances, slope, value=-1, out=same_type(grad_p, wide))
+    made = (None if grad_p is None else g_p, None if grad_q is None else g_q)
+    if factor is not None:
+        multiply(made, problem, factor, dropped)
+    for grad, g in zip((grad_p, grad_q), made):
+        if grad is not g:
+            grad.copy_(g)
+    return losses
+
+
+def same_type(grad, dtype):
+    return grad if grad is not None and grad.dtype == dtype else None
+
+
+def multiply(grads, problem, factor, dropped):
+    of_logits = factor if problem.scale == 1 else factor * problem.scale
+    for grad, of_this in zip(grads, (factor if problem.given else of_logits, of_logits)):
+        if grad is not None:
+            grad.mul_(of_this)
+            if dropped is not None:
+                grad.masked_fill_(dropped[:, None], 0)  # 0 · nan

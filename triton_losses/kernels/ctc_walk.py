@@ -1,0 +1,326 @@
+"""The recursion of ctc by kernels: a program walks a sample from one of its ends.
+
+A number of the recursion is a pair: a mantissa, in [1, 2) or 0, and a power of 2 that a float holds exactly. Sums and
+products of such pairs round by half a unit in the last place and never under- or overflow, so there is nothing to
+renormalise across states and no logarithm to take: a program of one warp meets no barrier.
+
+Each sample is walked from both ends at once. One launch goes up to the middle; the next one goes on, past the middle,
+over what the other direction left behind, and puts in its place how likely each state is.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_losses.core.compiler import WARP
+from triton_losses.core.device_math import LN2, LOG2E, division
+from triton_losses.core.tuning import Tuned
+
+NEVER = tl.constexpr(-1e30)  # the power of 2 of a 0; sums of a few stay finite, which -inf would not
+
+
+@triton.jit
+def power_of(x):
+    """e^x as mantissa and power; 0 where x < -6e29, and nan of nan."""
+    never = x < -6e29
+    x = tl.where(never, 0.0, x).to(x.dtype)
+    power = tl.floor(x * LOG2E)
+    if x.dtype == tl.float64:
+        x = (x - power * 6.93147180369123816490e-01) - power * 1.90821492927058770002e-10
+        mantissa = tl.exp(x)
+    else:
+        x = (x - power * 0.693359375) + power * 2.12194440e-4  # log 2 in two parts: products with the first are exact
+        mantissa = tl.exp2(x * LOG2E)
+    return tl.where(never, 0.0, mantissa).to(x.dtype), tl.where(never, NEVER, power).to(x.dtype)
+
+
+@triton.jit
+def normal(mantissa, power):
+    """The same number with its mantissa in [1, 2); 0 and nan stay what they are."""
+    if mantissa.dtype == tl.float64:
+        bits = mantissa.to(tl.int64, bitcast=True)
+        shift = (bits >> 52) - 1023
+        scaled = ((bits & 0xFFFFFFFFFFFFF) | (1023 << 52)).to(tl.float64, bitcast=True)
+    else:
+        bits = mantissa.to(tl.int32, bitcast=True)
+        shift = (bits >> 23) - 127
+        scaled = ((bits & 0x7FFFFF) | (127 << 23)).to(tl.float32, bitcast=True)
+    positive = mantissa > 0
+    moved = tl.where(mantissa == 0, NEVER, power + shift.to(power.dtype)).to(power.dtype)
+    return tl.where(positive, scaled, mantissa), moved
+
+
+@triton.jit
+def transition(state, k, skip):
+    """What leads to each state.
+
+    To blank k: itself and label k - 1. To label k: itself, blank k and, where it differs, label k - 1.
+    """
+    blank, blank_power, label, label_power = state
+    below = tl.maximum(k - 1, 0)
+    before = tl.where(k > 0, tl.gather(label, below, 0), 0.0).to(blank.dtype)
+    before_power = tl.where(k > 0, tl.gather(label_power, below, 0), NEVER).to(blank.dtype)
+    top = tl.maximum(blank_power, before_power)
+    to_blank = blank * tl.exp2(blank_power - top) + before * tl.exp2(before_power - top)
+    before = tl.where(skip, before, 0.0).to(blank.dtype)
+    before_power = tl.where(skip, before_power, NEVER).to(blank.dtype)
+    label_top = tl.maximum(tl.maximum(label_power, blank_power), before_power)
+    to_label = label * tl.exp2(label_power - label_top) + blank * tl.exp2(blank_power - label_top)
+    to_label += before * tl.exp2(before_power - label_top)
+    return to_blank, top, to_label, label_top
+
+
+@triton.jit
+def load_states(mantissas, powers, at, k, length, width, reverse):
+    """Of one step: blanks and labels in the direction's own order, as mantissas and powers."""
+    blank = at + tl.where(reverse, length - k, k)
+    label = at + width + tl.where(reverse, length - 1 - k, k)
+    return (
+        tl.load(mantissas + blank, mask=k <= length, other=0.0),
+        tl.load(powers + blank, mask=k <= length, other=NEVER),
+        tl.load(mantissas + label, mask=k < length, other=0.0),
+        tl.load(powers + label, mask=k < length, other=NEVER),
+    )
+
+
+@triton.jit
+def store_states(pointer, at, blank, label, k, length, width, reverse):
+    tl.store(pointer + at + tl.where(reverse, length - k, k), blank, mask=k <= length)
+    tl.store(pointer + at + width + tl.where(reverse, length - 1 - k, k), label, mask=k < length)
+
+
+@triton.jit
+def likelihood_of(state, other, k, length):
+    """Σ over the states of what has led to them times what follows from them on."""
+    blank, blank_power, label, label_power = state
+    blank = tl.where(k <= length, blank * other[0], 0.0).to(blank.dtype)
+    label = tl.where(k < length, label * other[2], 0.0).to(blank.dtype)
+    blank_power = tl.where(blank == 0, NEVER, blank_power + other[1]).to(blank.dtype)
+    label_power = tl.where(label == 0, NEVER, label_power + other[3]).to(blank.dtype)
+    top = tl.max(tl.maximum(blank_power, label_power), 0)
+    return tl.sum(blank * tl.exp2(blank_power - top) + label * tl.exp2(label_power - top), 0), top
+
+
+# Targets
+
+
+@triton.jit
+def sum_of(numbers, count, DTYPE: tl.constexpr):
+    """The sum of so many numbers that lie side by side, always in the same order."""
+    lanes = tl.arange(0, 256)
+    sums = tl.zeros((256,), DTYPE)
+    for start in range(0, count, 256):
+        sums += tl.load(numbers + start + lanes, mask=start + lanes < count, other=0).to(DTYPE)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def load_labels(targets, first, place, length, room, PADDED: tl.constexpr):
+    """Labels of the target that begins at ``first``; 0 where it has none."""
+    mask = (place >= 0) & (place < length)
+    if not PADDED:  # nobody has looked whether the lengths add up
+        mask = mask & (first + place < room)
+    return tl.load(targets + first + place, mask=mask, other=0).to(tl.int64)
+
+
+@triton.jit
+def class_at(targets, first, place, length, room, blank, cols, PADDED: tl.constexpr):
+    """The class of a label, by places from 1; -1 of blank, at place 0, and of a label that is blank, nonsense as it is."""
+    label = load_labels(targets, first, place - 1, length, room, PADDED)
+    label = tl.minimum(tl.maximum(label, 0), cols - 1).to(tl.int32)
+    return tl.where((place == 0) | (label == blank), -1, label)
+
+
+@triton.jit
+def sort_by_class(
+    targets, first, length, room, places, width, blank, cols, PADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write the places of blank and of the labels in the order of their classes, then those classes.
+
+    Each counts how many come before it: little work beside the walks, which other programs do meanwhile.
+    """
+    place = tl.arange(0, BLOCK)
+    own = class_at(targets, first, place, length, room, blank, cols, PADDED)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for i in range(0, length + 1):
+        other = class_at(targets, first, i, length, room, blank, cols, PADDED)
+        rank += ((other < own) | ((other == own) & (i < place))).to(tl.int32)
+    tl.store(places + rank, place, mask=place <= length)
+    tl.store(places + width + rank, tl.where(own < 0, blank, own), mask=place <= length)
+
+
+# Walking
+
+
+@triton.jit
+def fetch(inputs, highest, t, step_stride, blank, labels, k, length, left, FROM_LOGITS: tl.constexpr):
+    """The numbers that a step needs, as they lie in memory: a conversion would wait for them."""
+    at = inputs + t * step_stride
+    active = left > 0
+    top = 0.0
+    if FROM_LOGITS:
+        top = tl.load(highest + t, mask=active, other=0.0)
+    of_labels = tl.load(at + labels, mask=k < tl.where(active, length, 0), other=0.0)
+    return (of_labels, tl.load(at + blank, mask=active, other=0.0), top)
+
+
+@triton.jit
+def write_loss(
+    likelihood, power, state, out, n, samples, steps, last, length,
+    FROM_LOGITS: tl.constexpr, ZERO_INFINITY: tl.constexpr, MEAN: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    exact = 0.0 - (power.to(tl.float64) + tl.log2(likelihood.to(tl.float64))) * LN2
+    if FROM_LOGITS:  # its probabilities were over the likeliest classes'
+        exact += sum_of(state + (2 + steps) * samples + n * steps, last, tl.float64)
+    loss = exact.to(COMPUTE)
+    tl.store(state + samples + n, loss)
+    if ZERO_INFINITY:
+        loss = tl.where(loss == float("inf"), 0.0, loss).to(COMPUTE)
+    if MEAN:
+        loss = division(loss, tl.maximum(length, 1).to(COMPUTE))
+    tl.store(out + n, loss.to(out.dtype.element_ty))
+
+
+def name_of_walk(spec):
+    return "ctc_forward_" + ("apart" if spec.constants["APART"] else "together")
+
+
+@triton.jit(
+    repr=name_of_walk,
+    debug=True,
+    do_not_specialize=["step_stride", "sample_stride", "target_stride", "steps", "width", "samples", "blank"],
+    do_not_specialize_on_alignment=[
+        "targets",
+        "input_lengths",
+        "target_lengths",
+        "out",
+        "state",
+        "places",
+        "mantissas",
+        "scratch",
+    ],
+)
+def walk_kernel(
+    inputs,  # (steps, samples, cols) logits or log-probabilities, at t * step_stride + n * sample_stride
+    targets,  # (samples, more), at n * target_stride; where not PADDED (target_stride,), all labels one after another
+    input_lengths,  # (samples,)
+    target_lengths,  # (samples,)
+    out,  # (samples,) losses, as the result has them or, where it is one number, as it adds them up; written together
+    state,  # (samples,) of other things, then (samples,) losses, written together; where FROM_LOGITS then (2, samples,
+    # steps) statistics
+    places,  # (samples, 2, width) where STORE, as sort_by_class leaves them; written apart
+    mantissas,  # (samples, steps, 2, width) where STORE, blanks, then labels: states; in their place how likely each is
+    scratch,  # (2, 2, samples, 2, width): mantissas, then powers, of each direction's states before it meets the other;
+    # where STORE then (samples, steps, 2, width): the powers of the states
+    step_stride: tl.int64, sample_stride: tl.int64, target_stride: tl.int64,
+    steps: tl.int64, width: tl.int64, samples: tl.int64,
+    cols, blank,
+    PADDED: tl.constexpr, APART: tl.constexpr, STORE: tl.constexpr, FROM_LOGITS: tl.constexpr,
+    ZERO_INFINITY: tl.constexpr, MEAN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Two programs a sample, from either end of it; apart and to STORE a third, which sorts the labels."""
+    program = tl.program_id(0)
+    reverse = program >= samples
+    n = (program % samples).to(tl.int64)
+    last = tl.load(input_lengths + n).to(tl.int32)
+    length = tl.load(target_lengths + n).to(tl.int32)
+    tl.device_assert((last >= 0) & (last <= steps), "an input length is out of bounds: it must be in [0, T]")
+    tl.device_assert((length >= 0) & (length < width), "a target length is out of bounds: it must be in [0, S]")
+    last = tl.minimum(tl.maximum(last, 0), steps.to(tl.int32))
+    length = tl.minimum(tl.maximum(length, 0), width.to(tl.int32) - 1)
+    first = n * target_stride
+    if not PADDED:
+        first = tl.maximum(sum_of(target_lengths, n, tl.int64), 0)
+    if APART and STORE:
+        if program >= 2 * samples:
+            places += n * 2 * width
+            sort_by_class(targets, first, length, target_stride, places, width, blank, cols, PADDED, BLOCK)
+            return
+    k = tl.arange(0, BLOCK)
+    own = load_labels(targets, first, tl.where(reverse, length - 1 - k, k), length, target_stride, PADDED)
+    previous = load_labels(targets, first, tl.where(reverse, length - k, k - 1), length, target_stride, PADDED)
+    fits = (own >= 0) & (own < cols)
+    tl.device_assert(fits, "a label is out of bounds: it is no class")
+    skip = (own != previous) & (k > 0)
+    own = tl.where(fits, own, 0)
+    middle = tl.where(reverse, last - last // 2, last // 2)
+    carried_powers = scratch + 4 * samples * width
+    powers = scratch + 8 * samples * width
+    here = (tl.where(reverse, samples, 0) + n) * 2 * width
+    across = (tl.where(reverse, 0, samples) + n) * 2 * width
+    if APART:  # before the first step all is as if a blank had been
+        begun = tl.where(k == 0, 1.0, 0.0).to(COMPUTE)
+        nothing = tl.full((BLOCK,), NEVER, COMPUTE)
+        states = (begun, tl.where(k == 0, 0.0, NEVER).to(COMPUTE), tl.full((BLOCK,), 0.0, COMPUTE), nothing)
+        begin = middle - middle
+        end = middle
+    else:
+        states = load_states(scratch, carried_powers, here, k, length, width, reverse)
+        other = load_states(scratch, carried_powers, across, k, length, width, reverse)
+        total, total_power = likelihood_of(transition(states, k, skip), other, k, length)
+        if reverse == 0:
+            write_loss(
+                total, total_power, state, out, n, samples, steps, last, length,
+                FROM_LOGITS, ZERO_INFINITY, MEAN, COMPUTE,
+            )  # fmt: skip
+        inverse = 1.0 / total
+        begin = middle
+        end = last
+    if APART or STORE:
+        inputs += n * sample_stride
+        highest = state + 2 * samples + n * steps
+        queue = ()
+        for d in tl.static_range(DEPTH):
+            t = tl.where(reverse, last - 1 - begin - d, begin + d).to(tl.int64)
+            queue += fetch(inputs, highest, t, step_stride, blank, own, k, length, end - begin - d, FROM_LOGITS)
+        for i in range(begin, end):
+            t = tl.where(reverse, last - 1 - i, i).to(tl.int64)
+            at = (n * steps + t) * 2 * width
+            of_labels = queue[0].to(COMPUTE)
+            of_blank = queue[1].to(COMPUTE)
+            if FROM_LOGITS:  # over the likeliest class's
+                of_labels -= queue[2]
+                of_blank -= queue[2]
+            blank_mantissa, blank_power = power_of(of_blank)
+            label_mantissa, label_power = power_of(of_labels)
+            ahead = tl.where(reverse, t - DEPTH, t + DEPTH)
+            left = end - i - DEPTH
+            queue = queue[3:] + fetch(inputs, highest, ahead, step_stride, blank, own, k, length, left, FROM_LOGITS)
+            b, b_power, y, y_power = transition(states, k, skip)
+            if not APART:
+                other = load_states(mantissas, powers, at, k, length, width, reverse)
+                through_blank = b * other[0] * tl.exp2(b_power + other[1] - total_power) * inverse
+                through_label = y * other[2] * tl.exp2(y_power + other[3] - total_power) * inverse
+                store_states(mantissas, at, through_blank, through_label, k, length, width, reverse)
+            b, b_power = normal(b * blank_mantissa, b_power + blank_power)
+            y, y_power = normal(y * label_mantissa, y_power + label_power)
+            states = (b, b_power, y, y_power)
+            if APART and STORE:
+                store_states(mantissas, at, b, y, k, length, width, reverse)
+                store_states(powers, at, b_power, y_power, k, length, width, reverse)
+    if APART:
+        store_states(scratch, here, states[0], states[2], k, length, width, reverse)
+        store_states(carried_powers, here, states[1], states[3], k, length, width, reverse)
+
+
+def configuration(warps, depth):
+    return {"DEPTH": depth, "num_warps": warps}
+
+
+def rule(args):
+    """Up to 4 states a lane in one warp, which knows no barrier."""
+    return configuration(max(1, min(args["BLOCK"] // (4 * WARP), 32)), 4)
+
+
+def configs(args):
+    warps = [w for w in (1, 2, 4, 8, 16, 32) if args["BLOCK"] // 8 <= w * WARP <= max(args["BLOCK"], WARP)]
+    return [configuration(w, depth) for w in warps for depth in (2, 4, 8)]
+
+
+walk_launch = Tuned(
+    walk_kernel,
+    configs=configs,
+    rule=rule,
+    key=lambda args: (args["BLOCK"], str(args["inputs"].dtype), args["APART"], args["STORE"], args["FROM_LOGITS"]),
+    programs=lambda samples, fixed: samples * (1 + fixed["APART"] + fixed["STORE"]),
+    size="samples",
+)
