@@ -148,7 +148,56 @@ def of_pairs(data, dtype):
     return lambda: functional.triplet_margin_loss(a, b, c, swap=swap, reduction=reduction)
 
 
-FAMILIES = {"label_rows": of_rows, "label_planes": of_images, "elementwise": of_elements, "pairs": of_pairs}
+def of_margins(data, dtype):
+    x, reduction = matrix(data, dtype), data.draw(REDUCTIONS)
+    labels = vector(data, len(x), torch.int64)
+    return lambda: functional.multi_margin_loss(x, labels, reduction=reduction)
+
+
+def of_sets(data, dtype):
+    x, reduction = matrix(data, dtype), data.draw(REDUCTIONS)
+    labels = vector(data, x.numel(), torch.int64).view(x.shape)
+    return lambda: functional.multilabel_margin_loss(x, labels, reduction=reduction)
+
+
+def of_two_distributions(data, dtype):
+    x, y = matrix(data, dtype), matrix(data, dtype)
+    y = vector(data, x.numel(), dtype).view(x.shape) if y.shape != x.shape else y
+    direction, reduction = data.draw(st.sampled_from(["forward", "jsd"])), data.draw(REDUCTIONS)
+    return lambda: functional.distillation_loss(x, y, direction=direction, reduction=reduction)
+
+
+def of_proportions(data, dtype):
+    x, reduction = matrix(data, dtype), data.draw(REDUCTIONS)
+    labels = vector(data, len(x), torch.int64)
+    return lambda: functional.sparse_categorical_cross_entropy(x, labels, reduction=reduction)
+
+
+def of_regions(data, dtype):
+    images, classes, pixels = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([2, 19])), data.draw(st.sampled_from([8, 9]))
+    x = vector(data, images * classes * pixels, dtype).view(images, classes, pixels).requires_grad_()
+    labels, reduction = vector(data, images * pixels, torch.int64).view(images, pixels), data.draw(REDUCTIONS)
+    return lambda: functional.dice_ce_loss(x, labels, softmax=True, reduction=reduction)
+
+
+def of_labelled_elements(data, dtype):
+    x, reduction = matrix(data, dtype), data.draw(REDUCTIONS)
+    labels = vector(data, len(x), torch.int64)
+    return lambda: functional.sigmoid_focal_loss(x, labels, reduction=reduction)
+
+
+FAMILIES = {
+    "label_rows": of_rows,
+    "label_planes": of_images,
+    "elementwise": of_elements,
+    "labelled_elements": of_labelled_elements,
+    "pairs": of_pairs,
+    "margin_rows": of_margins,
+    "margin_rows, sets": of_sets,
+    "distribution_rows": of_two_distributions,
+    "proportion_rows": of_proportions,
+    "regions": of_regions,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
