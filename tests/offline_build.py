@@ -111,6 +111,7 @@ def building(name):
 
     def bind(tuned, **args):
         made = bind_as_ever(tuned, **args)
+        args = {name: value for name, value in args.items() if name in tuned.kernel.arg_names}
         config, varying = tuned.config(args), [name for name in tuned.kernel.arg_names if name in args and name not in made.fixed]
 
         def call(*values):

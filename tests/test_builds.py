@@ -97,19 +97,19 @@ def head_distillation(dtype, columns, rows=3, **options):
 FAMILY_LOSSES = {"elementwise": huber, "label_rows": cross_entropy}
 
 
-def built(name, call, *args, **options):
+def built(name, call, *args, finish=False, **options):
+    """What a call builds; without the kernel that adds up the losses, unless that is wanted."""
     with building(name) as builds:
         call(*args, **options)
     for build in builds:
         assert build.kernel.metadata.target == TARGETS[name]
         assert build.spills <= PARKED[name.startswith("sm_")], f"{build} spills {build.spills}, with {build.registers} registers"
         assert not build.spills or not spills_in_loops(build), f"{build} spills in a loop"
-    return builds
+    return [build for build in builds if finish or build.kernel.name != "finish"]
 
 
 def forward_and_backward(name, call, *args, passes=("forward", "backward"), **options):
-    """A family's own kernels, without the one that adds up the losses."""
-    builds = [build for build in built(name, call, *args, **options) if build.kernel.name != "finish"]
+    builds = built(name, call, *args, **options)
     names = [build.kernel.name for build in builds]
     assert len(names) == len(passes) and all(f"_{which}_" in name for which, name in zip(passes, names)), names
     return builds
@@ -321,7 +321,6 @@ CTC_KERNELS = ["forward_statistics", "forward_apart", "forward_together", "backw
 
 
 def built_of_ctc(name, dtype, labels):
-    """Its own kernels, without the one that adds up the losses."""
     return [build for build in built(name, ctc, dtype, labels) if build.kernel.name.startswith("ctc_")]
 
 

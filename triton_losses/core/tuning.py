@@ -66,11 +66,12 @@ class Tuned:
             self.launch(args, self.config(args))
 
     def bind(self, **args):
-        """A launch for all calls of the kind that these arguments are of."""
-        config, settled = self.choice(args)
+        """A launch for all calls of the kind that these arguments are of; those that the kernel does not have are left out."""
         names = self.kernel.arg_names
+        args = {name: value for name, value in args.items() if name in names}
+        config, settled = self.choice(args)
         varying = names[: names.index(self.size) + 1]
-        fixed = {name: value for name, value in {**args, **config}.items() if name in names and name not in varying}
+        fixed = {name: value for name, value in {**args, **config}.items() if name not in varying and name in names}
         options = {name: value for name, value in config.items() if name not in names} | self.options
         if INTERPRET:  # it knows no num_warps
             options = {}
