@@ -26,8 +26,8 @@ from triton_losses.core.launch import Launch
 pytestmark = pytest.mark.not_interpreted
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
 REDUCTIONS = st.sampled_from(["none", "mean", "sum"])
-OFFSETS = st.sampled_from([0, 0, 1, 2, 4])
-CALLS = 5  # of one example: the later ones meet the plans of the earlier ones
+OFFSETS = st.sampled_from([0, 0, 0, 1])
+CALLS = 10  # of one example: the later ones meet the plans of the earlier ones, so there are few kinds to draw from
 DRAWN = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -96,12 +96,12 @@ def vector(data, length, dtype):
     return torch.zeros(offset + length, dtype=dtype)[offset:]
 
 
-def matrix(data, dtype, sizes=(1, 2, 3, 8, 16, 17, 33)):
+def matrix(data, dtype, sizes=(1, 8, 17)):
     """(rows, columns) with gaps between rows or none, rows first or columns first, somewhere in its storage."""
-    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(sizes))
-    stride = columns + data.draw(st.sampled_from([0, 0, 1, 8]))
+    rows, columns = data.draw(st.integers(1, 3)), data.draw(st.sampled_from(sizes))
+    stride = columns + data.draw(st.sampled_from([0, 0, 0, 1]))
     storage = vector(data, rows * stride, dtype)
-    strides = (1, rows) if data.draw(st.booleans()) and stride == columns else (stride, 1)
+    strides = (1, rows) if data.draw(st.integers(0, 3)) == 0 and stride == columns else (stride, 1)
     return storage.as_strided((rows, columns), strides, storage.storage_offset()).requires_grad_()
 
 
@@ -204,7 +204,7 @@ FAMILIES = {
 @DRAWN
 @given(data=st.data())
 def test_a_plan_serves_its_own_kind_of_call_alone(family, data):
-    dtype = data.draw(DTYPES)
+    dtype = data.draw(DTYPES)  # the same in all calls
     with kernels_launch_nothing():
         for _ in range(CALLS):
             assert_plans_are_right(both_passes(data, FAMILIES[family](data, dtype)))

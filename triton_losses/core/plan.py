@@ -16,7 +16,7 @@ found = []  # the plans of every such function
 def kind_of(tensor):
     """What a plan may depend on: everything but the values, the address, and the number of rows beyond one."""
     shape = tensor.shape
-    return tensor.dtype, shape[1:], shape > ONE, tensor.stride(), tensor.data_ptr() % 16 == 0
+    return tensor.dtype, shape[1:], shape[:1] > ONE, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
 ONE = torch.Size((1,))
