@@ -157,8 +157,6 @@ FAMILIES = ("huber_loss", "cross_entropy", "triplet_margin_loss", "multi_margin_
 FAMILIES += ("categorical_cross_entropy", "sparse_categorical_cross_entropy", "sigmoid_focal_loss", "dice_loss", "dice_ce_loss", "ctc_loss")
 ONE_OF_EACH_FAMILY = [next(case for case in CASES if case.name == name) for name in FAMILIES]
 ONE_OF_EACH_FAMILY += [next(case for case in CASES if case.name == "cross_entropy" and len(case.shapes[0]) == 4)]
-PAIRS_OF_ROWS = ("distillation_loss", "categorical_cross_entropy", "sparse_categorical_cross_entropy")
-ONE_OF_EACH_FAMILY += [next(case for case in CASES if case.name == name) for name in PAIRS_OF_ROWS]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -17,39 +17,26 @@ SHORT = 1 << 10  # columns up to which log Σ exp is as good as rounded once
 
 
 def forward(tensors, problem, scratch=None):
-    _, q, _, labels = tensors
-    rows, reduction = q.shape[0], problem.reduction
+    q = tensors[1]
     if shapes_only():
-        return [q.new_empty(rows if reduction == "none" else (), dtype=problem.dtype)], []
-    dropped = None if labels is None else labels == problem.ignore_index
-    losses = sweep(tensors, problem, dropped, True, scratch or (None, None))
-    return [reduced(losses, problem, None if dropped is None else rows - dropped.sum())], []
-
-
-def reduced(losses, problem, count=None):
-    """count: over how many rows the mean is, where not over all."""
-    if problem.reduction == "sum":
-        losses = losses.sum()
-    elif problem.reduction == "mean":
-        losses = losses.mean() if count is None else losses.sum() / count
-    return cast(losses if problem.factor == 1 else losses * problem.factor, problem.dtype)
+        return [q.new_empty(q.shape[:1] if problem.reduction == "none" else (), dtype=problem.dtype)], []
+    grads, dropped, count = scratch or ((None, None), *counted(tensors, problem))
+    return [reduced(sweep(tensors, problem, dropped, True, grads), problem, count)], []
 
 
 def backward(tensors, saved, upstream, problem, wanted, scratch=None):
-    p, q, _, labels = tensors
-    grads = scratch or room_for_gradients((p, q), wanted)
+    pair = tensors[:2]
+    grads, dropped, count = scratch or (room_for_gradients(pair, wanted), None, None)
     if shapes_only():
         return given(grads)
-    factor, dropped, rows = problem.factor, None, q.shape[0]
-    if labels is not None:
-        dropped = labels == problem.ignore_index
-    elif problem.reduction == "mean" and rows:
-        factor /= rows
-    factor = cast(upstream[0], widest((p, q))) * factor
-    if problem.reduction == "none":
+    if scratch is None:
+        dropped, count = counted(tensors, problem)
+    factor = cast(upstream[0], widest(pair))
+    factor = factor if problem.factor == 1 else factor * problem.factor
+    if problem.reduction == "mean":
+        factor = factor / count
+    elif problem.reduction == "none":
         factor = factor[:, None]
-    elif problem.reduction == "mean" and labels is not None:
-        factor = factor / (rows - dropped.sum())
     if scratch is None:
         sweep(tensors, problem, dropped, False, grads, factor)
     else:
@@ -58,34 +45,51 @@ def backward(tensors, saved, upstream, problem, wanted, scratch=None):
 
 
 def scratch(tensors, problem):
-    """The gradients that are wanted; None where they are of a narrower type than is computed in."""
-    pair = tensors[:2]
-    wide = widest(pair)
-    if any(x.requires_grad and x.dtype != wide for x in pair):
+    """Room for the gradients that are wanted, and what `counted` returns; None where they are of a narrower type than is computed in."""
+    p, q = pair = tensors[:2]
+    if p.dtype != q.dtype or p.dtype != widest(pair):
         return None
-    return room_for_gradients(pair, [x.requires_grad for x in pair])
+    return room_for_gradients(pair, (p.requires_grad, q.requires_grad)), *counted(tensors, problem)
 
 
 def room_for_gradients(pair, wanted):
     return [x.new_empty(x.shape) if want else None for x, want in zip(pair, wanted)]
 
 
+def counted(tensors, problem):
+    """Which rows count for nothing, None: none; and how many count, where the mean is to know."""
+    rows, labels = tensors[1].shape[0], tensors[3]
+    if labels is None:
+        return None, rows
+    dropped = labels == problem.ignore_index
+    return dropped, rows - dropped.sum() if problem.reduction == "mean" else None
+
+
+def reduced(losses, problem, count):
+    if problem.reduction != "none":
+        losses = losses.sum()
+    if problem.reduction == "mean":
+        losses = losses / count
+    return cast(losses if problem.factor == 1 else losses * problem.factor, problem.dtype)
+
+
 def small(tensors, problem):
-    """(loss,) of a few rows, in operations that autograd follows: right where p is given and takes no gradient."""
+    """(loss,) of a few rows that all count, in operations that autograd follows: right where p is given and takes no gradient."""
     p, q, weight, _ = tensors
     wide = widest((p, q))
     a, b, lse = log_rows(p, q, problem, wide)
     f = FORMULAS[problem.formula].value(a, b, *problem.scalars)
-    return (reduced(total(f, weight if weight is None else cast(weight, wide), lse, problem), problem),)
+    return (reduced(total(f, weight if weight is None else cast(weight, wide), lse, problem), problem, q.shape[0]),)
 
 
 def walk(tensors, problem, task):
     """The losses of the rows; fills the gradients that the task asks for."""
-    labels, upstream = tensors[3], task.upstream
-    dropped = None if labels is None else labels == problem.ignore_index
+    upstream = task.upstream
     if upstream is not None:
-        upstream = cast(upstream, widest(tensors[:2]))[:, None] * problem.factor
-    return reduced(sweep(tensors, problem, dropped, True, task.grads, upstream), problem)
+        upstream = cast(upstream, widest(tensors[:2]))[:, None]
+        upstream = upstream if problem.factor == 1 else upstream * problem.factor
+    dropped, count = counted(tensors, problem)
+    return reduced(sweep(tensors, problem, dropped, True, task.grads, upstream), problem, count)
 
 
 def sweep(tensors, problem, dropped, forward, grads, factor=None):
@@ -95,18 +99,18 @@ def sweep(tensors, problem, dropped, forward, grads, factor=None):
     multiplied. Returns the losses without the problem's own factor, where there is a forward.
     """
     p, q, weight, _ = tensors
-    weight = weight if weight is None else cast(weight, widest((p, q)))
-    outputs = [i for i, want in enumerate((forward, grads[0] is not None, grads[1] is not None or forward and ruled(problem))) if want]
-    read = functools.partial(visit, problem, reading_of(problem.formula, *outputs), outputs, weight)
-    step = elements(widest((p, q))) // max(q.shape[1], 1) or 1
+    wide = widest((p, q))
+    weight = weight if weight is None else cast(weight, wide)
+    wanted = forward, grads[0] is not None, grads[1] is not None or forward and ruled(problem)
+    whole, step = (p, q, *grads, factor, dropped), elements(wide) // max(q.shape[1], 1) or 1
     if q.shape[0] <= step:
-        losses = read(p, q, *grads, factor, dropped)
+        losses = visit(whole, problem, weight, wanted)
     else:
-        blocks = list(zip(*(slices(t, step) for t in (p, q, *grads, factor, dropped))))
+        blocks = list(zip(*(slices(t, step) for t in whole)))
         found = [None] * len(blocks)
 
         def work(i):
-            found[i] = read(*blocks[i])
+            found[i] = visit(blocks[i], problem, weight, wanted)
 
         share(work, len(blocks))
         losses = torch.cat(found) if forward else None
@@ -119,8 +123,8 @@ def slices(tensor, step):
 
 
 @functools.cache
-def reading_of(formula, *outputs):
-    return FORMULAS[formula].reading(outputs, in_tuple=True)
+def reading_of(formula, wanted):
+    return FORMULAS[formula].reading(tuple(i for i, want in enumerate(wanted) if want), in_tuple=True)
 
 
 def ruled(problem):
@@ -144,12 +148,13 @@ def total(f, weight, lse, problem):
     return losses if lse is None else losses + problem.z_loss * lse[:, 0].square()
 
 
-def visit(problem, formula, outputs, weight, p, q, grad_p, grad_q, factor, dropped):
-    """One block. outputs: those of the formula that are wanted."""
+def visit(block, problem, weight, wanted):
+    """One block. wanted: of what the formula returns."""
+    p, q, grad_p, grad_q, factor, dropped = block
     wide, one_read = widest((p, q)), ruled(problem)
     a, b, lse = log_rows(p, q, problem, wide)
-    found = dict(zip(outputs, formula(a, b, *problem.scalars)))
-    f, d_p, d_q = map(found.get, range(3))
+    found = iter(reading_of(problem.formula, wanted)(a, b, *problem.scalars))
+    f, d_p, d_q = [next(found) if want else None for want in wanted]
     if d_q is not None:
         d_q, chances = d_q if weight is None else d_q * weight, b.exp_()
         if one_read:

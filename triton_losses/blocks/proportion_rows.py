@@ -55,14 +55,21 @@ def small(tensors, problem):
     wide, formula, kept = widest(tensors), FORMULAS[problem.formula], None
     x = cast(x, wide)
     if y.is_floating_point():
-        losses = formula.value(cast(y, wide), x / x.sum(1, keepdim=True), *problem.scalars).sum(1)
-    else:
-        kept, label, _ = counted(y, None, x.shape[1], problem.ignore_index, wide)
-        if kept is not None:  # whatever stands in the other rows, nan too
-            x = torch.where(kept[:, None], x, 1)
-        losses = formula.value(1.0, x.gather(1, label)[:, 0] / x.sum(1), *problem.scalars)
-        losses = losses if kept is None else torch.where(kept, losses, 0)
-    return (reduced(losses, kept, problem),)
+        return (reduced(formula.value(cast(y, wide), x / x.sum(1, keepdim=True), *problem.scalars).sum(1), kept, problem),)
+    label = y = y[:, None]
+    kept = y != problem.ignore_index
+    if kept.all():
+        kept = None
+    else:  # whatever stands in the other rows, nan too
+        label, x = torch.where(kept, y, 0), torch.where(kept, x, 1)
+    try:
+        p = x.gather(1, label) / x.sum(1, keepdim=True)
+    except RuntimeError:
+        counted(tensors[1], None, x.shape[1], problem.ignore_index, wide)  # names the label that is no class
+        raise
+    losses = formula.value(1.0, p, *problem.scalars)
+    losses = losses if kept is None else torch.where(kept, losses, 0)
+    return (reduced(losses if problem.reduction != "none" else losses[:, 0], kept, problem),)
 
 
 def backward(tensors, saved, upstream, problem, wanted):

@@ -57,8 +57,8 @@ class Pass(NamedTuple):
 class PairBridge(Bridge):
     def on_a_cpu(self, problem, tensors):
         """Either row of a pair may be what the gradient is wanted of."""
-        p, q = tensors[:2]
-        if problem.given and not p.requires_grad and aten_is_best(q) and not torch._C._len_torch_dispatch_stack():
+        p, q, labelled = *tensors[:2], len(tensors) == self.inputs
+        if problem.given and not labelled and not p.requires_grad and aten_is_best(q) and not torch._C._len_torch_dispatch_stack():
             return blocks.small(self.padded(tensors), problem)
         if keeps_for_backward(q if q.requires_grad else p):
             problem = Keeping(problem)
