@@ -1,6 +1,6 @@
 """Other libraries' losses, where they are installed, and torch's own alternatives: what people switch from.
 
-    pip install --no-deps monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0
+pip install --no-deps monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0
 """
 
 import importlib

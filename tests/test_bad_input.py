@@ -365,9 +365,7 @@ def test_an_upstream_gradient_of_another_shape_is_refused(name):
 
 
 NOT_READ_AGAIN = ("logits_and_probabilities", "lovasz_loss")
-READ_AGAIN = [
-    c for c in SOME if not {c.draw.__name__, c.name} & {*NOT_READ_AGAIN} and "distance_function" not in c.options
-]
+READ_AGAIN = [c for c in SOME if not {c.draw.__name__, c.name} & {*NOT_READ_AGAIN} and "distance_function" not in c.options]
 
 
 @pytest.mark.parametrize("case", READ_AGAIN, ids=str)

@@ -28,7 +28,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 COUNTS = (2**31 + 1, 2**31 + 16)  # Triton compiles another kernel for multiples of 16
 PARKED = {True: 32, False: 16}  # bytes stored and loaded (AMD: registers): at times a compiler parks a few registers outside the loops
 PLAIN_TORCH = [case for case in CASES if case.draw is logits_and_probabilities or "distance_function" in case.options]
-KERNEL_CASES = [case for case in CASES if not case.note and case not in PLAIN_TORCH and not case.classes]  # images: test_builds_segmentation.py
+KERNEL_CASES = [
+    case for case in CASES if not case.note and case not in PLAIN_TORCH and not case.classes
+]  # images: test_builds_segmentation.py
 
 
 def call(case, rows, columns, dtype):
@@ -135,7 +137,9 @@ def passes_of(case):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("columns, dtype", [(1001, torch.float64), (1001, torch.bfloat16), (128256, torch.bfloat16), (128256, torch.float32)])
+@pytest.mark.parametrize(
+    "columns, dtype", [(1001, torch.float64), (1001, torch.bfloat16), (128256, torch.bfloat16), (128256, torch.float32)]
+)
 def test_entropies_and_gradients_in_place_build_without_spills(columns, dtype, name):
     forward_and_backward(name, entropy, dtype, columns)
     forward_and_backward(name, head_entropy, dtype, columns)

@@ -37,8 +37,8 @@ FIRST = {case.name: case for case in reversed(CASES) if not case.note and case n
 @pytest.mark.parametrize("name", FIRST)
 def test_every_loss_builds_for_one_row_and_for_one_column(name):
     case = FIRST[name]
-    for rows, columns in SHAPES:
-        built("sm_90", call, case, rows, columns + bool(case.steps), torch.float32)  # of a sequence's classes one is the blank
+    for number, columns in SHAPES:
+        built("sm_90", call, case, number, columns + bool(case.steps), torch.float32)  # of a sequence's classes one is the blank
 
 
 KERNELS = {  # by the module that holds them: calls that launch them all
@@ -51,9 +51,15 @@ KERNELS = {  # by the module that holds them: calls that launch them all
     "label_rows": [(rows, torch.float32, 5001)],
     "short_rows": [(rows, torch.float32, 1001)],
     "labelled_elements": [(class_indices, torch.float32, 19)],
-    "margin_rows": [(of_one_row_of, "multi_margin_loss", "label", torch.float32, 1001), (of_one_row_of, "multilabel_margin_loss", "set", torch.float32, 1001)],
+    "margin_rows": [
+        (of_one_row_of, "multi_margin_loss", "label", torch.float32, 1001),
+        (of_one_row_of, "multilabel_margin_loss", "set", torch.float32, 1001),
+    ],
     "pairs": [(triplet, torch.float32)],
-    "proportion_rows": [(of_one_row_of, f"{name}categorical_cross_entropy", labels, torch.float32, 1001) for name, labels in (("", "chances"), ("sparse_", "label"))],
+    "proportion_rows": [
+        (of_one_row_of, f"{name}categorical_cross_entropy", labels, torch.float32, 1001)
+        for name, labels in (("", "chances"), ("sparse_", "label"))
+    ],
     "region_scores": [(dice, torch.float32, 4), (dice, torch.float32, 1)],
     "regions": [(dice, torch.float32, 4), (dice, torch.float32, 1)],
 }

@@ -107,7 +107,9 @@ def test_one_graph_serves_every_size(name, device):
     compiled = torch.compile(loss, fullgraph=True, backend=count, dynamic=True)
     for shape in ((7, 130), (9, 40), (31, 64)):
         tensors, options = case.arguments(shape, torch.float32, device)
-        for c, e in zip(value_and_gradients(compiled, case, tensors, options), value_and_gradients(loss, case, tensors, options), strict=True):
+        for c, e in zip(
+            value_and_gradients(compiled, case, tensors, options), value_and_gradients(loss, case, tensors, options), strict=True
+        ):
             torch.testing.assert_close(c, e)
     assert len(graphs) == 1
 
@@ -181,6 +183,8 @@ def test_the_ops_are_well_behaved(case, reduction, device, monkeypatch):
     assert {which for _, which, _ in calls} == {"forward", "backward"}
     for called, which, arguments in calls:
         tensors, problem = arguments[0], arguments[1 if which == "forward" else 3]
-        flat = (list(tensors), *problem) if which == "forward" else (list(tensors), *map(list, arguments[1:3]), list(arguments[4]), *problem)
+        flat = (
+            (list(tensors), *problem) if which == "forward" else (list(tensors), *map(list, arguments[1:3]), list(arguments[4]), *problem)
+        )
         flat = tuple(list(value) if isinstance(value, tuple) else value for value in flat)
         torch.library.opcheck(getattr(called, f"{which}_op"), flat, test_utils=("test_schema", "test_faketensor"))

@@ -211,7 +211,9 @@ def test_refuses_what_it_cannot_read_and_says_what_it_got(kind, named, tensors, 
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.parametrize("options", [{"direction": "forward"}, {"direction": "reverse"}, {"direction": "jsd"}, {"direction": "jsd", "beta": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"direction": "forward"}, {"direction": "reverse"}, {"direction": "jsd"}, {"direction": "jsd", "beta": 0.3}], ids=str
+)
 def test_the_second_derivative_is_right_where_both_are_equal(options):
     """There every divergence is as good as a quadratic form: what natural gradients and trust regions take from it."""
     logits = torch.randn(2, 4, dtype=torch.float64)

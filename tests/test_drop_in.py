@@ -316,7 +316,9 @@ def test_nothing_is_mutated_and_every_run_is_the_same(case, device):
     assert all(t._version == version and torch.equal(t, values) for t, (version, values) in zip(passed, before, strict=True))
 
 
-@pytest.mark.parametrize("case", [case for case in PLAIN if (case in SOME and case.name != "ctc_loss") or "exact_gradient" in case.options], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in PLAIN if (case in SOME and case.name != "ctc_loss") or "exact_gradient" in case.options], ids=str
+)
 def test_gradients_are_those_of_the_value_and_the_same_where_they_can_be_differentiated(case, device):
     loss, inputs = prepared(case, device, shape=(3, 4), dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)

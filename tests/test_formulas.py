@@ -192,7 +192,11 @@ def test_a_function_of_device_math_and_its_twin_are_exact(name, dtype, device):
     for values in (function.eager(x), evaluate(function, x)):
         relative = (values.double() - exact).abs() / exact.abs().clamp(min=smallest)
         close = relative < (2e-6 if dtype == torch.float32 else 1e-12) * (1 + x.abs() / 20)  # exp's argument is rounded
-        assert (close | ((values.double() - exact).abs() < (1e-37 if dtype == torch.float32 else 1e-15))).all(), (x[~close], values[~close], exact[~close])
+        assert (close | ((values.double() - exact).abs() < (1e-37 if dtype == torch.float32 else 1e-15))).all(), (
+            x[~close],
+            values[~close],
+            exact[~close],
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

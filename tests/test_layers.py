@@ -13,7 +13,19 @@ import torch
 
 pytestmark = pytest.mark.not_interpreted
 ROOT = pathlib.Path(__file__).parents[1]
-CORE = {"compiler": 0, "op": 1, "formula": 1, "device_math": 1, "threads": 1, "reduction": 1, "rows": 1, "launch": 1, "plan": 1, "tuning": 2, "bridge": 2}
+CORE = {
+    "compiler": 0,
+    "op": 1,
+    "formula": 1,
+    "device_math": 1,
+    "threads": 1,
+    "reduction": 1,
+    "rows": 1,
+    "launch": 1,
+    "plan": 1,
+    "tuning": 2,
+    "bridge": 2,
+}
 READINGS = ("whole", "blocks", "kernels")
 SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
 
@@ -40,7 +52,11 @@ def imports_of(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists())
+            yield from (
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists()
+            )
 
 
 FILES = sorted((ROOT / "triton_losses").rglob("*.py"))
@@ -58,11 +74,19 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_readings_do_not_import_one_another(reading):
-    found = {name.split(".")[1] for path in (ROOT / "triton_losses" / reading).rglob("*.py") for name in imports_of(path) if name.startswith("triton_losses.")}
+    found = {
+        name.split(".")[1]
+        for path in (ROOT / "triton_losses" / reading).rglob("*.py")
+        for name in imports_of(path)
+        if name.startswith("triton_losses.")
+    }
     assert found <= {reading, "core"}
 
 
-@pytest.mark.parametrize("package, others", [("reference", ("triton_losses", "bench", "tests")), ("triton_losses", ("reference", "bench", "tests")), ("bench", ("tests",))])
+@pytest.mark.parametrize(
+    "package, others",
+    [("reference", ("triton_losses", "bench", "tests")), ("triton_losses", ("reference", "bench", "tests")), ("bench", ("tests",))],
+)
 def test_packages_do_not_import_one_another(package, others):
     found = {name.split(".")[0] for path in (ROOT / package).rglob("*.py") for name in imports_of(path) if name}
     assert not found & set(others)
@@ -104,4 +128,6 @@ def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
     promised = dict(re.findall(r'"(torch|triton)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
     tested = dict(re.findall(r"^(torch|triton)==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text(), re.M))
     assert set(promised) == {"torch", "triton"}
-    assert {name: (version + ".0").split(".")[:3] for name, version in promised.items()} == {name: v.split(".")[:3] for name, v in tested.items()}
+    assert {name: (version + ".0").split(".")[:3] for name, version in promised.items()} == {
+        name: v.split(".")[:3] for name, v in tested.items()
+    }

@@ -16,7 +16,12 @@ from triton_losses.families import label_rows
 
 IMAGES = [case for case in CASES if case.note == "images"]
 SHAPE = (2, 3, 4, 6)
-FORMULAS_OF_ROWS = {"cross_entropy_plain": (), "cross_entropy_with_z_loss": (0.1,), "cross_entropy_smoothed": (0.1, 0.2), "softmax_focal": (1.7, 0.3)}
+FORMULAS_OF_ROWS = {
+    "cross_entropy_plain": (),
+    "cross_entropy_with_z_loss": (0.1,),
+    "cross_entropy_smoothed": (0.1, 0.2),
+    "softmax_focal": (1.7, 0.3),
+}
 LAYOUTS = {
     "contiguous": lambda x: x,
     "some of the classes": lambda x: torch.cat([x, x, x], 1)[:, 3:6],

@@ -19,6 +19,7 @@ pytestmark = [
 DTYPES = (torch.bfloat16, torch.float32)
 CLASSES = (2, 4, 19, 32, 150)
 
+
 def images(name, dtype, classes, pixels=(64, 64), count=3, weighted=False, **options):
     logits = torch.zeros(count, classes, *pixels, dtype=dtype, requires_grad=True)
     weight = torch.ones(classes) if weighted else None

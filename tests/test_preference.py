@@ -1,6 +1,5 @@
 """Preference and policy losses against their papers' formulas, and their derivatives."""
 
-
 import pytest
 import torch
 from preference_by_hand import (
@@ -36,7 +35,9 @@ pytestmark = pytest.mark.not_interpreted  # no kernels here
 )
 def test_dpo_is_what_the_paper_says(options, reduction):
     tensors = [log_probs(9, scale=20) for _ in range(4)]
-    exactly(dpo_loss(*tensors, reduction=reduction, **options), reduced([dpo_by_hand(*row, **options) for row in pairs(tensors)], reduction))
+    exactly(
+        dpo_loss(*tensors, reduction=reduction, **options), reduced([dpo_by_hand(*row, **options) for row in pairs(tensors)], reduction)
+    )
     free = [dpo_by_hand(w, l, 0.0, 0.0, **options) for w, l in pairs(tensors[:2])]
     exactly(dpo_loss(*tensors[:2], reference_free=True, reduction=reduction, **options), reduced(free, reduction))
     exactly(dpo_loss(*tensors, reference_free=True, reduction=reduction, **options), reduced(free, reduction))
@@ -70,7 +71,9 @@ def test_cpo_is_what_the_paper_says(options, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7}], ids=str)
-@pytest.mark.parametrize("kl", [0.0, 0.8, torch.tensor([0.5, 1.5, 0.1]), torch.tensor([[0.5], [-1.5]])], ids=["none", "number", "above", "below"])
+@pytest.mark.parametrize(
+    "kl", [0.0, 0.8, torch.tensor([0.5, 1.5, 0.1]), torch.tensor([[0.5], [-1.5]])], ids=["none", "number", "above", "below"]
+)
 def test_kto_is_what_the_paper_says(options, reduction, kl):
     policy, reference, labels = log_probs(9, scale=20), log_probs(9, scale=20), torch.arange(9) % 3 == 0
     z = kl if isinstance(kl, float) else max(0.0, sum(kl.flatten().tolist()) / kl.numel())
@@ -87,7 +90,10 @@ def test_grpo_is_what_the_papers_say(loss_type, level, beta, low, high):
     rows = grpo_by_hand(policy.tolist(), old.tolist(), reference.tolist(), advantages.tolist(), mask.tolist(), beta, low, high, level)
     options = {"beta": beta, "epsilon_low": low, "epsilon_high": high, "importance_sampling_level": level}
     options.update(loss_type=loss_type, max_completion_length=11)
-    exactly(grpo_loss(policy, advantages, mask, old, reference, **options), reduced([grpo_mean_by_hand(rows, mask.tolist(), loss_type, 11)], "sum"))
+    exactly(
+        grpo_loss(policy, advantages, mask, old, reference, **options),
+        reduced([grpo_mean_by_hand(rows, mask.tolist(), loss_type, 11)], "sum"),
+    )
     exactly(grpo_loss(policy, advantages, mask, old, reference, reduction="none", **options), reduced(rows, "none"))
     exactly(grpo_loss(policy, advantages, mask, old, reference, reduction="sum", **options), reduced(rows, "sum"))
 
@@ -97,7 +103,10 @@ def test_grpo_divides_by_all_tokens_of_a_step_where_they_are_given():
     policy, advantages, mask, old, _ = a_batch()
     whole = grpo_loss(policy, advantages, mask, old, loss_type="dapo")
     for tokens in (int(mask.sum()), mask.sum()):
-        halves = [grpo_loss(*(t[i] for t in (policy, advantages, mask, old)), loss_type="dapo", num_items_in_batch=tokens) for i in (slice(2), slice(2, 5))]
+        halves = [
+            grpo_loss(*(t[i] for t in (policy, advantages, mask, old)), loss_type="dapo", num_items_in_batch=tokens)
+            for i in (slice(2), slice(2, 5))
+        ]
         exactly(sum(halves), whole)
     exactly(grpo_loss(policy, advantages, mask, old, loss_type="bnpo", num_items_in_batch=99), whole)
 
@@ -154,13 +163,21 @@ def calls():
     torch.manual_seed(3)
     chosen, rejected, reference_chosen, reference_rejected = (log_probs(4, scale=3) for _ in range(4))
     for options in ({}, {"label_smoothing": 0.3, "beta": 1.5}, {"loss_type": "ipo"}, {"loss_type": "hinge", "beta": 0.4}):
-        yield dpo_loss, lambda w, l, options=options, **k: dpo_loss(w, l, reference_chosen, reference_rejected, **options, **k), (chosen, rejected)
+        yield (
+            dpo_loss,
+            lambda w, l, options=options, **k: dpo_loss(w, l, reference_chosen, reference_rejected, **options, **k),
+            (chosen, rejected),
+        )
     yield simpo_loss, lambda w, l, **k: simpo_loss(w, l, **k), (chosen, rejected)
     yield orpo_loss, lambda w, l, **k: orpo_loss(w, l, beta=0.8, **k), (chosen, rejected)
     yield orpo_loss, lambda w, l, n, **k: orpo_loss(w, l, nll=n, **k), (chosen, rejected, -chosen)
     yield cpo_loss, lambda w, l, **k: cpo_loss(w, l, alpha=0.3, label_smoothing=0.1, **k), (chosen, rejected)
     labels = torch.tensor([True, False, False, True])
-    yield kto_loss, lambda p, **k: kto_loss(p, reference_chosen, labels, chosen - rejected, beta=0.9, undesirable_weight=2.0, **k), (chosen,)
+    yield (
+        kto_loss,
+        lambda p, **k: kto_loss(p, reference_chosen, labels, chosen - rejected, beta=0.9, undesirable_weight=2.0, **k),
+        (chosen,),
+    )
     policy, advantages, mask, old, reference = a_batch()
     for level in ("token", "sequence"):
         for low, high in ((0.2, 0.28), (1, INF)):

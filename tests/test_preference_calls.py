@@ -123,9 +123,18 @@ REFUSALS = {
     "another negative weight": (lambda: kto_loss(PAIR, PAIR, GOOD, 0.0, undesirable_weight=-1), "undesirable_weight must be >= 0, got -1"),
     "no such loss type": (lambda: dpo_loss(PAIR, PAIR, PAIR, PAIR, loss_type="kto"), "loss_type must be one of .*sigmoid.*, got 'kto'"),
     "no such normaliser": (lambda: grpo_loss(TOKENS, PAIR, loss_type="ppo"), "loss_type must be one of .*dapo.*, got 'ppo'"),
-    "no such level": (lambda: grpo_loss(TOKENS, PAIR, importance_sampling_level="word"), "importance_sampling_level must be one of .*got 'word'"),
-    "too much smoothing": (lambda: dpo_loss(PAIR, PAIR, PAIR, PAIR, label_smoothing=0.6), r"label_smoothing must be in \[0, 0.5\].*got 0.6"),
-    "smoothing of a square": (lambda: cpo_loss(PAIR, PAIR, loss_type="ipo", label_smoothing=0.1), "label_smoothing must be.*'ipo', got 0.1"),
+    "no such level": (
+        lambda: grpo_loss(TOKENS, PAIR, importance_sampling_level="word"),
+        "importance_sampling_level must be one of .*got 'word'",
+    ),
+    "too much smoothing": (
+        lambda: dpo_loss(PAIR, PAIR, PAIR, PAIR, label_smoothing=0.6),
+        r"label_smoothing must be in \[0, 0.5\].*got 0.6",
+    ),
+    "smoothing of a square": (
+        lambda: cpo_loss(PAIR, PAIR, loss_type="ipo", label_smoothing=0.1),
+        "label_smoothing must be.*'ipo', got 0.1",
+    ),
     "no reference": (lambda: dpo_loss(PAIR, PAIR), "needs both reference_chosen_log_probs .* or reference_free=True"),
     "half a reference": (lambda: dpo_loss(PAIR, PAIR, PAIR), "needs both"),
     "a divergence from nothing": (lambda: grpo_loss(TOKENS, PAIR, beta=0.1), "beta must be 0 without reference_token_log_probs, got 0.1"),
@@ -142,14 +151,23 @@ REFUSALS = {
     "an nll short": (lambda: orpo_loss(PAIR, PAIR, nll=PAIR[:1]), r"nll must have the shape.*got \(1,\)"),
     "labels of another size": (lambda: kto_loss(PAIR, PAIR, GOOD[:1], 0.0), r"labels must have the shape.*got \(1,\)"),
     "labels that are numbers": (lambda: kto_loss(PAIR, PAIR, torch.tensor([1, -1]), 0.0), "labels must be bool.*got torch.int64"),
-    "a mask of another shape": (lambda: grpo_loss(TOKENS, PAIR, TOKENS[:, :2]), r"mask must have the shape of token_log_probs.*got \(2, 2\)"),
-    "a row of a mask": (lambda: sequence_log_probs(TOKENS, TOKENS[0]), r"mask must have the shape of token_log_probs, \(2, 3\), got \(3,\)"),
+    "a mask of another shape": (
+        lambda: grpo_loss(TOKENS, PAIR, TOKENS[:, :2]),
+        r"mask must have the shape of token_log_probs.*got \(2, 2\)",
+    ),
+    "a row of a mask": (
+        lambda: sequence_log_probs(TOKENS, TOKENS[0]),
+        r"mask must have the shape of token_log_probs, \(2, 3\), got \(3,\)",
+    ),
     "an advantage short": (lambda: grpo_loss(TOKENS, PAIR[:1]), r"advantages must have the shape.*\(2,\), got \(1,\)"),
     "advantages per column": (lambda: grpo_loss(TOKENS, TOKENS[:1]), r"advantages must have the shape of token_log_probs.*got \(1, 3\)"),
     "an old token short": (lambda: grpo_loss(TOKENS, PAIR, None, TOKENS[:, :2]), r"old_token_log_probs must have the shape.*got \(2, 2\)"),
     "a reference token short": (lambda: grpo_loss(TOKENS, PAIR, None, None, TOKENS[:, :2], beta=1), r"reference_token_log_probs must have"),
     "a sequence without tokens": (lambda: sequence_log_probs(PAIR[0]), r"token_log_probs must be \(..., length\), got \(\)"),
-    **{f"no such reduction of {loss.__name__}": (lambda loss=loss: loss(*arguments_of(loss), reduction="batchmean"), "batchmean") for loss in LOSSES},
+    **{
+        f"no such reduction of {loss.__name__}": (lambda loss=loss: loss(*arguments_of(loss), reduction="batchmean"), "batchmean")
+        for loss in LOSSES
+    },
 }
 
 

@@ -176,7 +176,10 @@ def test_swapping_chosen_and_rejected_mirrors_the_margin(tensors, beta):
     halves = [dpo_loss(*t, beta=beta, label_smoothing=0.5) for t in ((w, l, ref_w, ref_l), (l, w, ref_l, ref_w))]
     nearly(*halves)
     # IPO: the squares of m - c and -m - c differ by 4 m c
-    nearly(dpo_loss(l, w, ref_l, ref_w, beta=beta, loss_type="ipo") - dpo_loss(w, l, ref_w, ref_l, beta=beta, loss_type="ipo"), 2 / beta**2 * margin.mean())
+    nearly(
+        dpo_loss(l, w, ref_l, ref_w, beta=beta, loss_type="ipo") - dpo_loss(w, l, ref_w, ref_l, beta=beta, loss_type="ipo"),
+        2 / beta**2 * margin.mean(),
+    )
 
 
 @law
@@ -195,7 +198,12 @@ def test_only_differences_count(tensors, beta, shift, loss_type):
 @given(columns, betas)
 def test_a_more_likely_chosen_answer_never_costs_more(tensors, beta):
     w, l, _, _ = tensors
-    for loss in (lambda w, l: dpo_loss(w, l, reference_free=True, beta=beta), lambda w, l: simpo_loss(w, l, beta=beta), orpo_loss, cpo_loss):
+    for loss in (
+        lambda w, l: dpo_loss(w, l, reference_free=True, beta=beta),
+        lambda w, l: simpo_loss(w, l, beta=beta),
+        orpo_loss,
+        cpo_loss,
+    ):
         assert loss(w, l - 0.5) <= loss(w, l) <= loss(w - 0.5, l)
 
 
@@ -213,7 +221,11 @@ def test_the_families_meet(tensors, beta, gamma):
 
 
 @law
-@given(strategies.integers(0, 2**31), strategies.sampled_from(["grpo", "dapo", "dr_grpo", "bnpo"]), strategies.sampled_from(["token", "sequence"]))
+@given(
+    strategies.integers(0, 2**31),
+    strategies.sampled_from(["grpo", "dapo", "dr_grpo", "bnpo"]),
+    strategies.sampled_from(["token", "sequence"]),
+)
 def test_padding_and_the_order_of_sequences_do_not_matter(seed, loss_type, level):
     torch.manual_seed(seed)
     policy, advantages, mask, old, reference = a_batch()

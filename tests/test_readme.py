@@ -17,7 +17,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-ORDER = ["language", "distillation", "classification", "margin", "categorical", "segmentation", "compound", "lovasz", "regression", "binary", "divergence", "metric", "sequence", "preference"]
+ORDER = [
+    "language",
+    "distillation",
+    "classification",
+    "margin",
+    "categorical",
+    "segmentation",
+    "compound",
+    "lovasz",
+    "regression",
+    "binary",
+    "divergence",
+    "metric",
+    "sequence",
+    "preference",
+]
 
 
 def section(name):

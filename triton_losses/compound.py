@@ -78,11 +78,11 @@ def class_weights_for(weight, input, background=True):
     if weight is None and background:
         return None
     classes = input.shape[1]
-    count = classes if background or classes == 1 else classes - 1
-    weight = class_weights_of(weight, input, count)
-    if count == classes:
-        return weight
-    weight = torch.ones(count, dtype=compute_dtype(input.dtype), device=input.device) if weight is None else weight
+    if background or classes == 1:
+        return class_weights_of(weight, input, classes)
+    if weight is None:
+        return torch.arange(classes, dtype=compute_dtype(input.dtype), device=input.device).clamp_(max=1)
+    weight = class_weights_of(weight, input, classes - 1)
     return torch.cat([torch.zeros_like(weight[:1]), weight])
 
 

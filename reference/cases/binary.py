@@ -86,7 +86,9 @@ CASES = [
     binary("sigmoid_focal_loss", {"reduction": "mean"}, logits_and_bits, bench=TIMED, headline=True),
     binary("sigmoid_focal_loss", {"alpha": 0.6, "gamma": 1.5}),
     binary("sigmoid_focal_loss", {"alpha": -1.0, "gamma": 0.0}, logits_and_bits),
-    binary("sigmoid_focal_loss", {"alpha": None, "gamma": 1.0}, logits_and_bits),  # at 2 plain float64 itself is off by more than the budget
+    binary(
+        "sigmoid_focal_loss", {"alpha": None, "gamma": 1.0}, logits_and_bits
+    ),  # at 2 plain float64 itself is off by more than the budget
     binary("sigmoid_focal_loss", {"gamma": 0.5}, huge_logits_and_bits, note="huge logits"),
     Case("sigmoid_focal_loss", logits_and_classes, {"alpha": 0.75}, shapes=CLASSES, bench=TIMED_CLASSES),
     Case("sigmoid_focal_loss", huge_logits_and_few_classes, {"alpha": -1.0, "background": 0}, note="huge logits", shapes=CLASSES),

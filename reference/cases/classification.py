@@ -134,7 +134,10 @@ CASES = [
     images("cross_entropy", {"z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class}),
     images("focal_loss", bench=TIMED_IMAGES),
     images("focal_loss", {"gamma": 0.5, "alpha": 0.25, "weight": per_class}),
-    *(hard_images("cross_entropy", draw) for draw in (hard_pixels, masked_vocabulary, lowest_logits, offset_logits, huge_logits, all_ignored)),
+    *(
+        hard_images("cross_entropy", draw)
+        for draw in (hard_pixels, masked_vocabulary, lowest_logits, offset_logits, huge_logits, all_ignored)
+    ),
     hard_images("cross_entropy", offset_logits, {"label_smoothing": 0.1, "weight": per_class}),
     hard_images("cross_entropy", hard_pixels, {"z_loss": 1e-2}),
     *(hard_images("focal_loss", draw, {"gamma": 0.5}) for draw in (hard_pixels, masked_vocabulary, huge_logits)),

@@ -61,7 +61,11 @@ def most_likely_log_probs(input):
 
 
 HEADS = ((7, 6, 130), (1, 6, 1), (2, 3, 6, 33), (5, 9, 2071))
-TIMED_HEADS = {"quick": ((2048, 256, 50257),), "peers": ((2048, 256, 50257),), "full": ((64, 64, 1000), (2048, 256, 50257), (4096, 1024, 128256))}
+TIMED_HEADS = {
+    "quick": ((2048, 256, 50257),),
+    "peers": ((2048, 256, 50257),),
+    "full": ((64, 64, 1000), (2048, 256, 50257), (4096, 1024, 128256)),
+}
 WEIGHED = {"weight": per_column, "linear_bias": per_column, "label_smoothing": 0.1, "ignore_index": 0}
 
 

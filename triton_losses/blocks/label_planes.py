@@ -48,8 +48,6 @@ def backward(tensors, saved, upstream, problem, log_rows=None):
     return [grad]
 
 
-
-
 def plane_blocks(logits):
     """(images, pixels) of each block: whole images while they are small, else a run of one image's pixels."""
     images, classes, pixels = logits.shape

@@ -133,7 +133,9 @@ def walk(tensors, problem, task, exponentials=None):
     highest, log_total, mean_log_p, entropies = saved
     entropy = entropy or slots[4] > 0
     buffers = {}  # a thread's own, for a row may be larger than what the allocator keeps
-    in_room = room is not None and forward and grad is not None and direct and not (transformed or slots[2] or entropy or likeliest is not None)
+    in_room = (
+        room is not None and forward and grad is not None and direct and not (transformed or slots[2] or entropy or likeliest is not None)
+    )
 
     def part(i):
         x = logits[parts[i]].to(wide)
@@ -250,4 +252,3 @@ def scale_rows(grad, slope, labels, at_label, kept):
 def clear_ignored(grad, kept):
     if kept is not None:  # whatever stood in those rows, nan too
         grad.index_fill_(0, (~kept).nonzero()[:, 0], 0)
-

@@ -55,7 +55,8 @@ def small(tensors, problem):
     wide, formula, kept = widest(tensors), FORMULAS[problem.formula], None
     x = cast(x, wide)
     if y.is_floating_point():
-        return (reduced(formula.value(cast(y, wide), x / x.sum(1, keepdim=True), *problem.scalars).sum(1), kept, problem),)
+        losses = formula.value(cast(y, wide), x / x.sum(1, keepdim=True), *problem.scalars).sum(1)
+        return (reduced(losses, kept, problem),)
     label = y = y[:, None]
     kept = y != problem.ignore_index
     if kept.all():

@@ -116,7 +116,9 @@ class Blocks:
         self.index = torch.arange(classes, dtype=self.dtype)[:, None]
         self.ones = torch.ones(classes, dtype=self.dtype)
 
-        buffers = 1 + self.labels * 3 / classes + (self.formula is not None) * (1 if self.by_label else 2) + self.squared + 3 * problem.smaller
+        buffers = (
+            1 + self.labels * 3 / classes + (self.formula is not None) * (1 if self.by_label else 2) + self.squared + 3 * problem.smaller
+        )
         most = max(64, min(2 * elements(self.dtype), max(FEW, int(self.logits.numel() / buffers / SHARE))) // classes)
         self.runs_of_image = -(-pixels // most)
         self.pixels = -(-pixels // self.runs_of_image)  # runs are of about one size

@@ -28,7 +28,9 @@ os.register_at_fork(after_in_child=pools.clear)  # threads do not survive a fork
 def aten_is_best(*tensors, most=SMALL):
     """True for up to ``most`` elements on a CPU, of tensors of one shape and wide type: there ATen's own kernel serves, if it has one."""
     x = tensors[0]
-    if torch.compiler.is_compiling() or not ATEN or x.device.type != "cpu" or runs_kernels(x) or x.numel() > most:  # a graph is for any size
+    if (
+        torch.compiler.is_compiling() or not ATEN or x.device.type != "cpu" or runs_kernels(x) or x.numel() > most
+    ):  # a graph is for any size
         return False
     return x.dtype in (torch.float32, torch.float64) and all(t.dtype == x.dtype and t.shape == x.shape for t in tensors[1:])
 

@@ -7,8 +7,8 @@ A row formula takes log_p, log_q, then scalars, and returns f and its partials b
 p may be *given* as probabilities instead, which need not sum to 1: then f takes p itself, and ∂L/∂p_j = ∂f/∂p_j. A weight of
 each column multiplies f. A z-loss adds z · lse², lse = log Σ exp(x / T). A factor multiplies all of it.
 
-    forward   reads both rows; kernels save six numbers a row: max and log Σ exp(· - max) of each (apart, as in label_rows), and
-              the two sums of partials
+    forward   reads both rows; kernels save six numbers a row: max and log Σ exp(· - max) of each (apart, as in label_rows),
+              and the two sums of partials
     backward  reads both rows and writes the gradients
 
 **The rule of one read.** In general f needs both log Σ first: two reads, the second out of the cache. One is enough where f is
@@ -58,8 +58,9 @@ class PairBridge(Bridge):
     def on_a_cpu(self, problem, tensors):
         """Either row of a pair may be what the gradient is wanted of."""
         p, q, labelled = *tensors[:2], len(tensors) == self.inputs
-        if problem.given and not labelled and not p.requires_grad and aten_is_best(q) and not torch._C._len_torch_dispatch_stack():
-            return blocks.small(self.padded(tensors), problem)
+        if problem.given and not labelled and not p.requires_grad and aten_is_best(q):
+            if not torch._C._len_torch_dispatch_stack():
+                return blocks.small(self.padded(tensors), problem)
         if keeps_for_backward(q if q.requires_grad else p):
             problem = Keeping(problem)
         return APPLY[len(tensors)](problem, *tensors)
@@ -93,7 +94,7 @@ def in_plain_torch(problem, *tensors):
 
 
 def walk(tensors, problem, task):
-    """One Pass over the pairs, by kernels, which want a readable pair, or in blocks. Returns their losses (rows,), 0 where ignored.
+    """One Pass over the pairs, by kernels, which want a readable pair, or in blocks. Returns their losses, 0 where ignored.
 
     The problem reduces nothing; its dtype is the one that its losses are computed in.
     """

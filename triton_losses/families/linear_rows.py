@@ -181,7 +181,9 @@ class LinearRows(torch.autograd.Function):
     """losses, entropies (where the formula saves them), weights, saved, likeliest: the first two are differentiable."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, class_weights, formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype, stats):
+    def forward(
+        ctx, hidden, weight, bias, labels, class_weights, formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype, stats
+    ):
         ctx.options = formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype
         found = linear_rows_forward(hidden, weight, bias, labels, class_weights, None, [False] * 3, *ctx.options, stats)
         losses, weights, saved, likeliest, *_ = found
@@ -309,7 +311,9 @@ def linear_rows(
         if stats:
             raise NotImplementedError("stats of the rows are for plain calls on a CPU or GPU, not for torch.func's transforms")
         losses, weights = whole(hidden, weight, bias, labels, class_weights, (), *options, dtype)
-        entropy = whole(hidden, weight, bias, labels, None, (), "row_entropy", *options[1:], dtype)[0] if formula.name == BESIDE_ENTROPY else None
+        entropy = (
+            whole(hidden, weight, bias, labels, None, (), "row_entropy", *options[1:], dtype)[0] if formula.name == BESIDE_ENTROPY else None
+        )
         return Rows((losses * upstream).sum() if total else None, losses, entropy, weights)
     if not total:
         return Rows(None, *LinearRows.apply(hidden, weight, bias, labels, class_weights, *options, chunk_bytes, kept_tokens, dtype, stats))

@@ -1,22 +1,18 @@
-"""Losses of two rows by kernels: one program is one pair of rows.
-
-Both rows are walked together, as label_rows.py walks one: in vectors of 16 bytes, the elements before the first
-aligned vector and after the last as one narrow tile, the *edge*. Here the edge has the shape of all other tiles, its two ends
-in the first two lanes, so that one function folds them all.
+"""Losses of two rows by kernels: one program is one pair of rows, walked as row_pairs.py says.
 
 Both kernels are built without fused multiply-adds. The compiler fuses what it likes, and so may round Σ exp of p and of q
 differently: identical rows would not give exactly 0, neither as a loss nor as a gradient.
 
-What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is reduced,
-the losses, and, where there are labels, 1 for each row that counts; then max p, log Σ exp(p - max p), the same of q,
-Σ ∂f/∂log p and Σ ∂f/∂log q; at last, where the mean is over the rows that count, how many those are.
+What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is
+reduced, the losses, and, where there are labels, 1 for each row that counts; then max p, log Σ exp(p - max p), the same of q,
+Σ ∂f/∂log p and Σ ∂f/∂log q; at last, where there are labels and a reduction, how many rows count.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from triton_losses.core.device_math import as_scalars, exact, exp, load_zeros
+from triton_losses.core.device_math import as_scalars, exact, exp
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import planned
@@ -25,227 +21,16 @@ from triton_losses.core.rows import readable
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
-from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, configs, rule, span_of, take, write_zeros
+from triton_losses.kernels.row_pairs import edge_tile, in_one_read, in_two_reads, load_pair, read_formula
+from triton_losses.kernels.rows import configs, rule, span_of, write_zeros
 
 VECTOR = 16  # bytes; both rows of a pair must start at the same place within one
 SAVED = 6  # numbers a row that the backward reads
 
 
-@triton.jit
-def edge_tile(head, vectors, cols, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns of the edge, (LANES, VEC), and which of them exist."""
-    lanes = tl.arange(0, LANES)[:, None]
-    i = tl.arange(0, VEC)[None, :]
-    columns = tl.where(lanes == 0, i, head + vectors * VEC + i)
-    return columns, ((lanes == 0) & (i < head)) | ((lanes == 1) & (columns < cols))
-
-
-@triton.jit
-def load_logits(pointers, mask, scale, COMPUTE: tl.constexpr, EVICT: tl.constexpr):
-    """Logits over the temperature; -inf where the mask forbids."""
-    if mask is None:
-        return tl.load(pointers, eviction_policy=EVICT).to(COMPUTE) * scale
-    else:
-        return tl.load(pointers, mask=mask, other=-float("inf"), eviction_policy=EVICT).to(COMPUTE) * scale
-
-
-@triton.jit
-def load_pair(p, q, mask, scale, GIVEN: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr):
-    a = load_zeros(p, mask).to(COMPUTE) if GIVEN else load_logits(p, mask, scale, COMPUTE, EVICT)
-    return a, load_logits(q, mask, scale, COMPUTE, EVICT)
-
-
-@triton.jit
-def read_formula(p, q, weights, mask, scalars, FORMULA: tl.constexpr, WEIGHTED: tl.constexpr):
-    """f, ∂f/∂log p (or ∂f/∂p, where p is given) and ∂f/∂log q, times the weights; 0 where the mask forbids."""
-    out = FORMULA(p, q, *scalars)
-    f = out[0]
-    d_p = out[1]
-    d_q = out[2]
-    if WEIGHTED:
-        w = load_zeros(weights, mask).to(q.dtype)
-        f *= w
-        d_p *= w
-        d_q *= w
-    if mask is not None:
-        f = tl.where(mask, f, 0.0)
-        d_p = tl.where(mask, d_p, 0.0)
-        d_q = tl.where(mask, d_q, 0.0)
-    return f, d_p, d_q
-
-
-# One read: sums of f as if the maxima so far were log Σ exp, moved whenever a maximum rises
-
-
-@triton.jit
-def moved(total_f, total_d, by_p, by_q, GIVEN: tl.constexpr):
-    """Σ f and Σ ∂f/∂log q once log p has moved by ``by_p`` and log q by ``by_q``: see the rule of one read."""
-    distance = by_q if GIVEN else by_q - by_p
-    total_f += tl.where(total_d == 0.0, 0.0, distance * total_d)  # the first maximum is -3e38: nothing, infinitely far away
-    if not GIVEN:
-        factor = exp(by_p)
-        total_f = tl.where(factor == 0.0, 0.0, total_f * factor)
-        total_d *= factor
-    return total_f, total_d
-
-
-@triton.jit
-def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Fold pairs of tiles into each lane's maxima and sums; one rescale for all of them. weights: where each pair's lie."""
-    top_p, top_q, total_q, total_f, total_d = state
-    new_p = top_p
-    new_q = top_q
-    for i in tl.static_range(len(tiles) // 2):
-        if not GIVEN:
-            new_p = tl.maximum(new_p, tl.max(tiles[2 * i], 1))
-        new_q = tl.maximum(new_q, tl.max(tiles[2 * i + 1], 1))
-    total_f, total_d = moved(total_f, total_d, top_p - new_p, top_q - new_q, GIVEN)
-    total_q *= exp(top_q - new_q)
-    for i in tl.static_range(len(tiles) // 2):
-        p = tiles[2 * i]
-        if not GIVEN:
-            p -= new_p[:, None]
-        q = tiles[2 * i + 1] - new_q[:, None]
-        f, _, d = read_formula(p, q, weights[i], mask, scalars, FORMULA, WEIGHTED)
-        total_f += tl.sum(f, 1)
-        total_d += tl.sum(d, 1)
-        total_q += tl.sum(exp(q), 1)
-    return new_p, new_q, total_q, total_f, total_d
-
-
-@triton.jit
-def in_one_read(
-    p, q, start_p, start_q, weight, cols, scale, scalars,
-    FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Of one pair of rows: max and log Σ exp(· - max) of p and of q, Σ ∂f/∂log p, Σ ∂f/∂log q and Σ f."""
-    head, vectors = span_of(start_q, cols, VEC, EDGE)
-    first_p = p + (start_p + head) // VEC * VEC  # says that it is aligned
-    first_q = q + (start_q + head) // VEC * VEC
-    lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    lowest = tl.full((LANES,), LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
-    none = tl.zeros((LANES,), COMPUTE)
-    state = (none if GIVEN else lowest, lowest, none, none, none)
-    unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
-    for v in range(0, unmasked, LANES * UNROLL):
-        tiles = ()
-        weights = ()
-        for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            tiles += load_pair(first_p + at, first_q + at, None, scale, GIVEN, COMPUTE, "evict_first")
-            weights += (weight + head + at,)
-        state = fold(state, tiles, weights, None, scalars, FORMULA, GIVEN, WEIGHTED)
-    for v in range(unmasked, vectors, LANES):
-        mask = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        tiles = load_pair(first_p + at, first_q + at, mask, scale, GIVEN, COMPUTE, "evict_first")
-        state = fold(state, tiles, (weight + head + at,), mask, scalars, FORMULA, GIVEN, WEIGHTED)
-    if EDGE:
-        at, mask = edge_tile(head, vectors, cols, LANES, VEC)
-        tiles = load_pair(p + start_p + at, q + start_q + at, mask, scale, GIVEN, COMPUTE, "")
-        state = fold(state, tiles, (weight + at,), mask, scalars, FORMULA, GIVEN, WEIGHTED)
-    top_p, top_q, total_q, total_f, total_d = state
-    highest_p = tl.max(top_p, 0)
-    highest_q = tl.max(top_q, 0)
-    total_f, total_d = moved(total_f, total_d, top_p - highest_p, top_q - highest_q, GIVEN)
-    total_q = tl.sum(total_q * exp(top_q - highest_q), 0)
-    log_total_q = tl.log(total_q)
-    loss = tl.sum(total_f, 0)
-    slope_q = tl.sum(total_d, 0)
-    log_total_p = loss * 0.0
-    if GIVEN:
-        loss -= log_total_q * slope_q
-        slope_p = log_total_p
-    else:
-        log_total_p = tl.log(-slope_q)
-        loss = loss / -slope_q + tl.log(total_q / -slope_q)  # not a difference of logarithms: those are rounded
-        slope_q = slope_q / -slope_q  # -1, or the NaN of a row that has one
-        slope_p = loss - slope_q
-    return highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q, loss
-
-
-# Two reads: first max and Σ exp of each row, then sums of f; the second read comes out of L2
-
-
-@triton.jit
-def add_tiles(
-    totals, p, q, weights, mask, scale, rowwise, scalars,
-    FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
-    """Add f and its partials at one pair of tiles to each lane's sums."""
-    highest_p, log_total_p, highest_q, log_total_q = rowwise
-    log_p = (load_logits(p, mask, scale, COMPUTE, EVICT) - highest_p) - log_total_p
-    log_q = (load_logits(q, mask, scale, COMPUTE, EVICT) - highest_q) - log_total_q
-    f, d_p, d_q = read_formula(log_p, log_q, weights, mask, scalars, FORMULA, WEIGHTED)
-    return totals[0] + tl.sum(f, 1), totals[1] + tl.sum(d_p, 1), totals[2] + tl.sum(d_q, 1)
-
-
-@triton.jit
-def in_two_reads(
-    p, q, start_p, start_q, weight, cols, scale, scalars,
-    FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """As ``in_one_read``, of any formula of two rows of logits."""
-    head, vectors = span_of(start_q, cols, VEC, EDGE)
-    first_p = p + (start_p + head) // VEC * VEC
-    first_q = q + (start_q + head) // VEC * VEC
-    lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
-    top_p = tl.full((LANES,), LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
-    top_q = top_p
-    sum_p = tl.zeros((LANES,), COMPUTE)
-    sum_q = sum_p
-    for v in range(0, unmasked, LANES * UNROLL):
-        tiles_p = ()
-        tiles_q = ()
-        for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            tiles_p += (load_logits(first_p + at, None, scale, COMPUTE, "evict_last"),)
-            tiles_q += (load_logits(first_q + at, None, scale, COMPUTE, "evict_last"),)
-        top_p, sum_p = take(tiles_p, top_p, sum_p)
-        top_q, sum_q = take(tiles_q, top_q, sum_q)
-    for v in range(unmasked, vectors, LANES):
-        mask = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        top_p, sum_p = take((load_logits(first_p + at, mask, scale, COMPUTE, "evict_last"),), top_p, sum_p)
-        top_q, sum_q = take((load_logits(first_q + at, mask, scale, COMPUTE, "evict_last"),), top_q, sum_q)
-    if EDGE:
-        edge, exists = edge_tile(head, vectors, cols, LANES, VEC)
-        top_p, sum_p = take((load_logits(p + start_p + edge, exists, scale, COMPUTE, ""),), top_p, sum_p)
-        top_q, sum_q = take((load_logits(q + start_q + edge, exists, scale, COMPUTE, ""),), top_q, sum_q)
-    highest_p = tl.max(top_p, 0)
-    highest_q = tl.max(top_q, 0)
-    log_total_p = tl.log(tl.sum(sum_p * exp(top_p - highest_p), 0))
-    log_total_q = tl.log(tl.sum(sum_q * exp(top_q - highest_q), 0))
-    rowwise = highest_p, log_total_p, highest_q, log_total_q
-    none = tl.zeros((LANES,), COMPUTE)
-    totals = (none, none, none)
-    for v in range(0, unmasked, LANES):
-        at = v * VEC + tile
-        totals = add_tiles(
-            totals, first_p + at, first_q + at, weight + head + at, None, scale, rowwise, scalars, FORMULA, WEIGHTED, COMPUTE, "evict_first"
-        )
-    for v in range(unmasked, vectors, LANES):
-        at = v * VEC + tile
-        mask = (v + lanes < vectors)[:, None]
-        totals = add_tiles(
-            totals, first_p + at, first_q + at, weight + head + at, mask, scale, rowwise, scalars, FORMULA, WEIGHTED, COMPUTE, "evict_first"
-        )
-    if EDGE:
-        edge, exists = edge_tile(head, vectors, cols, LANES, VEC)  # made anew, for the loops would have to hold it
-        totals = add_tiles(
-            totals, p + start_p + edge, q + start_q + edge, weight + edge, exists, scale, rowwise, scalars, FORMULA, WEIGHTED, COMPUTE, ""
-        )
-    total_f, total_p, total_q = totals
-    return highest_p, log_total_p, highest_q, log_total_q, tl.sum(total_p, 0), tl.sum(total_q, 0), tl.sum(total_f, 0)
-
-
 @triton.jit(
-    repr=name_of("distribution_rows_forward"), do_not_specialize=["rows", "ignore_index"],
+    repr=name_of("distribution_rows_forward"),
+    do_not_specialize=["rows", "ignore_index"],
     do_not_specialize_on_alignment=["labels", "losses", "state"],
 )
 def forward_kernel(
@@ -311,7 +96,8 @@ def store_gradients(
 
 
 @triton.jit(
-    repr=name_of("distribution_rows_backward"), do_not_specialize=["rows", "ignore_index", "dout_stride"],
+    repr=name_of("distribution_rows_backward"),
+    do_not_specialize=["rows", "ignore_index", "dout_stride"],
     do_not_specialize_on_alignment=["labels", "state", "dout"],
 )
 def backward_kernel(
@@ -427,7 +213,7 @@ def state_of(q, problem, labels, wide):
 
 @planned
 def plan(tensors, problem, wanted):
-    """Of the forward where nothing is wanted, else of the backward: the launch, or False where the tensors have to be arranged."""
+    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged first."""
     p, q, weight, labels, dout = tensors
     first, second = readable_pair(p, q)
     if first is not p or second is not q or not all(t.is_contiguous() for t in given((weight, labels))):

@@ -40,7 +40,17 @@ def held(logits):
 
 
 @triton.jit
-def load_tiles(at, class_stride, mask, shape, COUNT: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EVICT: tl.constexpr, COMPUTE: tl.constexpr):
+def load_tiles(
+    at,
+    class_stride,
+    mask,
+    shape,
+    COUNT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVICT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """COUNT classes of a block of pixels: all loads first, so that they travel together."""
     tiles = ()
     for i in tl.static_range(COUNT):
@@ -270,12 +280,40 @@ def backward_kernel(
         for c in range(0, together, UNROLL):
             loaded = load_tiles(at + c * stride, stride, mask, shape, UNROLL, CAPPED, SCALED, "evict_first", COMPUTE)
             write_tiles(
-                out + c * plane, plane, loaded, c, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED
+                out + c * plane,
+                plane,
+                loaded,
+                c,
+                mask,
+                highest,
+                log_total,
+                factors,
+                place,
+                kept,
+                class_weights,
+                shape,
+                SLOTS,
+                WEIGHTED,
+                CAPPED,
             )
         for c in range(together, classes):
             loaded = load_tiles(at + c * stride, stride, mask, shape, 1, CAPPED, SCALED, "evict_first", COMPUTE)
             write_tiles(
-                out + c * plane, plane, loaded, c, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED
+                out + c * plane,
+                plane,
+                loaded,
+                c,
+                mask,
+                highest,
+                log_total,
+                factors,
+                place,
+                kept,
+                class_weights,
+                shape,
+                SLOTS,
+                WEIGHTED,
+                CAPPED,
             )
 
 

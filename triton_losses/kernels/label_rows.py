@@ -93,7 +93,9 @@ def name_of_pass(spec):
 
 
 @triton.jit(
-    repr=name_of_pass, debug=True, do_not_specialize=["rows", "ignore_index", "upstream_stride"],
+    repr=name_of_pass,
+    debug=True,
+    do_not_specialize=["rows", "ignore_index", "upstream_stride"],
     do_not_specialize_on_alignment=["losses", "saved", "likeliest", "upstream"],
 )
 def rows_kernel(
@@ -348,4 +350,3 @@ def statistics_backward(tensors, saved, upstream, problem, wanted):
     task = Pass(saved[0], grad=grad, upstream=torch.ones_like(upstream[0]), operands=upstream)
     walk((logits, tensors[1], None), problem._replace(formula="along"), task)
     return [grad]
-

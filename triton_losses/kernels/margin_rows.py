@@ -131,7 +131,9 @@ def sums_over_others(
 
 
 @triton.jit(
-    repr=name_of("margin_rows_forward"), debug=True, do_not_specialize=["rows"],
+    repr=name_of("margin_rows_forward"),
+    debug=True,
+    do_not_specialize=["rows"],
     do_not_specialize_on_alignment=["labels", "class_weights", "losses", "slopes"],
 )
 def forward_kernel(
@@ -196,7 +198,9 @@ def store_gradient(
 
 
 @triton.jit(
-    repr=name_of("margin_rows_backward"), debug=True, do_not_specialize=["rows", "dout_stride"],
+    repr=name_of("margin_rows_backward"),
+    debug=True,
+    do_not_specialize=["rows", "dout_stride"],
     do_not_specialize_on_alignment=["labels", "class_weights", "slopes", "dout"],
 )
 def backward_kernel(

@@ -50,9 +50,7 @@ def direction(which):
     return lambda spec: f"pairs_{which}_{spec.constants['LOSS'].__name__}"
 
 
-@triton.jit(
-    repr=direction("forward"), do_not_specialize=["rows"], do_not_specialize_on_alignment=["target", "losses", "sums"]
-)
+@triton.jit(repr=direction("forward"), do_not_specialize=["rows"], do_not_specialize_on_alignment=["target", "losses", "sums"])
 def forward_kernel(
     vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * VEC
     target,  # (rows,) where TARGETED
@@ -157,7 +155,14 @@ def backward_kernel(
 def key(args):
     aligned = all(v.data_ptr() % VECTOR == 0 for v in args["vectors"])
     dtypes = tuple(str(v.dtype) for v in args["vectors"])
-    return (args["FORMULA"].__name__, args["LOSS"].__name__, triton.next_power_of_2(args["cols"]), *dtypes, aligned, *(args.get(name) for name in ("PAIRS", "VEC", "WANTED")))
+    return (
+        args["FORMULA"].__name__,
+        args["LOSS"].__name__,
+        triton.next_power_of_2(args["cols"]),
+        *dtypes,
+        aligned,
+        *(args.get(name) for name in ("PAIRS", "VEC", "WANTED")),
+    )
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much

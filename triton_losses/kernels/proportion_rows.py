@@ -2,9 +2,9 @@
 
 Rows are walked as in distribution_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge.
 
-What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is reduced,
-the losses, and, where there are labels, 1 for each row that counts; then Σ x and Σ p ∂f/∂p; at last, where the mean is over the
-rows that count, how many those are.
+What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is
+reduced, the losses, and, where there are labels, 1 for each row that counts; then Σ x and Σ p ∂f/∂p; at last, where there are
+labels and a reduction, how many rows count.
 """
 
 import torch
@@ -19,10 +19,11 @@ from triton_losses.core.plan import planned
 from triton_losses.core.reduction import widest
 from triton_losses.core.rows import counted, readable
 from triton_losses.core.tuning import Tuned
-from triton_losses.kernels.distribution_rows import VECTOR, edge_tile, readable_pair, room_for_gradient
+from triton_losses.kernels.distribution_rows import VECTOR, readable_pair, room_for_gradient
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
 from triton_losses.kernels.label_rows import label_of
+from triton_losses.kernels.row_pairs import edge_tile
 from triton_losses.kernels.rows import configs, rule, span_of
 
 SAVED = 2  # numbers a row that the backward reads
@@ -90,7 +91,9 @@ def sums_of_pair(
 
 
 @triton.jit(
-    repr=name_of("proportion_rows_forward"), debug=True, do_not_specialize=["rows", "ignore_index"],
+    repr=name_of("proportion_rows_forward"),
+    debug=True,
+    do_not_specialize=["rows", "ignore_index"],
     do_not_specialize_on_alignment=["losses", "state"],
 )
 def forward_kernel(
@@ -144,7 +147,9 @@ def store_gradients(
 
 
 @triton.jit(
-    repr=name_of("proportion_rows_backward"), debug=True, do_not_specialize=["rows", "ignore_index", "dout_stride"],
+    repr=name_of("proportion_rows_backward"),
+    debug=True,
+    do_not_specialize=["rows", "ignore_index", "dout_stride"],
     do_not_specialize_on_alignment=["state", "dout"],
 )
 def backward_kernel(
@@ -244,7 +249,7 @@ def state_of(x, y, problem):
 
 @planned
 def plan(tensors, problem, wanted):
-    """Of the forward where nothing is wanted, else of the backward: the launch, or False where the tensors have to be arranged."""
+    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged first."""
     x, y, dout = tensors
     first, second = arranged(x, y)
     if first is not x or second is not y:
@@ -292,7 +297,7 @@ def prepared(tensors, problem, wanted=(), dout=None):
     """The launch, and x and y as its kernel wants them."""
     x, y = tensors
     if INTERPRET and not y.is_floating_point():
-        counted(y, None, x.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
+        counted(y, None, x.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class
     launch = plan((x, y, dout), problem, wanted)
     if not launch:
         x, y = arranged(x, y)
