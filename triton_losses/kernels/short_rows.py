@@ -139,7 +139,8 @@ def config(args, elements, warps):
     if args["FORWARD"] and not args["BACKWARD"] and not any(args["SLOTS"][1:5]):
         return {"ROWS": warps * WARP, "BLOCK": 1, "num_warps": warps}
     block = triton.next_power_of_2(max(args["cols"], 1))
-    return {"ROWS": max(elements // block, 1), "BLOCK": block, "num_warps": warps}
+    rows = min(max(elements // block, 1), warps * WARP)  # a thread has one row at most: more would not fit its registers
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
 def configs(args):
