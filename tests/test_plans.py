@@ -210,6 +210,12 @@ def test_a_plan_serves_its_own_kind_of_call_alone(family, data):
             assert_plans_are_right(both_passes(data, FAMILIES[family](data, dtype)))
 
 
+def test_no_rows_one_row_and_several_are_of_three_kinds():
+    """Strides mean nothing where there is one row, nor where there is none; of several, how many does not matter."""
+    none, one, two, three = (plan.kind_of(torch.zeros(8)[:8].as_strided((rows, 2), (2, 1))) for rows in range(4))
+    assert two == three and len({none, one, two}) == 3
+
+
 def test_a_second_call_goes_directly_and_not_where_launches_are_observed(monkeypatch):
     x, y = torch.zeros(64), torch.zeros(64)
     public = []

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from triton_losses.core import tuning
+from triton_losses.core import launch, tuning
 from triton_losses.core.op import STATE
 
 SLOW, FAST, MIDDLE = {"BLOCK": 1, "num_warps": 1}, {"BLOCK": 2, "num_warps": 2}, {"BLOCK": 3, "num_warps": 4}
@@ -36,7 +36,8 @@ class Kernel:
         self.compiled.append(args["BLOCK"])
 
     def __getitem__(self, grid):
-        def launch(**args):
+        def launch(*values, **args):
+            args |= dict(zip(self.arg_names, values))
             self.launches.append((grid, args))
             args["x"] += 1
 
@@ -53,9 +54,14 @@ def make(kernel=None, **changes):
         "configs": [FAST, MIDDLE],
         "rule": lambda args: SLOW,
         "key": lambda args: (args["formula"], args["columns"], str(args["x"].dtype)),
-        "programs": lambda args, config: args["rows"],
+        "programs": lambda rows, fixed: rows,
+        "size": "rows",
     }
     return tuning.Tuned(kernel or Kernel(), **{**options, **changes})
+
+
+def run(tuned, **args):
+    tuned.bind(**args)(args["x"], args["rows"])
 
 
 @pytest.fixture
@@ -70,6 +76,7 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_LOSSES_CACHE_DIR", str(tmp_path / "choices"))
     monkeypatch.setattr(tuning, "INTERPRET", False)
+    monkeypatch.setattr(launch, "DIRECT", False)
     monkeypatch.setattr(tuning, "autotune", True)
     monkeypatch.setattr(tuning, "can_measure", lambda: True)
     monkeypatch.setattr(tuning, "capturing", lambda: False)
@@ -104,7 +111,7 @@ def raises(error):
 
 def test_the_fastest_configuration_wins_and_is_launched(gpu):
     kernel = Kernel()
-    make(kernel)(**arguments(rows=5))
+    run(make(kernel), **arguments(rows=5))
     assert gpu == [1, 2, 3]
     grid, args = kernel.launches[-1]
     assert grid == (5,) and args["BLOCK"] == 2 and args["num_warps"] == 2 and args["enable_fp_fusion"] is True
@@ -134,6 +141,10 @@ def test_what_was_chosen_has_the_form_of_what_is_known(gpu, monkeypatch, tmp_pat
     assert make().config(arguments()) == FAST and gpu == []
 
 
+def test_a_kernel_with_one_configuration_is_not_measured(gpu, tmp_path):
+    assert make(configs=[]).config(arguments()) == SLOW and gpu == [] and files(tmp_path) == []
+
+
 def test_the_rule_wins_a_tie(gpu, monkeypatch):
     monkeypatch.setattr(tuning, "median_ms", lambda launch: 1.0)
     assert make().config(arguments()) == SLOW
@@ -142,7 +153,7 @@ def test_the_rule_wins_a_tie(gpu, monkeypatch):
 def test_it_measures_once_for_any_row_count(gpu):
     tuned = make()
     for rows in (4, 1, 4096, 4):
-        tuned(**arguments(rows=rows))
+        run(tuned, **arguments(rows=rows))
     assert gpu == [1, 2, 3]
 
 
@@ -150,8 +161,8 @@ def test_it_measures_once_for_any_row_count(gpu):
 def test_it_measures_once_per_formula_columns_and_dtype(gpu, change):
     tuned = make()
     for _ in range(2):
-        tuned(**arguments())
-        tuned(**arguments(**change))
+        run(tuned, **arguments())
+        run(tuned, **arguments(**change))
     assert gpu == [1, 2, 3] * 2
 
 
@@ -260,7 +271,7 @@ def test_the_rule_decides_where_nothing_can_be_measured(gpu, monkeypatch, tmp_pa
 def test_the_interpreter_follows_the_rule_and_is_told_no_launch_options(gpu, monkeypatch):
     monkeypatch.setattr(tuning, "INTERPRET", True)
     kernel = Kernel()
-    make(kernel)(**arguments())
+    run(make(kernel), **arguments())
     ((_, args),) = kernel.launches
     assert gpu == [] and args["BLOCK"] == 1 and set(args) == set(Kernel.arg_names)
 
@@ -307,7 +318,7 @@ def test_no_memory_for_the_sample_is_survived_and_not_remembered(gpu, tmp_path):
 
 def test_the_sample_is_what_is_measured_and_all_rows_are_launched(gpu):
     kernel = Kernel()
-    make(kernel, sample=lambda args: {**args, "x": args["x"][:2], "rows": 2})(**arguments(rows=9))
+    run(make(kernel, sample=lambda args: {**args, "x": args["x"][:2], "rows": 2}), **arguments(rows=9))
     assert [grid for grid, _ in kernel.launches] == [(2,), (2,), (2,), (9,)]
 
 
@@ -316,7 +327,7 @@ def test_what_a_kernel_updates_in_place_is_measured_on_copies(gpu):
     tuned = make(kernel, written=("x",))
     tuned.config(args)
     assert len(kernel.launches) == 3 and (args["x"] == 0).all()
-    tuned(**args)
+    run(tuned, **args)
     assert (args["x"] == 1).all()
 
 
@@ -387,7 +398,7 @@ def test_shapes_only_launches_and_measures_nothing(gpu, monkeypatch):
     kernel = Kernel()
     tuned = make(kernel)
     monkeypatch.setattr(STATE, "shapes_only", True, raising=False)
-    tuned(**arguments())
+    tuned.bind(**arguments())
     assert tuned.config(arguments()) == SLOW
     assert kernel.launches == [] and gpu == []
 
@@ -395,8 +406,8 @@ def test_shapes_only_launches_and_measures_nothing(gpu, monkeypatch):
 def test_zero_programs_launch_and_measure_nothing(gpu):
     kernel = Kernel()
     tuned = make(kernel)
-    tuned(**arguments(rows=0))
+    run(tuned, **arguments(rows=0))
     assert kernel.launches == [] and gpu == []
-    tuned(**arguments())
-    tuned(**arguments(rows=0))
+    run(tuned, **arguments())
+    run(tuned, **arguments(rows=0))
     assert gpu == [1, 2, 3] and len(kernel.launches) == 4

@@ -76,7 +76,9 @@ def reduced(losses, problem, count):
 
 def small(tensors, problem):
     """(loss,) of a few rows that all count, where p is given and takes no gradient: then autograd can follow the formula itself."""
-    p, q, weight, _ = tensors
+    p, q, weight, labels = tensors
+    if not problem.given or labels is not None or p.requires_grad:
+        return None
     wide = widest((p, q))
     a, b, lse = log_rows(p, q, problem, wide)
     f = FORMULAS[problem.formula].value(a, b, *problem.scalars)

@@ -14,9 +14,9 @@ outputs; saved is what a reading leaves for its own backward, and nobody else lo
               and its backward takes no ``saved``; without a backward of its own autograd differentiates its forward
 
 The blocks may have ``scratch(tensors, problem)``: memory in which the forward leaves what the backward will change, or None. Both
-then take it as a last argument. And they may have ``small(tensors, problem)``: the outputs, in a tuple, of so few numbers that a call is
-all overhead, by operations that autograd differentiates by itself; or None. A second backward has none, or what ``scratch_again`` makes. It is for plain calls: an op may not
-change what it has handed out.
+then take it as a last argument. A second backward has none, or what ``scratch_again`` makes. It is for plain calls: an op may not
+change what it has handed out. And they may have ``small(tensors, problem)``: the outputs, in a tuple, of so few numbers that a
+call is all overhead, by operations that autograd differentiates by itself; or None.
 """
 
 import typing
@@ -26,7 +26,7 @@ import torch
 
 from triton_losses.core.compiler import runs_kernels
 from triton_losses.core.launch import on_device_of
-from triton_losses.core.op import DEVICES, LIBRARY, STATE, differentiated_again, is_watched, keeps_for_backward, read_whole
+from triton_losses.core.op import DEVICES, define, differentiated_again, is_watched, keeps_for_backward, read_whole
 from triton_losses.core.threads import aten_is_best
 
 SCHEMA = {
@@ -34,6 +34,7 @@ SCHEMA = {
     int: "int",
     float: "float",
     bool: "bool",
+    torch.SymInt: "SymInt",  # an integer that a compiled graph does not fix
     torch.dtype: "ScalarType",
     int | None: "int?",
     tuple[float, ...]: "float[]",
@@ -81,7 +82,7 @@ class Bridge:
             found = self.blocks.small(self.padded(tensors), problem)
             if found is not None:
                 return found
-        if hasattr(self.blocks, "scratch") and keeps_for_backward(tensors[0]):
+        if hasattr(self.blocks, "scratch") and any(t is not None and keeps_for_backward(t) for t in tensors):
             problem = Keeping(problem)
         return APPLY[len(tensors)](problem, *tensors)
 
@@ -150,26 +151,6 @@ class Bridge:
         if scratch is None and hasattr(self.blocks, "scratch_again"):
             scratch = self.blocks.scratch_again(self.padded(tensors), problem)
         return self.blocks.backward(self.padded(tensors), saved, upstream, problem, wanted, scratch)
-
-
-def define(name, schema, body):
-    """The op ``triton_losses::name``. The first of its tensors is on the device to run on."""
-
-    def run(tensors, *args):
-        return on_device_of(tensors[0], body, tensors, *args)
-
-    def fake(*args):
-        before, STATE.shapes_only = getattr(STATE, "shapes_only", False), True
-        try:
-            return body(*args)
-        finally:
-            STATE.shapes_only = before
-
-    LIBRARY.define(name + schema)
-    for key in ("CUDA", "XPU", "CPU"):
-        LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"triton_losses::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.triton_losses, name).default
 
 
 # Autograd Functions. torch.compile wants a fixed number of parameters, so each number of tensors has its own.

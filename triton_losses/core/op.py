@@ -10,6 +10,7 @@ import threading
 import torch
 
 from triton_losses.core.compiler import INTERPRET, runs_kernels
+from triton_losses.core.launch import on_device_of
 
 is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 LIBRARY = torch.library.Library("triton_losses", "DEF")
@@ -25,44 +26,37 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 GIVEN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
-def op(fn):
-    """Define ``triton_losses::<fn>``; the first argument is a tensor, or a list of them, on the device to run on.
+def define(name, schema, body):
+    """The op ``triton_losses::name``. Its first argument is a tensor, or a list of them, on the device to run on."""
 
-    Called on plain tensors with nobody watching, the result runs the body itself: the dispatcher costs microseconds that
-    small losses feel. `.overload` is the op.
-    """
+    def run(first, *args):
+        return on_device_of(first[0] if isinstance(first, list) else first, body, first, *args)
 
-    @functools.wraps(fn)
-    def run(*args):
-        x = args[0][0] if isinstance(args[0], list) else args[0]
-        if x.is_cuda:
-            with torch.cuda.device(x.device), torch.autocast("cuda", enabled=False):
-                return fn(*args)
-        if torch.is_autocast_enabled(x.device.type):  # a compiled graph runs op bodies without autocast: eager must too
-            with torch.autocast(x.device.type, enabled=False):
-                return fn(*args)
-        return fn(*args)
-
-    @functools.wraps(fn)
     def fake(*args):
         before, STATE.shapes_only = shapes_only(), True
         try:
-            return fn(*args)
+            return body(*args)
         finally:
             STATE.shapes_only = before
 
-    LIBRARY.define(fn.__name__ + torch.library.infer_schema(fn, mutates_args=()))
+    LIBRARY.define(name + schema)
     for key in ("CUDA", "XPU", "CPU"):
-        LIBRARY.impl(fn.__name__, run, key)
-    torch.library.register_fake(f"triton_losses::{fn.__name__}", fake, lib=LIBRARY)
-    overload = getattr(torch.ops.triton_losses, fn.__name__).default
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"triton_losses::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.triton_losses, name).default
+
+
+def op(fn):
+    """Define ``triton_losses::<fn>``; the first argument is a tensor on the device to run on.
+
+    Where no op is needed, the result runs the body itself: the dispatcher costs microseconds that small losses feel. `.overload`
+    is the op.
+    """
+    overload = define(fn.__name__, torch.library.infer_schema(fn, mutates_args=()), fn)
 
     @functools.wraps(fn)
-    def call(*args):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return overload(*args)
-        x = args[0][0] if isinstance(args[0], list) else args[0]
-        return run(*args) if type(x) in PLAIN else overload(*args)
+    def call(x, *args):
+        return overload(x, *args) if is_watched(x) else on_device_of(x, fn, x, *args)
 
     call.overload = overload
     return call

@@ -14,12 +14,9 @@ found = []  # the plans of every such function
 
 
 def kind_of(tensor):
-    """What a plan may depend on: everything but the values, the address, and the number of rows beyond one."""
+    """What a plan may depend on: everything but the values, the address, and how many rows there are beyond none and one."""
     shape = tensor.shape
-    return tensor.dtype, shape[1:], shape[:1] > ONE, tensor.stride(), tensor.data_ptr() % 16 == 0
-
-
-ONE = torch.Size((1,))
+    return tensor.dtype, shape[1:], min(shape[0], 2) if shape else None, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
 def flat_kind_of(tensor):

@@ -42,7 +42,7 @@ name_of = functools.cache(lambda index: gpu().get_device_name(index))
 
 
 class Tuned:
-    """A @triton.jit kernel whose launch configuration is chosen once per GPU and ``key(args)``; call it with its arguments.
+    """A @triton.jit kernel whose launch configuration is chosen once per GPU and ``key(args)``.
 
     configs   the configurations to try, or a function of args that lists them: few, for each takes a first call its time
     rule      args -> the configuration when nothing is measured
@@ -54,16 +54,12 @@ class Tuned:
     fuse      whether the compiler may make one operation, rounded once, of a multiplication and an addition
     """
 
-    def __init__(self, kernel, *, configs, rule, key, programs, size=None, sample=None, written=(), fuse=True):
+    def __init__(self, kernel, *, configs, rule, key, programs, size, sample=None, written=(), fuse=True):
         self.kernel, self.rule, self.key, self.size = kernel, rule, key, size
         self.programs_of = programs
         self.configs = configs if callable(configs) else lambda args: configs
         self.sample, self.written, self.chosen = sample, written, {}
         self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # said always: Triton 3.10 flips the default
-
-    def __call__(self, **args):
-        if not shapes_only():
-            self.launch(args, self.config(args))
 
     def bind(self, **args):
         """A launch for all calls of the kind that these arguments are of; those that the kernel does not have are left out."""
@@ -80,8 +76,6 @@ class Tuned:
         return launch
 
     def programs(self, args, config):
-        if self.size is None:
-            return self.programs_of(args, config)
         return self.programs_of(args[self.size], fixed={**args, **config})
 
     def launch(self, args, config):
@@ -114,6 +108,8 @@ class Tuned:
 
     def recall_or_measure(self, key, args, rule):
         shipped = [rule, *(config for config in self.configs(args) if config != rule)]
+        if len(shipped) == 1:
+            return rule
         path = self.path(key, args)
         choice = recall(path, shipped)
         if choice is None:

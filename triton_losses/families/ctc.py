@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from triton_losses.blocks import ctc as blocks
-from triton_losses.core.bridge import SCHEMA, Bridge
+from triton_losses.core.bridge import Bridge
 from triton_losses.core.compiler import triton
 from triton_losses.whole import ctc as whole
 
@@ -32,7 +32,6 @@ else:
     kernels = None
 
 WIDEST = 1 << 13  # labels and a blank: of more, a program's states would not fit its registers, and plain PyTorch walks
-SCHEMA[torch.SymInt] = "SymInt"
 
 
 class Problem(NamedTuple):

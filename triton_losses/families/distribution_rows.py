@@ -21,11 +21,9 @@ from typing import NamedTuple
 import torch
 
 from triton_losses.blocks import distribution_rows as blocks
-from triton_losses.core.bridge import APPLY, Bridge, Keeping
+from triton_losses.core.bridge import Bridge
 from triton_losses.core.compiler import runs_kernels, triton
-from triton_losses.core.op import keeps_for_backward
 from triton_losses.core.reduction import promoted, result_dtype
-from triton_losses.core.threads import aten_is_best
 from triton_losses.whole import distribution_rows as whole
 
 if triton is not None:
@@ -54,19 +52,7 @@ class Pass(NamedTuple):
     upstream: torch.Tensor | None = None  # (rows,) where a gradient is wanted
 
 
-class PairBridge(Bridge):
-    def on_a_cpu(self, problem, tensors):
-        """Either row of a pair may be what the gradient is wanted of."""
-        p, q, labelled = *tensors[:2], len(tensors) == self.inputs
-        if problem.given and not labelled and not p.requires_grad and aten_is_best(q):
-            if not torch._C._len_torch_dispatch_stack():
-                return blocks.small(self.padded(tensors), problem)
-        if keeps_for_backward(q if q.requires_grad else p):
-            problem = Keeping(problem)
-        return APPLY[len(tensors)](problem, *tensors)
-
-
-read = PairBridge("distribution_rows", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks, kernels=kernels)
+read = Bridge("distribution_rows", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks, kernels=kernels)
 
 
 def distribution_rows(

@@ -192,11 +192,9 @@ def forward_kernel(
 
 
 @triton.jit
-def gradient_of(
-    x, c, highest, log_total, factors, place, kept, class_weights, shape,
-    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+def gradient_of(x, c, pixels, class_weights, shape, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr):
     """∂L/∂x of class c; x is transformed already."""
+    highest, log_total, factors, place, kept = pixels
     softmax_factor, label_factor, uniform_factor, _ = factors
     g = tl.where(place == c, label_factor, 0.0).to(highest.dtype)
     if SLOTS[1] or SLOTS[2] or SLOTS[3]:
@@ -211,11 +209,10 @@ def gradient_of(
 
 @triton.jit
 def write_tiles(
-    at, class_stride, tiles, c, mask, highest, log_total, factors, place, kept, class_weights, shape,
-    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
+    at, class_stride, tiles, c, mask, pixels, class_weights, shape, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr
+):
     for i in tl.static_range(len(tiles)):
-        g = gradient_of(tiles[i], c + i, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
+        g = gradient_of(tiles[i], c + i, pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
         tl.store(at + i * class_stride, g.to(at.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
@@ -273,48 +270,17 @@ def backward_kernel(
     if SCALED:
         factor *= shape[1]
     factors = factors_of(partials, factor, mean_weight, classes, SLOTS, WEIGHTED)
+    of_pixels = (highest, log_total, factors, place, kept)
     if HELD:
-        write_tiles(out, plane, tiles, 0, mask, highest, log_total, factors, place, kept, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
+        write_tiles(out, plane, tiles, 0, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
     else:
         together = classes // UNROLL * UNROLL
         for c in range(0, together, UNROLL):
             loaded = load_tiles(at + c * stride, stride, mask, shape, UNROLL, CAPPED, SCALED, "evict_first", COMPUTE)
-            write_tiles(
-                out + c * plane,
-                plane,
-                loaded,
-                c,
-                mask,
-                highest,
-                log_total,
-                factors,
-                place,
-                kept,
-                class_weights,
-                shape,
-                SLOTS,
-                WEIGHTED,
-                CAPPED,
-            )
+            write_tiles(out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
         for c in range(together, classes):
             loaded = load_tiles(at + c * stride, stride, mask, shape, 1, CAPPED, SCALED, "evict_first", COMPUTE)
-            write_tiles(
-                out + c * plane,
-                plane,
-                loaded,
-                c,
-                mask,
-                highest,
-                log_total,
-                factors,
-                place,
-                kept,
-                class_weights,
-                shape,
-                SLOTS,
-                WEIGHTED,
-                CAPPED,
-            )
+            write_tiles(out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
@@ -422,32 +388,30 @@ def saved_of(logits, formula):
     return logits.new_empty((count, images, pixels) if count else (0,), dtype=compute_dtype(logits.dtype))
 
 
+def spans_of(logits):
+    return -(-logits.shape[2] * logits.element_size() // SPAN)
+
+
 def sums_of(logits, spans):
     """Room for sums of losses and of weights, and for the sum of those."""
     return logits.new_empty(2 * logits.shape[0] * spans + 1, dtype=compute_dtype(logits.dtype))
 
 
 @planned
-def forward_plan(tensors, problem):
-    logits, labels, class_weights = tensors
-    wide, slots = compute_dtype(logits.dtype), slots_of(FORMULAS[problem.formula])
-    spans, weighted = -(-logits.shape[2] * logits.element_size() // SPAN), class_weights is not None and slots[2] > 0
-    if unreadable(*tensors):
-        return PlanesPlan(False, wide, spans, weighted)
-    none = problem.reduction == "none"
-    out = logits.new_empty(labels.shape, dtype=problem.dtype) if none else sums_of(logits, spans)
-    arguments = shared_arguments(*tensors, problem, saved_of(logits, FORMULAS[problem.formula]))
-    return PlanesPlan(True, wide, spans, weighted, launch=forward_launch.bind(out=out, REDUCE=not none, **arguments))
-
-
-@planned
-def backward_plan(tensors, problem):
-    logits, labels, class_weights, upstream, saved = tensors
-    wide, slots = compute_dtype(logits.dtype), slots_of(FORMULAS[problem.formula])
-    spans, weighted = -(-logits.shape[2] * logits.element_size() // SPAN), class_weights is not None and slots[2] > 0
-    same = not any(upstream.stride())  # one value, or one value expanded: what loss.sum().backward() sends
-    if unreadable(*tensors[:3]) or not (same or upstream.is_contiguous()):
-        return PlanesPlan(False, wide, spans, weighted, same)
+def plan(tensors, problem):
+    """Of the backward where there is an upstream gradient, else of the forward."""
+    *inputs, upstream, saved = tensors
+    logits, labels, class_weights = inputs
+    wide, formula, none = compute_dtype(logits.dtype), FORMULAS[problem.formula], problem.reduction == "none"
+    spans, mean_weight = spans_of(logits), class_weights is not None and slots_of(formula)[2] > 0
+    # one upstream gradient, or one expanded: what loss.sum().backward() sends
+    same = upstream is not None and not any(upstream.stride())
+    if unreadable(*inputs) or not (upstream is None or same or upstream.is_contiguous()):
+        return PlanesPlan(False, wide, spans, mean_weight, same)
+    if upstream is None:
+        out = logits.new_empty(labels.shape, dtype=problem.dtype) if none else sums_of(logits, spans)
+        arguments = shared_arguments(*inputs, problem, saved_of(logits, formula))
+        return PlanesPlan(True, wide, spans, mean_weight, same, forward_launch.bind(out=out, REDUCE=not none, **arguments))
     launch = backward_launch.bind(
         grad=logits.new_empty(logits.shape),
         upstream=upstream,
@@ -455,22 +419,22 @@ def backward_plan(tensors, problem):
         at_denominator=0,
         SAME=same,
         MEAN=problem.reduction == "mean",
-        **shared_arguments(logits, labels, class_weights, problem, saved),
+        **shared_arguments(*inputs, problem, saved),
     )
-    return PlanesPlan(True, wide, spans, weighted, same, launch)
+    return PlanesPlan(True, wide, spans, mean_weight, same, launch)
 
 
-def prepared(plan, tensors, problem):
-    """The plan, and the tensors as its kernel wants them, with the mean of the class weights."""
-    found = plan(tensors, problem)
+def prepared(tensors, problem, upstream=None, saved=None):
+    """The plan, what both kernels read as they want it, and the upstream gradient likewise."""
+    found = plan((*tensors, upstream, saved), problem)
     if not found.readable:
         logits, *others = tensors
         if logits.stride(2) != 1 and logits.shape[2] != 1:
             logits = logits.contiguous()
-        others = [t if t is None or found.same and t is others[2] else t.contiguous() for t in others]
-        tensors = (logits, *others)
-        found = plan(tensors, problem)
-    logits, labels, class_weights, *upstream = tensors
+        tensors = (logits, *(t if t is None else t.contiguous() for t in others))
+        upstream = upstream if upstream is None or found.same else upstream.contiguous()
+        found = plan((*tensors, upstream, saved), problem)
+    logits, labels, class_weights = tensors
     if INTERPRET:
         counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
     mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
@@ -481,26 +445,20 @@ def forward(tensors, problem):
     logits, labels, _ = tensors
     none, saved = problem.reduction == "none", saved_of(logits, FORMULAS[problem.formula])
     out = logits.new_empty(labels.shape if none else (), dtype=problem.dtype)
-    if shapes_only():
-        spans = -(-logits.shape[2] * logits.element_size() // SPAN)
-        return [out], [saved, saved.new_empty(0) if none else sums_of(logits, spans)]
-    found, inputs, _ = prepared(forward_plan, tensors, problem)
-    images = logits.shape[0]
-    if none:
-        found.launch(*inputs, saved, out, images)
-        return [out], [saved, saved.new_empty(0)]
-    sums = sums_of(logits, found.spans)
-    found.launch(*inputs, saved, sums, images)
-    finish(sums, out, images * found.spans, weights_at=2, mean=problem.reduction == "mean")
+    sums = saved.new_empty(0) if none else sums_of(logits, spans_of(logits))
+    if not shapes_only():
+        found, inputs, _ = prepared(tensors, problem)
+        found.launch(*inputs, saved, out if none else sums, logits.shape[0])
+        if not none:
+            finish(sums, out, logits.shape[0] * found.spans, weights_at=2, mean=problem.reduction == "mean")
     return [out], [saved, sums]
 
 
 def backward(tensors, saved, upstream, problem):
     logits, (statistics, sums) = tensors[0], saved
     grad = logits.new_empty(logits.shape)
-    if shapes_only():
-        return [grad]
-    found, inputs, (dout, statistics) = prepared(backward_plan, (*tensors, upstream[0], statistics), problem)
-    images = logits.shape[0]
-    found.launch(*inputs, statistics, grad, dout, sums, 2 * images * found.spans, images)
+    if not shapes_only():
+        found, inputs, dout = prepared(tensors, problem, upstream[0], statistics)
+        images = logits.shape[0]
+        found.launch(*inputs, statistics, grad, dout, sums, 2 * images * found.spans, images)
     return [grad]
