@@ -135,7 +135,7 @@ def test_what_is_known_of_a_gpu_is_not_measured(gpu, monkeypatch):
 def test_what_was_chosen_has_the_form_of_what_is_known(gpu, monkeypatch, tmp_path):
     tuned = make()
     tuned.config(arguments())
-    monkeypatch.setattr(tuning, "CHOICES", tuning.chosen([tuned]))
+    monkeypatch.setattr(tuning, "CHOICES", tuning.chosen())
     monkeypatch.setenv("TRITON_LOSSES_CACHE_DIR", str(tmp_path / "another"))
     gpu.clear()
     assert make().config(arguments()) == FAST and gpu == []

@@ -38,6 +38,7 @@ if triton is not None:
 log = logging.getLogger("triton_losses")
 one_at_a_time = threading.Lock()  # for all kernels: two that are measured at once would time each other
 autotune = os.environ.get("TRITON_LOSSES_AUTOTUNE", "1") != "0"
+made = []  # every Tuned
 name_of = functools.cache(lambda index: gpu().get_device_name(index))
 
 
@@ -59,6 +60,7 @@ class Tuned:
         self.programs_of = programs
         self.configs = configs if callable(configs) else lambda args: configs
         self.sample, self.written, self.chosen = sample, written, {}
+        made.append(self)
         self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # said always: Triton 3.10 flips the default
 
     def bind(self, **args):
@@ -77,6 +79,11 @@ class Tuned:
 
     def programs(self, args, config):
         return self.programs_of(args[self.size], fixed={**args, **config})
+
+    def candidates(self, args):
+        """What a first call compiles and measures: the rule's configuration and the others."""
+        rule = self.rule(args)
+        return [rule, *(config for config in self.configs(args) if config != rule)]
 
     def launch(self, args, config):
         programs = self.programs(args, config)
@@ -107,7 +114,7 @@ class Tuned:
         return self.chosen.get(key, rule)
 
     def recall_or_measure(self, key, args, rule):
-        shipped = [rule, *(config for config in self.configs(args) if config != rule)]
+        shipped = self.candidates(args)
         if len(shipped) == 1:
             return rule
         path = self.path(key, args)
@@ -199,10 +206,10 @@ def capturing():
     return gpu() is not None and gpu().is_current_stream_capturing()
 
 
-def chosen(kernels):
-    """What was chosen on this machine for these kernels (Tuned), in the form of core/choices.py."""
+def chosen():
+    """What was chosen on this machine, in the form of core/choices.py."""
     found = {}
-    for tuned in kernels:
+    for tuned in made:
         for (device, key), config in tuned.chosen.items():
             found.setdefault(device, {}).setdefault(tuned.kernel.__name__, {})[key] = config
     return found

@@ -312,8 +312,12 @@ def rule(args):
 
 
 def configs(args):
-    warps = [w for w in (1, 2, 4, 8, 16, 32) if args["BLOCK"] // 8 <= w * WARP <= max(args["BLOCK"], WARP)]
-    return [configuration(w, depth) for w in warps for depth in (2, 4, 8)]
+    """The rule's and its neighbours: half and twice as many warps, and twice as many steps read ahead."""
+    best = rule(args)["num_warps"]
+    near = [(best, 4), (best, 8), (best * 2, 4), (best // 2, 4)]
+    return [
+        configuration(w, depth) for w, depth in near if 1 <= w <= 32 and args["BLOCK"] <= 8 * w * WARP <= max(8 * args["BLOCK"], 8 * WARP)
+    ]
 
 
 walk_launch = Tuned(

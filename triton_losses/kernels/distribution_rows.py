@@ -170,8 +170,16 @@ def backward_kernel(
 def key(args):
     rows = args["p"], args["q"]
     aligned = all(x.data_ptr() % 16 == 0 for x in rows)
-    same = tuple(args[name] for name in ("cols", "GIVEN", "WEIGHTED", "LABELLED", "EDGE"))
-    return (args["FORMULA"].__name__, *(str(x.dtype) for x in rows), *same, aligned, args.get("WANT_P"), args.get("WANT_Q"))
+    same = tuple(args[name] for name in ("GIVEN", "WEIGHTED", "LABELLED", "EDGE"))
+    return (
+        args["FORMULA"].__name__,
+        triton.next_power_of_2(args["cols"]),
+        *(str(x.dtype) for x in rows),
+        *same,
+        aligned,
+        args.get("WANT_P"),
+        args.get("WANT_Q"),
+    )
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much

@@ -214,8 +214,8 @@ def backward_kernel(
 def key(args):
     rows = args["x"], args["y"]
     aligned = all(t.data_ptr() % 16 == 0 for t in rows)
-    flags = tuple(args.get(name) for name in ("cols", "LABELLED", "EDGE", "WANT_X", "WANT_Y"))
-    return (args["FORMULA"].__name__, *(str(t.dtype) for t in rows), *flags, aligned)
+    flags = tuple(args.get(name) for name in ("LABELLED", "EDGE", "WANT_X", "WANT_Y"))
+    return (args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), *(str(t.dtype) for t in rows), *flags, aligned)
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
