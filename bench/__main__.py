@@ -25,14 +25,20 @@ PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries ha
 
 
 def command_line():
-    parser = argparse.ArgumentParser("python -m bench", description="Time and memory of the losses beside plain PyTorch.")
-    described = "part of a loss's name; all timed losses if none is given; first of all perhaps 'host': what a call costs the host"
+    parser = argparse.ArgumentParser(
+        "python -m bench", description="Time and memory of the losses beside plain PyTorch."
+    )
+    described = "part of a loss's name; all timed losses if none is given; or 'host' first: what a call costs the host"
     parser.add_argument("losses", metavar="LOSS", nargs="*", help=described)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help=PRESETS_ARE)
-    parser.add_argument("--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS))
+    parser.add_argument(
+        "--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS)
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--memory-curve", action="store_true", help="instead of times: the heads' peak memory as the vocabulary grows")
+    parser.add_argument(
+        "--memory-curve", action="store_true", help="instead of times: the heads' peak memory as the vocabulary grows"
+    )
     parser.add_argument("--list", action="store_true", help="name the timed cases and the providers, and end")
     return parser
 
@@ -51,7 +57,10 @@ def listing(timed):
     lines = ["Timed cases, and their shapes:"]
     for case in timed:
         lines.append(f"  {' '.join([case.name, *case.option_words()])}")
-        lines += [f"    {preset}: " + ", ".join("×".join(map(str, shape)) for shape in shapes) for preset, shapes in case.bench.items()]
+        lines += [
+            f"    {preset}: " + ", ".join("×".join(map(str, shape)) for shape in shapes)
+            for preset, shapes in case.bench.items()
+        ]
     return "\n".join([*lines, "Providers:", *(f"  {name}" for name in PROVIDERS)])
 
 
@@ -61,7 +70,12 @@ def dtypes_of(preset, device):
 
 def run(timed, device, preset, wanted):
     """Rows of every case, shape and dtype; an interrupted run returns what it has."""
-    plan = [(case, shape, dtype) for case in timed for dtype in dtypes_of(preset, device) for shape in case.bench.get(preset, ())]
+    plan = [
+        (case, shape, dtype)
+        for case in timed
+        for dtype in dtypes_of(preset, device)
+        for shape in case.bench.get(preset, ())
+    ]
     rows = []
     columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -80,10 +94,20 @@ def run(timed, device, preset, wanted):
 
 def measure_host(timed, out, load_before):
     """The table of ``python -m bench host``."""
-    frame = host.table([case for case in timed if not case.features])  # a head is matrix products, which a stub does not have
+    # a head is matrix products, which a stub does not have
+    frame = host.table([case for case in timed if not case.features])
     lines = conditions(torch.device("cpu"), load_before, kernels=True)
     host.write(frame, lines, out)
-    print(*lines, "", host.EXPLANATION, host.shown(frame).to_string(), "", host.summary(frame), f"\nWritten to {out}{os.sep}", sep="\n")
+    print(
+        *lines,
+        "",
+        host.EXPLANATION,
+        host.shown(frame).to_string(),
+        "",
+        host.summary(frame),
+        f"\nWritten to {out}{os.sep}",
+        sep="\n",
+    )
 
 
 def main(arguments=None):
@@ -107,9 +131,16 @@ def main(arguments=None):
     if options.memory_curve:
         if not memory_curve.heads(timed):
             parser.error("--memory-curve is for losses of a language model's head, and none of these is one")
-        frame, lines = memory_curve.peaks(timed, device), conditions(device, load_before)[:2]  # hardware and versions: nothing is timed
+        # hardware and versions: nothing is timed
+        frame, lines = memory_curve.peaks(timed, device), conditions(device, load_before)[:2]
         memory_curve.write(frame, lines, options.out)
-        print(*lines, "", "Peak MB above the inputs, forward and backward.", memory_curve.table_of(frame).to_string(), sep="\n")
+        print(
+            *lines,
+            "",
+            "Peak MB above the inputs, forward and backward.",
+            memory_curve.table_of(frame).to_string(),
+            sep="\n",
+        )
         print(f"\nWritten to {options.out}{os.sep}")
         return
     rows = run(timed, device, options.preset, options.providers)
@@ -118,7 +149,13 @@ def main(arguments=None):
     lines = conditions(device, load_before)
     frame = frame_of(rows, COLUMNS)
     write(frame, lines, options.out)
-    print(*lines, "", "Median ms of forward and backward; peak MB above the inputs.", table_of(frame).to_string(), sep="\n")
+    print(
+        *lines,
+        "",
+        "Median ms of forward and backward; peak MB above the inputs.",
+        table_of(frame).to_string(),
+        sep="\n",
+    )
     print(*(f"failed: {line}" for line in failures_of(frame)), f"\nWritten to {options.out}{os.sep}", sep="\n")
 
 

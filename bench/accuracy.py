@@ -23,9 +23,11 @@ def in_float64(value):
 
 
 def error(found, truth):
-    """The larger of two: the value's and the gradient's largest deviation, each relative to the largest exact component.
+    """The larger of two: the value's and the gradient's largest deviation, each relative to the largest exact
+    component.
 
-    Component by component it would judge the least of a gradient's components, where rounding leaves no loss a digit."""
+    Component by component it would judge the least of a gradient's components, where rounding leaves no loss a
+    digit."""
     return max(deviation(*pair) for pair in zip(found, truth, strict=True))
 
 

@@ -12,7 +12,7 @@ import triton_losses
 from reference import peers
 
 ON_A_CPU = (
-    "On a CPU, triton_losses runs the PyTorch reading of its formulas in cache-sized blocks. That is what was timed here: "
+    "On a CPU, triton_losses runs the PyTorch reading of its formulas in cache-sized blocks. That was timed here: "
     "no Triton kernel ran."
 )
 BUSY = "Other programs were running beside this one: the times are theirs too. Run it again on a quiet machine."
@@ -43,7 +43,8 @@ def conditions(device, load_before, kernels=False):
     kernels: on a CPU, whether kernels were launched all the same, to a driver that launches nothing.
     """
     threads, load_after = torch.get_num_threads(), load()
-    hardware = f"{processor()}, {os.cpu_count()} cores, {threads} threads, load {load_before:.1f} before and {load_after:.1f} after"
+    loads = f"load {load_before:.1f} before and {load_after:.1f} after"
+    hardware = f"{processor()}, {os.cpu_count()} cores, {threads} threads, {loads}"
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)} (host: {hardware})"
     versions = f"torch {torch.__version__}, triton {triton_version()}, Python {platform.python_version()}"

@@ -1,7 +1,8 @@
 """What a call costs the host: ``python -m bench host``. No GPU is needed, and none is used.
 
-Every loss takes the way of a GPU's tensors, through Triton's own launch path, with a driver that launches nothing. Beside it
-stands eager PyTorch on the same small tensors, arithmetic included: ATen's kernels of so few numbers take little.
+Every loss takes the way of a GPU's tensors, through Triton's own launch path, with a driver that launches nothing.
+Beside it stands eager PyTorch on the same small tensors, arithmetic included: ATen's kernels of so few numbers take
+little.
 """
 
 import statistics
@@ -17,22 +18,25 @@ from bench.no_gpu import kernels_launch_nothing
 from bench.providers import PROVIDERS
 
 EXPLANATION = (
-    "Forward and backward on the kernels' path, small tensors, a driver that launches nothing; one thread. Launches are kernels and "
-    "those of PyTorch's operations that launch one: forward, and in all. ratio: our microseconds over eager's."
+    "Forward and backward on the kernels' path, small tensors, a driver that launches nothing; one thread. "
+    "Launches are those of kernels and of PyTorch's operations: forward, and in all. ratio: our time over eager's."
 )
 COLUMNS = ("loss", "options", "launches_forward", "launches", "us", "eager_us", "ratio")
 ROWS, COLUMNS_OF_A_ROW, IMAGES, PIXELS = 64, 128, 2, 256
 REPEATS, CALLS = 15, 10
 # operations that start nothing on a GPU: they allocate, or look at the same memory in another way
 FREE = set(
-    "alias as_strided as_strided_ broadcast_tensors chunk contiguous detach empty empty_like empty_strided expand expand_as flatten is_nonzero lift_fresh "
-    "movedim narrow new_empty new_empty_strided permute promote_types reshape resize_ resolve_conj resolve_neg result_type select set_ slice split squeeze squeeze_ t "
-    "to transpose unbind unflatten unsqueeze unsqueeze_ view view_as _reshape_alias _unsafe_view _local_scalar_dense item".split()
+    "alias as_strided as_strided_ broadcast_tensors chunk contiguous detach empty empty_like empty_strided expand "
+    "expand_as flatten is_nonzero item lift_fresh movedim narrow new_empty new_empty_strided permute promote_types "
+    "reshape resize_ resolve_conj resolve_neg result_type select set_ slice split squeeze squeeze_ t to transpose "
+    "unbind unflatten unsqueeze unsqueeze_ view view_as _local_scalar_dense _reshape_alias _unsafe_view".split()
 )
 
 
 def call_of(case, provider):
-    """A function that runs forward and backward, and one that runs forward alone; None where the provider has no such loss."""
+    """A function that runs forward and backward, and one that runs forward alone; None where the provider has no such
+    loss.
+    """
     function = PROVIDERS[provider].make(case)
     shape = case.shape(IMAGES, PIXELS) if case.classes else case.shape(ROWS, COLUMNS_OF_A_ROW)
     tensors, options = case.arguments(shape)
@@ -58,7 +62,10 @@ def operations(work):
     count = 0
     for event in profiler.events():
         name = event.name.removeprefix("aten::")
-        inner = any(child.name.startswith("aten::") and child.name.removeprefix("aten::") not in FREE for child in event.cpu_children)
+        inner = any(
+            child.name.startswith("aten::") and child.name.removeprefix("aten::") not in FREE
+            for child in event.cpu_children
+        )
         count += event.name.startswith("aten::") and name not in FREE and not inner
     return count
 

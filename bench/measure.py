@@ -119,7 +119,8 @@ def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
             if PROVIDERS[name].compiles and which == "no-grad":
                 prepare(1)()  # compiles anew without gradients, outside the measurements
             call.forget()  # what was allocated unrecorded must not be freed while recording
-            rows[name, which]["peak_mb"] = peak_bytes(partial(prepare, 1), device) / 1e6  # and this is everyone's warm-up
+            # and this is everyone's warm-up
+            rows[name, which]["peak_mb"] = peak_bytes(partial(prepare, 1), device) / 1e6
             times[name] = calls_per_sample(prepare, seconds_of, small)
             ready[name] = prepare
     return take_turns(ready, times, seconds_of, budget, failures)

@@ -38,8 +38,8 @@ def peak_bytes(prepare, device):
 def allocations(recorded):
     """Bytes allocated (positive) and freed (negative) since the work began, in order of time.
 
-    The process's resident size would not do: an allocator keeps freed pages, so it hardly moves after the first call. Nor
-    would prof.events(), which folds allocations into the operators around them and loses their order."""
+    The process's resident size would not do: an allocator keeps freed pages, so it hardly moves after the first call.
+    Nor would prof.events(), which folds allocations into the operators around them and loses their order."""
     events = recorded.profiler.kineto_results.events()
     began = next(event.start_ns() for event in events if event.name() == WORK)
     changes = [event for event in events if event.name() == "[memory]" and event.start_ns() >= began]
@@ -58,7 +58,9 @@ def free_bytes(device):
     """Free memory for a case: tensors are drawn on the host, then moved."""
     host = ASSUMED
     if MEMINFO.exists():
-        host = next(int(line.split()[1]) << 10 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+        host = next(
+            int(line.split()[1]) << 10 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable")
+        )
     return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
 
 
@@ -68,11 +70,13 @@ def logits_of(case, shape):
 
 
 def shortage(case, shape, dtype, device):
-    """Why the case is skipped, or nothing. A third of the free memory is the limit, for eager losses hold many copies."""
+    """Why the case is skipped, or nothing. The limit is a third of the free memory: eager losses hold many copies."""
     with FakeTensorMode():
         tensors, options = case.arguments(shape, dtype)
     needed = sum(tensor.nbytes for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor))
     needed, limit = needed + logits_of(case, shape) * dtype.itemsize, free_bytes(device) // 3
     if needed <= limit:
         return ""
-    return f"skipped: its tensors take about {needed / 1e9:.1f} GB, and a third of the free memory is {limit / 1e9:.1f} GB"
+    return (
+        f"skipped: its tensors take about {needed / 1e9:.1f} GB, and a third of the free memory is {limit / 1e9:.1f} GB"
+    )

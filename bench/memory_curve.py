@@ -1,4 +1,6 @@
-"""Memory against vocabulary: what a language model's head holds at its peak, forward and backward, as the classes grow in number."""
+"""Memory against vocabulary: what a language model's head holds at its peak, forward and backward, as the classes grow
+in number.
+"""
 
 import math
 
@@ -26,11 +28,21 @@ def heads(timed):
 
 
 def peaks(timed, device, dtype=torch.float32):
-    """A frame over COLUMNS: the peak of every head, number of classes and provider, and the bytes of the weight's gradient."""
+    """A frame over COLUMNS: the peak of every head, number of classes and provider, and the bytes of the weight's
+    gradient.
+    """
     rows = []
     for case in heads(timed):
         for classes in CLASSES:
-            common = (case.name, " ".join(case.option_words()), ROWS, FEATURES, classes, str(dtype).removeprefix("torch."), device.type)
+            common = (
+                case.name,
+                " ".join(case.option_words()),
+                ROWS,
+                FEATURES,
+                classes,
+                str(dtype).removeprefix("torch."),
+                device.type,
+            )
             for provider in COMPARED:
                 rows.append((*common, provider, *peak_of(case, (ROWS, FEATURES, classes), dtype, device, provider)))
             rows.append((*common, WEIGHT, classes * FEATURES * dtype.itemsize / 1e6, ""))
@@ -50,7 +62,9 @@ def peak_of(case, shape, dtype, device, provider):
 
 
 def table_of(frame):
-    return frame.pivot(index=["loss", "options", "classes"], columns="provider", values="peak_mb")[[*COMPARED, WEIGHT]].round(0)
+    return frame.pivot(index=["loss", "options", "classes"], columns="provider", values="peak_mb")[
+        [*COMPARED, WEIGHT]
+    ].round(0)
 
 
 def draw(frame, lines, path):
@@ -62,7 +76,15 @@ def draw(frame, lines, path):
     for axes, ((loss, options), rows) in zip(figure.subplots(down, across, squeeze=False).flat, panels):
         for provider, points in rows.dropna(subset="peak_mb").groupby("provider", sort=False):
             style = "--" if provider == WEIGHT else "-"
-            axes.plot(points["classes"], points["peak_mb"], style, marker=".", color=colour_of[provider], label=provider, linewidth=1.8)
+            axes.plot(
+                points["classes"],
+                points["peak_mb"],
+                style,
+                marker=".",
+                color=colour_of[provider],
+                label=provider,
+                linewidth=1.8,
+            )
         axes.set_title("\n".join([loss, *options.split()]), fontsize=8.5, color=INK, loc="left")
         axes.set_xticks(CLASSES)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda classes, _: f"{classes / 1024:.0f}k"))

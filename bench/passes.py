@@ -1,4 +1,4 @@
-"""The passes that are timed. Each makes ready a piece of work: what it does before returning stays outside the clock."""
+"""The passes that are timed. Each prepares a piece of work: what it does before it returns is not timed."""
 
 import torch
 

@@ -37,7 +37,13 @@ def save_speed_up(frame, lines, path):
         if before:
             place += 0.5 if (before[0].loss, before[0].options) == (group[0].loss, group[0].options) else 1.7
         ticks.append(place + (len(group) - 1) / 2)
-        labels.append("   ".join(filter(None, (group[0].loss, group[0].options, group[0].shape, group[0].dtype if several_dtypes else ""))))
+        labels.append(
+            "   ".join(
+                filter(
+                    None, (group[0].loss, group[0].options, group[0].shape, group[0].dtype if several_dtypes else "")
+                )
+            )
+        )
         for bar in group:
             draw_bar(axes, place, bar, colour_of[bar.provider])
             place += 1
@@ -77,7 +83,22 @@ def finish(figure, axes, bars, colour_of, lines):
     axes.spines[:].set_visible(False)
     handles = [Patch(color=colour, label=provider) for provider, colour in colour_of.items()]
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left", "va": "bottom"}
-    axes.annotate("Speed-up over eager PyTorch, forward and backward", (0, 1), (0, 58), **above, fontsize=13, color=INK, weight="bold")
+    axes.annotate(
+        "Speed-up over eager PyTorch, forward and backward",
+        (0, 1),
+        (0, 58),
+        **above,
+        fontsize=13,
+        color=INK,
+        weight="bold",
+    )
     axes.annotate("\n".join(lines[:2]), (0, 1), (0, 30), **above, fontsize=7.5, color=FAINT)
-    key = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0.5, "borderaxespad": 0, "handlelength": 1.2, "columnspacing": 1.6}
+    key = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, 1),
+        "borderpad": 0.5,
+        "borderaxespad": 0,
+        "handlelength": 1.2,
+        "columnspacing": 1.6,
+    }
     axes.legend(handles=handles, ncols=4, frameon=False, fontsize=8.5, labelcolor=INK, **key)

@@ -47,6 +47,12 @@ PROVIDERS = {
 def providers_of(case, shape, preset, wanted):
     """The names, in order, of the providers that this preset runs on this shape of the case."""
     shapes = case.bench[preset]
-    may_compile = preset == "full" or (case.headline and shape == max(shapes, key=lambda shape: torch.Size(shape).numel()))
-    fitting = {name for name, it in PROVIDERS.items() if (may_compile or not it.compiles) and not (it.slow and preset == "quick")}
+    may_compile = preset == "full" or (
+        case.headline and shape == max(shapes, key=lambda shape: torch.Size(shape).numel())
+    )
+    fitting = {
+        name
+        for name, it in PROVIDERS.items()
+        if (may_compile or not it.compiles) and not (it.slow and preset == "quick")
+    }
     return [name for name in PROVIDERS if name in wanted and name in fitting]

@@ -7,13 +7,13 @@ from bench.picture import SPEED_UP, save_speed_up
 INDEX = ["loss", "shape", "dtype"]
 SHOWN = ("ms", "peak_mb", "error", "failed")
 EXPLANATION = """\
-Times are medians, in milliseconds, of forward and backward together, the gradient set to None before each; the providers
-took turns, repeat by repeat. The speed-up is that of triton_losses over eager, the plain PyTorch reference. Peak MB (10⁶
-bytes) is the most memory held above the inputs; the gradient counts. `results.csv` has the other passes and, for every
-measurement: p20 and p80; the bytes moved at least (inputs read once, gradient written) and the GB/s they make; the error,
-which is the larger of the value's and the gradient's largest deviation from the float64 reference, each relative to the
-largest exact component (beyond 2²⁵ elements, that of a smaller shape); and the seconds of the first call, with compilation
-and tuning, the caches on disk as they were found.
+Times are medians, in milliseconds, of forward and backward together, the gradient set to None before each; the
+providers took turns, repeat by repeat. The speed-up is that of triton_losses over eager, the plain PyTorch reference.
+Peak MB (10⁶ bytes) is the most memory held above the inputs; the gradient counts. `results.csv` has the other passes
+and, for every measurement: p20 and p80; the bytes moved at least (inputs read once, gradient written) and the GB/s
+they make; the error, which is the larger of the value's and the gradient's largest deviation from the float64
+reference, each relative to the largest exact component (beyond 2²⁵ elements, that of a smaller shape); and the
+seconds of the first call, with compilation and tuning, the caches on disk as they were found.
 """
 
 

@@ -52,7 +52,7 @@ def gpu_stopwatch(device):
 
 
 def calls_per_sample(ready, seconds_of, small):
-    """`ready(times)` is work of so many calls. Large work is one call, so that every sample starts from a cold cache."""
+    """`ready(times)` is work of so many calls. Large work is one call: each sample starts from a cold cache."""
     return math.ceil(SAMPLE / (seconds_of(ready(10)) / 10)) if small else 1
 
 

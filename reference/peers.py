@@ -50,7 +50,9 @@ def monai(case):
 
     def call(input, target, **options):
         labels = target.dim() < input.dim()
-        return getattr(losses, MONAI[case.name])(to_onehot_y=labels, **options)(input, target[:, None] if labels else target)
+        return getattr(losses, MONAI[case.name])(to_onehot_y=labels, **options)(
+            input, target[:, None] if labels else target
+        )
 
     return call
 
@@ -71,7 +73,9 @@ def smp(case):
 def torch_chunked(case):
     """torch's own head that never makes its logits whole, in torch 2.13 and later."""
     head = getattr(torch.nn.functional, "linear_cross_entropy", None)
-    options = getattr(torch.nn, "LinearCrossEntropyOptions", None) or getattr(torch.nn.functional, "LinearCrossEntropyOptions", None)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None) or getattr(
+        torch.nn.functional, "LinearCrossEntropyOptions", None
+    )
     if head is None or options is None or case.name != "linear_cross_entropy" or case.options:
         return None
     return lambda *tensors: head(*tensors, options=options())

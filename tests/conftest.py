@@ -1,7 +1,7 @@
 """Which process a test runs in.
 
-The same tests run on the CPU path and, where there is one, on the GPU (this process); and with the kernels interpreted, in a
-process of its own (TRITON_INTERPRET=1), started beside this one by test_interpreter.py.
+The same tests run on the CPU path and, where there is one, on the GPU (this process); and with the kernels interpreted,
+in a process of its own (TRITON_INTERPRET=1), started beside this one by test_interpreter.py.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if INTERPRET:
         items[:] = [item for item in items if not item.get_closest_marker("not_interpreted")]
-    for item in items:  # with --dist loadgroup a worker that has built a loss's kernels gets the rest of that loss's tests
+    # with --dist loadgroup a worker that has built a loss's kernels gets the rest of that loss's tests
+    for item in items:
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
         if case is not None and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.xdist_group(case.name))
@@ -77,7 +78,10 @@ def pytest_sessionfinish(session):
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", [pytest.param(device, marks=pytest.mark.cuda) if device == "cuda" else device for device in DEVICES])
+        metafunc.parametrize(
+            "device",
+            [pytest.param(device, marks=pytest.mark.cuda) if device == "cuda" else device for device in DEVICES],
+        )
 
 
 @pytest.fixture(autouse=True)

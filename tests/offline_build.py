@@ -1,7 +1,7 @@
 """Kernels built for GPUs that are not here, and what can be read off a build.
 
-A loss is called as ever, on CPU tensors. Triton's own launch path takes its kernels as far as the launch: it specialises the
-arguments, compiles, and stops. So a build here is the build that the same call would get on such a GPU.
+A loss is called as ever, on CPU tensors. Triton's own launch path takes its kernels as far as the launch: it
+specialises the arguments, compiles, and stops. So a build here is the build that the same call would get on such a GPU.
 """
 
 import contextlib
@@ -30,13 +30,15 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 OWN_CACHE = tempfile.TemporaryDirectory()  # a kernel out of Triton's usual cache comes without the assembler's report
-REPORTS = {}  # what the assembler said of a kernel, by the kernel's hash: it speaks once, and a kernel may be asked for again
+# what the assembler said of a kernel, by the kernel's hash: it speaks once, and a kernel may be asked for again
+REPORTS = {}
 
 
 class NoGPU:
     """All that a launch asks of a GPU before it runs on it.
 
-    Triton keeps its builds by device index: were the targets to share one, the first target's build would be handed to all.
+    Triton keeps its builds by device index: were the targets to share one, the first target's build would be handed to
+    all.
     """
 
     def __init__(self, name):
@@ -64,10 +66,14 @@ class Build:
 
     @property
     def lines(self):
-        """The kernel's own lines of PTX, or of AMD's assembly: on AMD an assertion brings a library of printing with it."""
+        """The kernel's own lines of PTX, or of AMD's assembly: on AMD an assertion brings a library of printing with
+        it.
+        """
         text = self.kernel.asm.get("ptx") or self.kernel.asm["amdgcn"]
         name = self.kernel.name
-        return re.search(rf"(\.entry {name}\(|^{name}:).*?(^}}|^\.Lfunc_end)", text, re.MULTILINE | re.DOTALL)[0].splitlines()
+        return re.search(rf"(\.entry {name}\(|^{name}:).*?(^}}|^\.Lfunc_end)", text, re.MULTILINE | re.DOTALL)[
+            0
+        ].splitlines()
 
     @property
     def threads(self):
@@ -112,7 +118,10 @@ def building(name):
     def bind(tuned, **args):
         made = bind_as_ever(tuned, **args)
         args = {name: value for name, value in args.items() if name in tuned.kernel.arg_names}
-        config, varying = tuned.config(args), [name for name in tuned.kernel.arg_names if name in args and name not in made.fixed]
+        config, varying = (
+            tuned.config(args),
+            [name for name in tuned.kernel.arg_names if name in args and name not in made.fixed],
+        )
 
         def call(*values):
             launches.append((tuned, {**args, **dict(zip(varying, values, strict=True))}, config))
@@ -124,7 +133,8 @@ def building(name):
     plan.forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", OWN_CACHE.name)
-        patch.setenv("TRITON_DUMP_PTXAS_LOG", "1")  # a GPU's driver would count registers and spills; here the assembler does
+        # a GPU's driver would count registers and spills; here the assembler does
+        patch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
         patch.setattr(driver, "_active", NoGPU(name))  # a kernel that asks for its target is told by the driver
         patch.setattr(JITFunction, "__getitem__", build)
         patch.setattr(Tuned, "launch", launch)
@@ -150,9 +160,15 @@ def loops_of(lines):
 
 
 def innermost(spans, lines):
-    """The lines of each span that holds no other: code moved out of the way branches back too, round everything between."""
+    """The lines of each span that holds no other: code moved out of the way branches back too, round everything
+    between.
+    """
     spans = [span for span in spans if span]
-    return [[lines[i] for i in span] for span in spans if not any(other != span and set(other) <= set(span) for other in spans)]
+    return [
+        [lines[i] for i in span]
+        for span in spans
+        if not any(other != span and set(other) <= set(span) for other in spans)
+    ]
 
 
 def accesses(lines):
@@ -168,7 +184,7 @@ def accesses(lines):
 
 
 def machine_code(build):
-    """(address, instruction) of an NVIDIA kernel, as its assembler left it; skips the test where cuobjdump is missing."""
+    """(address, instruction) of an NVIDIA kernel, as its assembler left it; without cuobjdump the test is skipped."""
     try:
         cuobjdump = triton.knobs.nvidia.cuobjdump.path
     except RuntimeError as error:
@@ -177,18 +193,28 @@ def machine_code(build):
         file.write(build.kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return [(int(address, 16), code.strip()) for address, code in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)]
+    return [
+        (int(address, 16), code.strip())
+        for address, code in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    ]
 
 
 def machine_loops(build):
     """The instructions of each innermost loop."""
     code = machine_code(build)
     line_at = {address: i for i, (address, _) in enumerate(code)}
-    branches = [(i, match[1]) for i, (_, text) in enumerate(code) if (match := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
+    branches = [
+        (i, match[1]) for i, (_, text) in enumerate(code) if (match := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))
+    ]
     return innermost([range(line_at[int(address, 16)], i + 1) for i, address in branches], [text for _, text in code])
 
 
 def spills_in_loops(build):
     """The instructions, in innermost loops, that store or load what did not fit the registers."""
     loops = loops_of(build.lines) if build.kernel.asm.get("amdgcn") else machine_loops(build)
-    return [code for loop in loops for code in loop if re.search(r"\b(?:STL|LDL|scratch_\w+|v_(?:read|write)lane\w*)\b", code)]
+    return [
+        code
+        for loop in loops
+        for code in loop
+        if re.search(r"\b(?:STL|LDL|scratch_\w+|v_(?:read|write)lane\w*)\b", code)
+    ]

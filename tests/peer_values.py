@@ -1,6 +1,7 @@
 """What other libraries' segmentation losses give, over a grid of options: made once, kept in peer_values.json.
 
-    pip install --no-deps monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0 && PYTHONPATH=. python tests/peer_values.py
+    pip install --no-deps monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0 && PYTHONPATH=. python
+    tests/peer_values.py
 
 test_peers.py compares ours with the file, and the file with a library that is installed. Only the losses of
 segmentation-models-pytorch are imported, so that its encoders' packages need not be there.
@@ -56,22 +57,40 @@ def grid():
     """(library, class, options, shape, target) of each entry; options are the library's own."""
     for shape, reduction in itertools.product(("image", "volume"), ("mean", "sum", "none")):
         yield "monai", "DiceLoss", {"softmax": True, "to_onehot_y": True, "reduction": reduction}, shape, "labels"
-    for options in products(include_background=[True, False], squared_pred=[True, False], jaccard=[True, False], batch=[True, False]):
+    for options in products(
+        include_background=[True, False], squared_pred=[True, False], jaccard=[True, False], batch=[True, False]
+    ):
         yield "monai", "DiceLoss", {"softmax": True, "to_onehot_y": True, **options}, "image", "labels"
         yield "monai", "DiceLoss", {"sigmoid": True, **options}, "image", "maps"
     for options in products(soft_label=[True, False], squared_pred=[True, False], sigmoid=[True]):
         yield "monai", "DiceLoss", options, "image", "soft"
-    for options in ({"weight": [0.5, 1.0, 2.0]}, {"weight": [1.0, 3.0], "include_background": False}, {"smooth_nr": 0.0, "smooth_dr": 0.5}):
+    for options in (
+        {"weight": [0.5, 1.0, 2.0]},
+        {"weight": [1.0, 3.0], "include_background": False},
+        {"smooth_nr": 0.0, "smooth_dr": 0.5},
+    ):
         yield "monai", "DiceLoss", {"softmax": True, "to_onehot_y": True, **options}, "image", "labels"
     yield "monai", "DiceLoss", {"softmax": True, "to_onehot_y": True, "ignore_index": 255}, "image", "void"
     yield "monai", "DiceLoss", {"sigmoid": True}, "one class", "labels"
     for options in products(include_background=[True, False], batch=[True, False], reduction=["mean", "sum"]):
-        yield "monai", "TverskyLoss", {"softmax": True, "to_onehot_y": True, "alpha": 0.3, "beta": 0.7, **options}, "image", "labels"
+        yield (
+            "monai",
+            "TverskyLoss",
+            {"softmax": True, "to_onehot_y": True, "alpha": 0.3, "beta": 0.7, **options},
+            "image",
+            "labels",
+        )
         yield "monai", "GeneralizedDiceLoss", {"softmax": True, "to_onehot_y": True, **options}, "image", "labels"
     for w_type, batch in itertools.product(("square", "simple", "uniform"), (True, False)):
         yield "monai", "GeneralizedDiceLoss", {"sigmoid": True, "w_type": w_type, "batch": batch}, "image", "maps"
     for options in products(include_background=[True, False], batch=[True, False], reduction=["mean", "sum"]):
-        yield "monai", "DiceCELoss", {"softmax": True, "to_onehot_y": True, "lambda_ce": 0.4, **options}, "image", "labels"
+        yield (
+            "monai",
+            "DiceCELoss",
+            {"softmax": True, "to_onehot_y": True, "lambda_ce": 0.4, **options},
+            "image",
+            "labels",
+        )
         yield "monai", "DiceFocalLoss", {"sigmoid": True, "gamma": 1.5, **options}, "image", "maps"
     for options in ({"weight": [0.5, 1.0, 2.0]}, {"label_smoothing": 0.1}, {"squared_pred": True, "jaccard": True}):
         yield "monai", "DiceCELoss", {"softmax": True, "to_onehot_y": True, **options}, "image", "labels"
@@ -85,8 +104,19 @@ def grid():
             yield "smp", name, {"mode": "multiclass", **options, **more}, "image", "labels"
             yield "smp", name, {"mode": "multilabel", **options, **more}, "image", "maps"
             yield "smp", name, {"mode": "binary", **options, **more}, "one class", "labels"
-        for options in ({"ignore_index": 255}, {"classes": [0, 2]}, {"class_weights": [0.5, 1.0, 2.0]}, {"from_logits": False}):
-            yield "smp", name, {"mode": "multiclass", **options, **more}, "image", "void" if "ignore_index" in options else "labels"
+        for options in (
+            {"ignore_index": 255},
+            {"classes": [0, 2]},
+            {"class_weights": [0.5, 1.0, 2.0]},
+            {"from_logits": False},
+        ):
+            yield (
+                "smp",
+                name,
+                {"mode": "multiclass", **options, **more},
+                "image",
+                "void" if "ignore_index" in options else "labels",
+            )
         yield "smp", name, {"mode": "multilabel", **more}, "image", "soft"
     yield "smp", "TverskyLoss", {"mode": "multiclass", "gamma": 1.5}, "image", "labels"
     for options in products(mode=["multiclass"], per_image=[True, False]):
@@ -120,5 +150,7 @@ if __name__ == "__main__":
     versions = {name: importlib.metadata.version(package) for name, package in {**PACKAGES, "torch": "torch"}.items()}
     entries = [[*entry, *measured(*entry)] for entry in grid()]
     lines = ",\n".join(json.dumps(entry) for entry in entries)
-    FILE.write_text(f'{{"versions": {json.dumps(versions)}, "command": "python tests/peer_values.py",\n"entries": [\n{lines}\n]}}\n')
+    FILE.write_text(
+        f'{{"versions": {json.dumps(versions)}, "command": "python tests/peer_values.py",\n"entries": [\n{lines}\n]}}\n'
+    )
     print(len(entries), "entries")

@@ -81,7 +81,9 @@ def log_probs(*shape, scale=1.0, dtype=torch.float64):
 
 
 def a_batch(dtype=torch.float64):
-    """Policy, old policy, reference, advantages and a mask with a sequence of which nothing counts; ratios on both sides of every clip."""
+    """Policy, old policy, reference, advantages and a mask with a sequence of which nothing counts; ratios on both
+    sides of every clip.
+    """
     policy = log_probs(5, 7, dtype=dtype)
     old, reference = (policy + 0.4 * torch.randn(5, 7, dtype=dtype) for _ in range(2))
     mask = torch.arange(7) < torch.tensor([[7], [1], [4], [0], [6]])

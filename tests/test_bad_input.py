@@ -1,7 +1,7 @@
 """What is refused: with torch's exception type, the rule and the offending value, before anything is read or written.
 
-What torch accepts is not refused, and a derivative that would be wrong is not given. In the interpreter a bad shape that gets past
-the host's checks ends the process.
+What torch accepts is not refused, and a derivative that would be wrong is not given. In the interpreter a bad shape
+that gets past the host's checks ends the process.
 """
 
 import warnings
@@ -83,7 +83,11 @@ def signed_refusals(name):
     yield "integer input", "int64", of(name, INTEGERS, INTEGERS)
     yield "unknown reduction", "average", of(name, NUMBERS, INTEGERS, reduction="average")
     for label in (0.0, 2.0, NAN):
-        yield f"label {label}", str(label), of(name, NUMBERS, torch.full((4, 5), -1.0).index_fill(1, torch.tensor([3]), label))
+        yield (
+            f"label {label}",
+            str(label),
+            of(name, NUMBERS, torch.full((4, 5), -1.0).index_fill(1, torch.tensor([3]), label)),
+        )
 
 
 def chance_refusals(name):
@@ -138,7 +142,11 @@ def row_refusals(name):
     yield "an image's labels too few", "[2]", of(name, IMAGE, IMAGE_LABELS[:, 0, 0])
     yield "an image's labels with a channel", "[2, 1, 3, 4]", of(name, IMAGE, IMAGE_LABELS[:, None])
     yield "another batch of images", "(1)", of(name, IMAGE, IMAGE_LABELS[:1])
-    yield "a volume's labels too few", "[2, 3, 4, 1]", of(name, IMAGE[..., None].repeat(1, 1, 1, 1, 2), IMAGE_LABELS[..., None])
+    yield (
+        "a volume's labels too few",
+        "[2, 3, 4, 1]",
+        of(name, IMAGE[..., None].repeat(1, 1, 1, 1, 2), IMAGE_LABELS[..., None]),
+    )
     yield "a label above the classes", "5", of(name, NUMBERS, labelled(0, 5, 2, 1))
     yield "a label far above the classes", "1099511627776", of(name, NUMBERS, labelled(0, 2**40, 2, 1))
     yield "a negative label", "-1", of(name, NUMBERS, labelled(0, -1, 2, 1))
@@ -173,12 +181,15 @@ def row_refusals(name):
 def refusals():
     """(function, sentence, what the message names, call)."""
     for names, kinds in [
-        (ELEMENTWISE, elementwise_refusals), (ROWS, row_refusals), (["binary_cross_entropy_with_logits"], binary_refusals),
-        (["mse_loss", "l1_loss", "huber_loss"], weighted_refusals), (SIGNED, signed_refusals),
+        (ELEMENTWISE, elementwise_refusals),
+        (ROWS, row_refusals),
+        (["binary_cross_entropy_with_logits"], binary_refusals),
+        (["mse_loss", "l1_loss", "huber_loss"], weighted_refusals),
+        (SIGNED, signed_refusals),
         (["binary_cross_entropy"], chance_refusals),
         (["gaussian_nll_loss", "poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss"], remaining_refusals),
         (VECTORS, vector_refusals),
-    ]:  # fmt: skip
+    ]:
         yield from ((name, *refusal) for name in names for refusal in kinds(name))
     for value in (0, -1.5, NAN):
         yield "huber_loss", f"delta {value}", str(value), of("huber_loss", NUMBERS, OTHERS, delta=value)
@@ -189,13 +200,20 @@ def refusals():
     for value in (-0.5, NAN):
         yield "smooth_l1_loss", f"beta {value}", str(value), of("smooth_l1_loss", NUMBERS, OTHERS, beta=value)
     for sentence, target in [("labels", LABELS), ("probabilities", CHANCES)]:
-        yield "cross_entropy", f"smoothing above 1 of {sentence}", "1.25", of("cross_entropy", NUMBERS, target, label_smoothing=1.25)
+        yield (
+            "cross_entropy",
+            f"smoothing above 1 of {sentence}",
+            "1.25",
+            of("cross_entropy", NUMBERS, target, label_smoothing=1.25),
+        )
     for sentence, named, target, options in [
-        ("probabilities of other classes", "", CHANCES[:, :3], {}), ("probabilities of other rows", "", CHANCES[:3], {}),
+        ("probabilities of other classes", "", CHANCES[:, :3], {}),
+        ("probabilities of other rows", "", CHANCES[:3], {}),
         ("probabilities to ignore", "ignore_index", CHANCES, {"ignore_index": 2}),
-        ("probabilities elsewhere", "meta", ELSEWHERE, {}), ("complex probabilities", "", CHANCES + 0j, {}),
+        ("probabilities elsewhere", "meta", ELSEWHERE, {}),
+        ("complex probabilities", "", CHANCES + 0j, {}),
         ("weight for fewer classes of probabilities", "[4]", CHANCES, {"weight": torch.rand(4)}),
-    ]:  # fmt: skip
+    ]:
         yield "cross_entropy", sentence, named, of("cross_entropy", NUMBERS, target, **options)
 
 
@@ -219,7 +237,9 @@ def test_refuses_what_torch_refuses_and_says_what_it_got(call, named, name, sent
         torchs = refusal_of(call, torch.nn.functional)
         assert isinstance(error, type(torchs)), f"torch: {torchs!r}, ours: {error!r}"
     else:
-        assert isinstance(error, (ValueError, RuntimeError, IndexError, TypeError)) and not isinstance(error, torch.AcceleratorError)
+        assert isinstance(error, (ValueError, RuntimeError, IndexError, TypeError)) and not isinstance(
+            error, torch.AcceleratorError
+        )
 
 
 @pytest.mark.parametrize("name", TORCHS)
@@ -232,8 +252,10 @@ def test_pytorchs_own_error_samples_are_refused_as_torch_refuses_them(name):
 
 
 REFUSED_WHEN_MADE = {
-    "TripletMarginLoss": {"margin": -1.0}, "TripletMarginWithDistanceLoss": {"margin": 0}, "MultiMarginLoss": {"p": 3},
-}  # fmt: skip
+    "TripletMarginLoss": {"margin": -1.0},
+    "TripletMarginWithDistanceLoss": {"margin": 0},
+    "MultiMarginLoss": {"p": 3},
+}
 
 
 @pytest.mark.parametrize("name", REFUSED_WHEN_MADE)
@@ -247,7 +269,8 @@ def test_a_module_refuses_options_when_torchs_does(name):
 OURS = [
     (ValueError, "-0.1", of("cross_entropy", NUMBERS, LABELS, z_loss=-0.1)),
     (ValueError, "nan", of("cross_entropy", NUMBERS, LABELS, z_loss=NAN)),
-    (RuntimeError, "-0.1", of("cross_entropy", NUMBERS, LABELS, label_smoothing=-0.1)),  # torch passes over it in silence
+    # torch passes over it in silence
+    (RuntimeError, "-0.1", of("cross_entropy", NUMBERS, LABELS, label_smoothing=-0.1)),
     (RuntimeError, "nan", of("cross_entropy", NUMBERS, LABELS, label_smoothing=NAN)),
     (TypeError, "int64", of("cross_entropy", NUMBERS, LABELS, out_dtype=torch.int64)),
     (TypeError, "'float32'", of("cross_entropy", NUMBERS, LABELS, out_dtype="float32")),
@@ -303,12 +326,21 @@ def acceptances():
             if not options:  # torch smooths neither
                 yield f"no classes, all ignored: {end}", of(name, NUMBERS[:, :0], torch.full((4,), -100), **more)
                 yield f"a batch of one label for unbatched logits: {end}", of(name, NUMBERS[0], labelled(3), **more)
-    yield "no weight on any label", of("cross_entropy", NUMBERS, torch.zeros(4).long(), weight=torch.tensor([0.0, 1, 1, 1, 1]))
+    yield (
+        "no weight on any label",
+        of("cross_entropy", NUMBERS, torch.zeros(4).long(), weight=torch.tensor([0.0, 1, 1, 1, 1])),
+    )
     yield "a negative class weight", of("cross_entropy", NUMBERS, LABELS, weight=torch.tensor([1.0, 1, -3, 1, 1]))
     yield "NumPy's integers", of("cross_entropy", NUMBERS, LABELS, ignore_index=numpy.int64(2))
     yield "ignore_index far away", of("cross_entropy", NUMBERS, labelled(0, -(2**40), 2, 1), ignore_index=-(2**40))
-    yield "an infinite logit that is masked", of("cross_entropy", NUMBERS.masked_fill(NUMBERS > 9, -float("inf")), LABELS)
-    yield "nan in an ignored row", of("cross_entropy", torch.cat([NUMBERS, NUMBERS[:1] * NAN]), labelled(0, 4, 2, 1, -100))
+    yield (
+        "an infinite logit that is masked",
+        of("cross_entropy", NUMBERS.masked_fill(NUMBERS > 9, -float("inf")), LABELS),
+    )
+    yield (
+        "nan in an ignored row",
+        of("cross_entropy", torch.cat([NUMBERS, NUMBERS[:1] * NAN]), labelled(0, 4, 2, 1, -100)),
+    )
     yield "smoothing by 1", of("cross_entropy", NUMBERS, LABELS, label_smoothing=1)
     yield "probabilities in double", of("cross_entropy", NUMBERS, CHANCES.double())
     yield "unbatched probabilities", of("cross_entropy", NUMBERS[0], CHANCES[0])
@@ -321,11 +353,30 @@ def acceptances():
         yield f"nothing: {name}", of(name, NUMBERS[:0], OTHERS[:0])
         yield f"nothing against one row: {name}", of(name, NUMBERS[:0], OTHERS[:1])
     for beta in (0, 1e-40, 1e-37, 1e30, float("inf")):
-        yield f"beta {beta}", of("smooth_l1_loss", torch.cat([NUMBERS, OTHERS]), torch.cat([NUMBERS, NUMBERS]), beta=beta, reduction="none")
+        yield (
+            f"beta {beta}",
+            of(
+                "smooth_l1_loss",
+                torch.cat([NUMBERS, OTHERS]),
+                torch.cat([NUMBERS, NUMBERS]),
+                beta=beta,
+                reduction="none",
+            ),
+        )
     for delta in (1e-30, 1e30, float("inf"), torch.tensor(0.5)):
-        yield f"delta {delta}", of("huber_loss", torch.cat([NUMBERS, OTHERS]), torch.cat([NUMBERS, NUMBERS]), delta=delta, reduction="none")
+        yield (
+            f"delta {delta}",
+            of(
+                "huber_loss", torch.cat([NUMBERS, OTHERS]), torch.cat([NUMBERS, NUMBERS]), delta=delta, reduction="none"
+            ),
+        )
     full = {"full": True}
-    for name, options in [("poisson_nll_loss", {}), ("poisson_nll_loss", full), ("hinge_embedding_loss", {}), ("soft_margin_loss", {})]:
+    for name, options in [
+        ("poisson_nll_loss", {}),
+        ("poisson_nll_loss", full),
+        ("hinge_embedding_loss", {}),
+        ("soft_margin_loss", {}),
+    ]:
         end = ", ".join((name, *options))
         yield f"numbers against integers: {end}", of(name, NUMBERS, INTEGERS, **options)
         yield f"a column beside each number: {end}", of(name, NUMBERS, OTHERS[:, :1], reduction="none", **options)
@@ -335,11 +386,20 @@ def acceptances():
         yield f"var {shape}", of("gaussian_nll_loss", NUMBERS, OTHERS, var, reduction="none", full=True)
     yield "certain chances", of("binary_cross_entropy", CHANCES.round(), CHANCES, reduction="none")
     for weight in (CHANCES[:, :1], CHANCES.bfloat16(), CHANCES.double()):
-        yield f"chances weighted by {weight.dtype}, {weight.shape}", of("binary_cross_entropy", CHANCES, CHANCES, weight=weight)
-    yield "seven dimensions", of("mse_loss", NUMBERS.view(2, 1, 2, 1, 5, 1, 1), OTHERS.view(2, 1, 2, 1, 5, 1, 1), reduction="none")
+        yield (
+            f"chances weighted by {weight.dtype}, {weight.shape}",
+            of("binary_cross_entropy", CHANCES, CHANCES, weight=weight),
+        )
+    yield (
+        "seven dimensions",
+        of("mse_loss", NUMBERS.view(2, 1, 2, 1, 5, 1, 1), OTHERS.view(2, 1, 2, 1, 5, 1, 1), reduction="none"),
+    )
     yield "targets that are no chances", of("binary_cross_entropy_with_logits", NUMBERS, 3 * OTHERS)
     yield "a scalar pos_weight", of("binary_cross_entropy_with_logits", NUMBERS, CHANCES, pos_weight=torch.tensor(2.0))
-    yield "a pos_weight for each number", of("binary_cross_entropy_with_logits", NUMBERS, CHANCES, pos_weight=OTHERS.exp())
+    yield (
+        "a pos_weight for each number",
+        of("binary_cross_entropy_with_logits", NUMBERS, CHANCES, pos_weight=OTHERS.exp()),
+    )
     yield "an integer pos_weight", of("binary_cross_entropy_with_logits", NUMBERS, CHANCES, pos_weight=INTEGERS[0])
     yield "a weight for each row", of("binary_cross_entropy_with_logits", NUMBERS, CHANCES, weight=CHANCES[:, :1])
 
@@ -365,12 +425,16 @@ def test_an_upstream_gradient_of_another_shape_is_refused(name):
 
 
 NOT_READ_AGAIN = ("logits_and_probabilities", "lovasz_loss")
-READ_AGAIN = [c for c in SOME if not {c.draw.__name__, c.name} & {*NOT_READ_AGAIN} and "distance_function" not in c.options]
+READ_AGAIN = [
+    c for c in SOME if not {c.draw.__name__, c.name} & {*NOT_READ_AGAIN} and "distance_function" not in c.options
+]
 
 
 @pytest.mark.parametrize("case", READ_AGAIN, ids=str)
 def test_a_tensor_overwritten_before_the_backward_is_noticed(case, device):
-    """Input, target, and the tensors among the options: the backward reads them all again. (Lovász's reads what was sorted.)"""
+    """Input, target, and the tensors among the options: the backward reads them all again. (Lovász's reads what was
+    sorted.)
+    """
     tensors, options = case.arguments(case.shape(6, 5))
     for which in range(len(tensors) + sum(isinstance(option, torch.Tensor) for option in options.values())):
         tensors, options = case.arguments(case.shape(6, 5), torch.float32, device)

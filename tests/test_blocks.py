@@ -1,4 +1,6 @@
-"""CPU blocks are shared among threads, and nobody notices: same bits, same errors, same modes, same number of torch's threads."""
+"""CPU blocks are shared among threads, and nobody notices: same bits, same errors, same modes, same number of torch's
+threads.
+"""
 
 import os
 import threading

@@ -1,7 +1,8 @@
-"""Every kernel builds for GPUs that this machine does not have: without spills, with 16-byte accesses, with 64-bit offsets.
+"""Every kernel builds for GPUs that this machine does not have: without spills, with 16-byte accesses, with 64-bit
+offsets.
 
-The interpreter checks what kernels compute and says nothing about how they compile; this is the other half, without a GPU. Where
-there is one, the other tests build the kernels for it.
+The interpreter checks what kernels compute and says nothing about how they compile; this is the other half, without a
+GPU. Where there is one, the other tests build the kernels for it.
 """
 
 import re
@@ -26,7 +27,8 @@ pytestmark = [
 COLUMNS = (128256, 50257)  # rows of whole 16-byte vectors, and rows that start anywhere
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 COUNTS = (2**31 + 1, 2**31 + 16)  # Triton compiles another kernel for multiples of 16
-PARKED = {True: 32, False: 16}  # bytes stored and loaded (AMD: registers): at times a compiler parks a few registers outside the loops
+# bytes stored and loaded (AMD: registers): at times a compiler parks a few registers outside the loops
+PARKED = {True: 32, False: 16}
 PLAIN_TORCH = [case for case in CASES if case.draw is logits_and_probabilities or "distance_function" in case.options]
 KERNEL_CASES = [
     case for case in CASES if not case.note and case not in PLAIN_TORCH and not case.classes
@@ -63,19 +65,25 @@ def cosine(dtype, columns, rows=3):
 
 def entropy(dtype, columns, rows=3):
     logits = torch.zeros(rows, columns, dtype=dtype, requires_grad=True)
-    sum(functional.log_probs(logits, torch.zeros(rows, dtype=torch.int64), softcap=3.0, return_entropy=True)).sum().backward()
+    sum(
+        functional.log_probs(logits, torch.zeros(rows, dtype=torch.int64), softcap=3.0, return_entropy=True)
+    ).sum().backward()
 
 
 def head_entropy(dtype, columns, rows=3):
     hidden, weight = torch.zeros(rows, 4, dtype=dtype, requires_grad=True), torch.zeros(columns, 4, dtype=dtype)
     sum(
-        functional.linear_log_probs(hidden, weight, torch.zeros(rows, dtype=torch.int64), temperature=0.7, return_entropy=True)
+        functional.linear_log_probs(
+            hidden, weight, torch.zeros(rows, dtype=torch.int64), temperature=0.7, return_entropy=True
+        )
     ).sum().backward()
 
 
 def head_statistics(dtype, columns, rows=3):
     hidden, weight = torch.zeros(rows, 4, dtype=dtype, requires_grad=True), torch.zeros(columns, 4, dtype=dtype)
-    functional.linear_cross_entropy(hidden, weight, torch.zeros(rows, dtype=torch.int64), softcap=3.0, z_loss=0.1, return_stats=True)
+    functional.linear_cross_entropy(
+        hidden, weight, torch.zeros(rows, dtype=torch.int64), softcap=3.0, z_loss=0.1, return_stats=True
+    )
 
 
 def ctc(dtype, labels, classes=1001, samples=3):
@@ -86,9 +94,15 @@ def ctc(dtype, labels, classes=1001, samples=3):
 
 def of_one_row_of(name, labels, dtype, columns, rows=3):
     """A loss of (rows, columns) and, as labels say, a label, a set of labels or chances for each row."""
-    shapes = {"label": ((rows,), torch.int64), "set": ((rows, columns), torch.int64), "chances": ((rows, columns), dtype)}
+    shapes = {
+        "label": ((rows,), torch.int64),
+        "set": ((rows, columns), torch.int64),
+        "chances": ((rows, columns), dtype),
+    }
     shape, kind = shapes[labels]
-    getattr(functional, name)(torch.zeros(rows, columns, dtype=dtype, requires_grad=True), torch.zeros(shape, dtype=kind)).backward()
+    getattr(functional, name)(
+        torch.zeros(rows, columns, dtype=dtype, requires_grad=True), torch.zeros(shape, dtype=kind)
+    ).backward()
 
 
 def head_distillation(dtype, columns, rows=3, **options):
@@ -105,7 +119,9 @@ def built(name, call, *args, finish=False, **options):
         call(*args, **options)
     for build in builds:
         assert build.kernel.metadata.target == TARGETS[name]
-        assert build.spills <= PARKED[name.startswith("sm_")], f"{build} spills {build.spills}, with {build.registers} registers"
+        assert build.spills <= PARKED[name.startswith("sm_")], (
+            f"{build} spills {build.spills}, with {build.registers} registers"
+        )
         assert not build.spills or not spills_in_loops(build), f"{build} spills in a loop"
     return [build for build in builds if finish or build.kernel.name != "finish"]
 
@@ -117,7 +133,8 @@ def forward_and_backward(name, call, *args, passes=("forward", "backward"), **op
     return builds
 
 
-FIRST = {case.name: case for case in reversed(KERNEL_CASES)}.values()  # of each loss, in every dtype; other options in the one trained in
+# of each loss, in every dtype; other options in the one trained in
+FIRST = {case.name: case for case in reversed(KERNEL_CASES)}.values()
 BUILDS = [(case, dtype) for case in KERNEL_CASES for dtype in DTYPES if case in FIRST or dtype == torch.bfloat16]
 
 
@@ -133,7 +150,8 @@ def passes_of(case):
         return ("forward",) * kernels + ("backward",) * kernels
     if case.steps:
         return ("forward",) * (3 if case.name.endswith("logits") else 2) + ("backward",)
-    return ("both",) if case.features and case.reduces else ("forward", "backward")  # the gradient is made beside a reduced loss
+    # the gradient is made beside a reduced loss
+    return ("both",) if case.features and case.reduces else ("forward", "backward")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -181,7 +199,8 @@ def test_rows_are_built_with_16_byte_accesses_in_every_loop(columns, dtype, name
         assert main in [[kind for kind, _ in loop] for loop in loops], f"{build}: {loops}"
 
 
-ONE_NUMBER_A_ROW = (("load", 32), ("store", 32), ("load", 16))  # its sums, and its upstream gradient, which may be bfloat16
+# its sums, and its upstream gradient, which may be bfloat16
+ONE_NUMBER_A_ROW = (("load", 32), ("store", 32), ("load", 16))
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -193,7 +212,11 @@ def test_pairs_of_vectors_are_built_with_16_byte_accesses_and_no_spills(loss, dt
         forward, backward = forward_and_backward(name, loss, dtype, columns)
         for build in (forward, backward):
             looped = columns > build.config["BLOCK"]
-            found = [access for loop in loops_of(build.lines) for access in accesses(loop)] if looped else accesses(build.lines)
+            found = (
+                [access for loop in loops_of(build.lines) for access in accesses(loop)]
+                if looped
+                else accesses(build.lines)
+            )
             kept = [access for access in found if looped or access not in ONE_NUMBER_A_ROW]
             assert {bits for _, bits in kept} == {128}, f"{build}: {found}"
             assert ("store", 128) in kept or build is forward, f"{build}: {found}"
@@ -232,7 +255,8 @@ def test_whole_blocks_of_elements_are_built_with_16_byte_accesses(dtype, name):
     for build, kinds in ((forward, ["load"]), (backward, ["load", "store"])):
         found = accesses(build.lines)
         of_one_block = 2 * dtype.itemsize * build.config["BLOCK"] // build.threads // 16
-        for kind in kinds:  # the ragged last block has narrow ones too, so count the wide ones; the compiler may unroll the blocks
+        # the ragged last block has narrow ones too, so count the wide ones; the compiler may unroll the blocks
+        for kind in kinds:
             assert found.count((kind, 128)) in (of_one_block, of_one_block * 4), f"{build}: {found}"
 
 
@@ -252,7 +276,8 @@ def test_wide_rows_of_other_families_are_built_with_16_byte_accesses(loss, dtype
     for build, kind in zip(builds, ("load", "store")):
         loops = [accesses(loop) for loop in loops_of(build.lines)]
         assert (kind, 128) in accesses(build.lines), build
-        if name == "sm_90" and ROW_LOSSES[loss] != "set":  # which loops over its labels; on AMD an assertion has loops too
+        # which loops over its labels; on AMD an assertion has loops too
+        if name == "sm_90" and ROW_LOSSES[loss] != "set":
             assert {bits for loop in loops for _, bits in loop} == {128}, f"{build}: {loops}"
 
 

@@ -1,4 +1,5 @@
-"""Every kernel builds where an integer argument is 1: Triton makes a constant of such an argument, which folds away and has no methods.
+"""Every kernel builds where an integer argument is 1: Triton makes a constant of such an argument, which folds away and
+has no methods.
 
 A compiler that aborts takes its process along: pytest then ends at the case whose name it printed last (with -v).
 """
@@ -38,7 +39,8 @@ FIRST = {case.name: case for case in reversed(CASES) if not case.note and case n
 def test_every_loss_builds_for_one_row_and_for_one_column(name):
     case = FIRST[name]
     for number, columns in SHAPES:
-        built("sm_90", call, case, number, columns + bool(case.steps), torch.float32)  # of a sequence's classes one is the blank
+        # of a sequence's classes one is the blank
+        built("sm_90", call, case, number, columns + bool(case.steps), torch.float32)
 
 
 KERNELS = {  # by the module that holds them: calls that launch them all
@@ -83,7 +85,12 @@ def with_ones(arguments):
 @pytest.mark.parametrize("module, launch", LAUNCHES)
 def test_every_kernel_builds_with_each_integer_argument_being_1(module, launch):
     tuned = getattr(importlib.import_module(f"triton_losses.kernels.{module}"), launch)
-    builds = [build for launching in KERNELS[module] for build in built("sm_90", *launching, finish=True) if build.launch is tuned]
+    builds = [
+        build
+        for launching in KERNELS[module]
+        for build in built("sm_90", *launching, finish=True)
+        if build.launch is tuned
+    ]
     assert builds
 
     def with_each():

@@ -1,4 +1,6 @@
-"""The regions kernels build for GPUs that this machine does not have: at every number of classes without spills, 16 bytes at a time."""
+"""The regions kernels build for GPUs that this machine does not have: at every number of classes without spills, 16
+bytes at a time.
+"""
 
 import pytest
 import torch
@@ -37,7 +39,8 @@ def test_dice_with_cross_entropy_builds_for_any_number_of_classes(classes, dtype
 @pytest.mark.parametrize("classes", [4, 19])
 def test_dice_builds_on_every_target(classes, name):
     forward_and_backward(name, dice, torch.bfloat16, classes, passes=PASSES)
-    if name != "gfx942" or classes == 4:  # at 19 its compiler parks two scalar registers in a vector's lanes, in the loop
+    # at 19 its compiler parks two scalar registers in a vector's lanes, in the loop
+    if name != "gfx942" or classes == 4:
         options = {"loss": "dice_focal_loss", "use_softmax": True, "ignore_index": 255}
         forward_and_backward(name, dice, torch.bfloat16, classes, passes=PASSES, **options)
 
@@ -50,8 +53,19 @@ MORE = {
     "a focal loss of one class": {"loss": "dice_focal_loss", "classes": 1, "target": torch.float32},
     "soft labels": {"loss": "jaccard_loss", "classes": 4, "target": torch.float32, "soft_label": True},
     "odd planes": {"classes": 4, "pixels": 1001},
-    "one score of a batch": {"loss": "dice_loss", "classes": 19, "batch": True, "empty": "exclude", "weight": [1.0] * 19},
-    "a weighted sum of classes": {"loss": "generalized_dice_loss", "classes": 19, "log_loss": True, "include_background": False},
+    "one score of a batch": {
+        "loss": "dice_loss",
+        "classes": 19,
+        "batch": True,
+        "empty": "exclude",
+        "weight": [1.0] * 19,
+    },
+    "a weighted sum of classes": {
+        "loss": "generalized_dice_loss",
+        "classes": 19,
+        "log_loss": True,
+        "include_background": False,
+    },
     "powers": {"loss": "focal_tversky_loss", "classes": 150, "log_loss": True, "average": "micro"},
     "no reduction": {"loss": "dice_ce_loss", "classes": 4, "reduction": "none", "weight": [1.0] * 4},
 }

@@ -13,9 +13,18 @@ few = settings(max_examples=4 if INTERPRET else 30, deadline=None, derandomize=T
 
 def test_the_examples_of_keras_documentation_hold(device):
     """keras.losses.CategoricalCrossentropy and SparseCategoricalCrossentropy: [0.0513, 2.303], 1.177 on average."""
-    chances, labels = torch.tensor([[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]], device=device), torch.tensor([1, 2], device=device)
-    one_hot, each = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], device=device), torch.tensor([0.0513, 2.303], device=device)
-    for loss, target in ((functional.categorical_cross_entropy, one_hot), (functional.sparse_categorical_cross_entropy, labels)):
+    chances, labels = (
+        torch.tensor([[0.05, 0.95, 0.0], [0.1, 0.8, 0.1]], device=device),
+        torch.tensor([1, 2], device=device),
+    )
+    one_hot, each = (
+        torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], device=device),
+        torch.tensor([0.0513, 2.303], device=device),
+    )
+    for loss, target in (
+        (functional.categorical_cross_entropy, one_hot),
+        (functional.sparse_categorical_cross_entropy, labels),
+    ):
         torch.testing.assert_close(loss(chances, target, reduction="none"), each, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(loss(chances, target), torch.tensor(1.177, device=device), rtol=1e-3, atol=1e-3)
 
@@ -32,7 +41,10 @@ def test_a_label_is_a_one_hot_row_and_a_common_factor_changes_nothing(rows, colu
     expected = None
     for scale in (1.0, factor):
         x = (scale * chances).requires_grad_()
-        for loss in (functional.sparse_categorical_cross_entropy(x, labels), functional.categorical_cross_entropy(x, one_hot)):
+        for loss in (
+            functional.sparse_categorical_cross_entropy(x, labels),
+            functional.categorical_cross_entropy(x, one_hot),
+        ):
             found = loss, scale * torch.autograd.grad(loss, x)[0]
             expected = expected or found
             torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
@@ -48,7 +60,11 @@ def test_labels_may_be_any_integers(dtype, device):
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_classes_lie_where_dim_says(dim, device):
-    x, labels, y = torch.rand(3, 3, 3, device=device), torch.randint(3, (3, 3), device=device), torch.rand(3, 3, 3, device=device)
+    x, labels, y = (
+        torch.rand(3, 3, 3, device=device),
+        torch.randint(3, (3, 3), device=device),
+        torch.rand(3, 3, 3, device=device),
+    )
     last, sparse = functional.categorical_cross_entropy, functional.sparse_categorical_cross_entropy
     for more in ({}, {"from_logits": True}):
         moved = last(x.movedim(dim, -1), y.movedim(dim, -1), dim=-1, reduction="none", **more)
@@ -61,8 +77,10 @@ def test_classes_lie_where_dim_says(dim, device):
 def test_function_transforms_and_second_derivatives(reduction):
     x, y = torch.rand(3, 4, dtype=torch.float64) + 0.1, torch.rand(3, 4, dtype=torch.float64)
     labels = torch.tensor([0, -100, 3])
-    losses = [lambda x: functional.categorical_cross_entropy(x, y, label_smoothing=0.1, reduction=reduction),
-              lambda x: functional.sparse_categorical_cross_entropy(x, labels, ignore_index=-100, reduction=reduction)]  # fmt: skip
+    losses = [
+        lambda x: functional.categorical_cross_entropy(x, y, label_smoothing=0.1, reduction=reduction),
+        lambda x: functional.sparse_categorical_cross_entropy(x, labels, ignore_index=-100, reduction=reduction),
+    ]
     for loss in losses:
         assert torch.autograd.gradcheck(loss, x.requires_grad_()) and torch.autograd.gradgradcheck(loss, x)
         plain = torch.autograd.functional.jacobian(loss, x.detach())

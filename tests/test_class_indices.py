@@ -39,7 +39,9 @@ def test_labels_beyond_the_last_class_can_be_background(device):
     x = torch.randn(5, 4, device=device)
     targets = torch.tensor([0, 4, 3, 4, 1], device=device)
     hot = torch.nn.functional.one_hot(targets, 5)[:, :4].float()
-    torch.testing.assert_close(functional.sigmoid_focal_loss(x, targets, background=4), functional.sigmoid_focal_loss(x, hot))
+    torch.testing.assert_close(
+        functional.sigmoid_focal_loss(x, targets, background=4), functional.sigmoid_focal_loss(x, hot)
+    )
 
 
 def test_second_derivatives_and_vmap(device):

@@ -1,4 +1,6 @@
-"""Losses inside torch.compile(fullgraph=True), export, FakeTensor, opcheck and checkpointing; each op is what PyTorch thinks it is."""
+"""Losses inside torch.compile(fullgraph=True), export, FakeTensor, opcheck and checkpointing; each op is what PyTorch
+thinks it is.
+"""
 
 import pytest
 import torch
@@ -24,16 +26,22 @@ def test_checkpointing_changes_nothing(case, device):
         def checkpointed(*inputs, reentrant=reentrant, **options):
             return checkpoint(lambda *inputs: loss(*inputs, **options), *inputs, use_reentrant=reentrant)
 
-        torch.testing.assert_close(value_and_gradients(checkpointed, case, tensors, options), plain, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            value_and_gradients(checkpointed, case, tensors, options), plain, rtol=0, atol=0, equal_nan=True
+        )
 
 
 def given_back(graph):
-    """The operations that gave an argument back unchanged, and whose result an autograd.Function's forward returns as its own."""
+    """The operations that gave an argument back unchanged, and whose result an autograd.Function's forward returns as
+    its own.
+    """
     found = []
     for body in (body for name, body in graph.named_modules() if "fwd_body" in name):
         results, _ = torch.utils._pytree.tree_flatten(body.graph.find_nodes(op="output")[0].args)
         for node in (node for node in results if isinstance(node, torch.fx.Node) and node.op.startswith("call")):
-            if any(node.meta["example_value"] is argument.meta.get("example_value") for argument in node.all_input_nodes):
+            if any(
+                node.meta["example_value"] is argument.meta.get("example_value") for argument in node.all_input_nodes
+            ):
                 found.append(node.format_node())
     return found
 
@@ -64,7 +72,9 @@ def test_what_a_forward_gives_back_unchanged_is_found():
 
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_compiles_whole_and_changes_nothing(case, device):
-    """And no forward returns what an operation gave back unchanged: a graph of torch 2.11 loses the gradient there, in silence."""
+    """And no forward returns what an operation gave back unchanged: a graph of torch 2.11 loses the gradient there, in
+    silence.
+    """
     found = []
 
     def watched(graph, inputs):
@@ -89,7 +99,11 @@ def test_inductor_compiles_it(name, device):
     tensors, options = case.arguments((7, 130), torch.float32, device)
     loss = getattr(functional, name)
     compiled = torch.compile(loss, fullgraph=True)
-    for c, e in zip(value_and_gradients(compiled, case, tensors, options), value_and_gradients(loss, case, tensors, options), strict=True):
+    for c, e in zip(
+        value_and_gradients(compiled, case, tensors, options),
+        value_and_gradients(loss, case, tensors, options),
+        strict=True,
+    ):
         torch.testing.assert_close(c, e)
 
 
@@ -107,7 +121,9 @@ def test_one_graph_serves_every_size(name, device):
     for shape in ((7, 130), (9, 40), (31, 64)):
         tensors, options = case.arguments(shape, torch.float32, device)
         for c, e in zip(
-            value_and_gradients(compiled, case, tensors, options), value_and_gradients(loss, case, tensors, options), strict=True
+            value_and_gradients(compiled, case, tensors, options),
+            value_and_gradients(loss, case, tensors, options),
+            strict=True,
         ):
             torch.testing.assert_close(c, e)
     assert len(graphs) == 1
@@ -134,7 +150,9 @@ def test_sizes_that_depend_on_data_compile(name):
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("name", ["HuberLoss", "CrossEntropyLoss"])
 def test_a_module_exports(name):
-    case = next(case for case in CASES if case.name == {"HuberLoss": "huber_loss", "CrossEntropyLoss": "cross_entropy"}[name])
+    case = next(
+        case for case in CASES if case.name == {"HuberLoss": "huber_loss", "CrossEntropyLoss": "cross_entropy"}[name]
+    )
     tensors, _ = case.arguments((7, 130))
     module = getattr(modules, name)()
     torch.testing.assert_close(torch.export.export(module, tensors).module()(*tensors), module(*tensors))
@@ -154,8 +172,22 @@ def test_fake_tensors_get_the_real_shapes(case):
         assert [(t.shape, t.dtype) for t in (value, *gradients)] == [(t.shape, t.dtype) for t in real]
 
 
-FAMILIES = ("huber_loss", "cross_entropy", "triplet_margin_loss", "multi_margin_loss", "multilabel_margin_loss", "distillation_loss")
-FAMILIES += ("categorical_cross_entropy", "sparse_categorical_cross_entropy", "sigmoid_focal_loss", "dice_loss", "dice_ce_loss", "ctc_loss")
+FAMILIES = (
+    "huber_loss",
+    "cross_entropy",
+    "triplet_margin_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "distillation_loss",
+)
+FAMILIES += (
+    "categorical_cross_entropy",
+    "sparse_categorical_cross_entropy",
+    "sigmoid_focal_loss",
+    "dice_loss",
+    "dice_ce_loss",
+    "ctc_loss",
+)
 ONE_OF_EACH_FAMILY = [next(case for case in CASES if case.name == name) for name in FAMILIES]
 ONE_OF_EACH_FAMILY += [next(case for case in CASES if case.name == "cross_entropy" and len(case.shapes[0]) == 4)]
 
@@ -182,7 +214,9 @@ def test_the_ops_are_well_behaved(case, reduction, device, monkeypatch):
     for called, which, arguments in calls:
         tensors, problem = arguments[0], arguments[1 if which == "forward" else 3]
         flat = (
-            (list(tensors), *problem) if which == "forward" else (list(tensors), *map(list, arguments[1:3]), list(arguments[4]), *problem)
+            (list(tensors), *problem)
+            if which == "forward"
+            else (list(tensors), *map(list, arguments[1:3]), list(arguments[4]), *problem)
         )
         flat = tuple(list(value) if isinstance(value, tuple) else value for value in flat)
         torch.library.opcheck(getattr(called, f"{which}_op"), flat, test_utils=("test_schema", "test_faketensor"))

@@ -1,8 +1,8 @@
-"""What only a GPU can show: no loss waits for it, each can be captured in a CUDA graph, gives the same bits twice, and is right
-beyond 2³¹ elements. Skipped where there is none.
+"""What only a GPU can show: no loss waits for it, each can be captured in a CUDA graph, gives the same bits twice, and
+is right beyond 2³¹ elements. Skipped where there is none.
 
-`compute-sanitizer --tool memcheck .venv/bin/python -m pytest -m cuda -k "two_times and float32"` looks for accesses out of bounds in
-every kernel.
+`compute-sanitizer --tool memcheck .venv/bin/python -m pytest -m cuda -k "two_times and float32"` looks for accesses out
+of bounds in every kernel.
 """
 
 import pytest
@@ -71,7 +71,9 @@ def test_a_captured_graph_replays_what_the_call_gives(case, dtype):
 
 
 def needs(gigabytes):
-    return pytest.mark.skipif(torch.cuda.mem_get_info()[0] < gigabytes * GB, reason=f"needs {gigabytes} GB of the GPU's memory")
+    return pytest.mark.skipif(
+        torch.cuda.mem_get_info()[0] < gigabytes * GB, reason=f"needs {gigabytes} GB of the GPU's memory"
+    )
 
 
 @needs(24)

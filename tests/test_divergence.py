@@ -25,15 +25,21 @@ def of(direction, student, teacher, **options):
 def test_forward_divergence_is_torchs_of_the_log_softmax(device):
     student, teacher = pair(device=device)
     ours = of("forward", student, teacher)
-    torchs = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+    torchs = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+    )
     torch.testing.assert_close(ours, torchs)
-    torch.testing.assert_close(torch.autograd.grad(ours, (student, teacher)), torch.autograd.grad(torchs, (student, teacher)))
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, (student, teacher)), torch.autograd.grad(torchs, (student, teacher))
+    )
 
 
 def test_forward_divergence_is_cross_entropy_less_the_teachers_entropy(device):
     student, teacher = pair(device=device)
     p = teacher.softmax(-1).detach()
-    torch.testing.assert_close(of("forward", student, teacher), functional.cross_entropy(student, p) + (p * p.log()).sum(-1).mean())
+    torch.testing.assert_close(
+        of("forward", student, teacher), functional.cross_entropy(student, p) + (p * p.log()).sum(-1).mean()
+    )
 
 
 def test_reverse_is_forward_with_the_parts_swapped(device):
@@ -70,7 +76,10 @@ def test_a_temperature_divides_the_logits(direction, temperature, device):
     plain = reference.losses.distillation_loss(student, teacher, temperature, direction)
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        torch.autograd.grad(ours, (student, teacher)), torch.autograd.grad(plain, (student, teacher)), rtol=1e-4, atol=1e-6
+        torch.autograd.grad(ours, (student, teacher)),
+        torch.autograd.grad(plain, (student, teacher)),
+        rtol=1e-4,
+        atol=1e-6,
     )
     squared = of(direction, student, teacher, temperature=temperature, temperature_squared=True)
     torch.testing.assert_close(squared, ours * temperature**2)
@@ -79,7 +88,8 @@ def test_a_temperature_divides_the_logits(direction, temperature, device):
 def test_one_read_and_two_reads_are_the_same_sums(device):
     student, teacher = pair(3, 3001 if not INTERPRET else 600, device=device)
     once, twice = (
-        distribution_rows(FORMULAS["relative_entropy"], teacher, student, one_read=one, reduction="none") for one in (True, False)
+        distribution_rows(FORMULAS["relative_entropy"], teacher, student, one_read=one, reduction="none")
+        for one in (True, False)
     )
     torch.testing.assert_close(once, twice)
 
@@ -109,7 +119,10 @@ def test_a_student_and_a_teacher_of_different_types(device):
 def test_rows_may_be_padded_and_each_in_its_own_way(padding, device):
     student, teacher = (torch.randn(4, 70 + more, device=device)[:, :70] for more in padding)
     for direction in ("forward", "jsd"):
-        loss, plain = (of(direction, s, t) for s, t in ((student.requires_grad_(), teacher), (student.contiguous(), teacher.contiguous())))
+        loss, plain = (
+            of(direction, s, t)
+            for s, t in ((student.requires_grad_(), teacher), (student.contiguous(), teacher.contiguous()))
+        )
         torch.testing.assert_close(loss, plain)
         torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(plain, student))
 
@@ -128,18 +141,28 @@ def test_function_transforms_give_what_they_give_of_plain_torch(device):
     many = torch.stack([student, 0.5 * student]), torch.stack([teacher, 1 - teacher])
     for direction in DIRECTIONS:
         ours, plain = (
-            lambda s, t, f=f: f(s, t, direction=direction) for f in (functional.distillation_loss, reference.losses.distillation_loss)
+            lambda s, t, f=f: f(s, t, direction=direction)
+            for f in (functional.distillation_loss, reference.losses.distillation_loss)
         )
         torch.testing.assert_close(torch.func.grad(ours)(student, teacher), torch.func.grad(plain)(student, teacher))
-        torch.testing.assert_close(torch.func.vmap(torch.func.grad(ours))(*many), torch.func.vmap(torch.func.grad(plain))(*many))
-        torch.testing.assert_close(torch.func.jacrev(ours)(student, teacher), torch.func.jacrev(plain)(student, teacher))
+        torch.testing.assert_close(
+            torch.func.vmap(torch.func.grad(ours))(*many), torch.func.vmap(torch.func.grad(plain))(*many)
+        )
+        torch.testing.assert_close(
+            torch.func.jacrev(ours)(student, teacher), torch.func.jacrev(plain)(student, teacher)
+        )
 
 
 def test_class_probabilities_get_torchs_gradients_and_so_does_a_weight(device):
-    input, target = torch.randn(4, 5, 3, dtype=torch.float64, device=device), torch.rand(4, 5, 3, dtype=torch.float64, device=device)
+    input, target = (
+        torch.randn(4, 5, 3, dtype=torch.float64, device=device),
+        torch.rand(4, 5, 3, dtype=torch.float64, device=device),
+    )
     weight = torch.rand(5, dtype=torch.float64, device=device)
     tensors = [t.requires_grad_() for t in (input, target, weight)]
-    losses = [module.cross_entropy(input, target, weight, label_smoothing=0.1) for module in (functional, torch.nn.functional)]
+    losses = [
+        module.cross_entropy(input, target, weight, label_smoothing=0.1) for module in (functional, torch.nn.functional)
+    ]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, tensors) for loss in losses))
 
@@ -149,7 +172,9 @@ def test_a_class_of_no_probability_may_be_masked(device):
     input, target = torch.randn(3, 6, device=device), torch.rand(3, 6, device=device)
     input[:, 2], target[:, 2] = -float("inf"), 0.0
     kept = torch.tensor([0, 1, 3, 4, 5], device=device)
-    torch.testing.assert_close(functional.cross_entropy(input, target), torch.nn.functional.cross_entropy(input[:, kept], target[:, kept]))
+    torch.testing.assert_close(
+        functional.cross_entropy(input, target), torch.nn.functional.cross_entropy(input[:, kept], target[:, kept])
+    )
     gradient = torch.func.grad(functional.cross_entropy)(input, target)
     assert not gradient.isnan().any() and (gradient[:, 2] == 0).all()
     input.requires_grad_()
@@ -212,7 +237,9 @@ def test_refuses_what_it_cannot_read_and_says_what_it_got(kind, named, tensors, 
 
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize(
-    "options", [{"direction": "forward"}, {"direction": "reverse"}, {"direction": "jsd"}, {"direction": "jsd", "beta": 0.3}], ids=str
+    "options",
+    [{"direction": "forward"}, {"direction": "reverse"}, {"direction": "jsd"}, {"direction": "jsd", "beta": 0.3}],
+    ids=str,
 )
 def test_the_second_derivative_is_right_where_both_are_equal(options):
     """There every divergence is as good as a quadratic form: what natural gradients and trust regions take from it."""

@@ -1,7 +1,7 @@
 """Whoever writes torch's name gets torch's behaviour, and what torch promises of any function holds for ours.
 
-Signatures, PyTorch's own sample inputs, result dtypes, strides, modules, every kind of gradient, and laws that hold for all
-numbers. test_losses.py has the values of the table, test_bad_input.py what is refused.
+Signatures, PyTorch's own sample inputs, result dtypes, strides, modules, every kind of gradient, and laws that hold for
+all numbers. test_losses.py has the values of the table, test_bad_input.py what is refused.
 """
 
 import copy
@@ -22,16 +22,24 @@ from reference.cases import CASES
 from triton_losses import functional
 
 WITHOUT_MODULES = ("log_probs", "ctc_loss_with_logits")  # the last has ctc_loss's
-FUNCTIONS = {name: f for name, f in vars(functional).items() if inspect.isfunction(f) and not name.endswith(WITHOUT_MODULES)}
-MODULES = {n: c for n, c in vars(triton_losses).items() if isinstance(c, type) and hasattr(c, "function") and n[-4:] != "Head"}
+FUNCTIONS = {
+    name: f for name, f in vars(functional).items() if inspect.isfunction(f) and not name.endswith(WITHOUT_MODULES)
+}
+MODULES = {
+    n: c for n, c in vars(triton_losses).items() if isinstance(c, type) and hasattr(c, "function") and n[-4:] != "Head"
+}
 REGIONS = [case.name for case in CASES if case.classes]  # their means are of whole images
-HEADS = [name for name in FUNCTIONS if name.startswith("linear_")]  # test_head.py compares them with torch's: a weight's owner is ...Head
-SEQUENCES = [name for name in FUNCTIONS if name.startswith("ctc_")]  # of four tensors: test_sequence.py has what holds for pairs here
+# test_head.py compares them with torch's: a weight's owner is ...Head
+HEADS = [name for name in FUNCTIONS if name.startswith("linear_")]
+# of four tensors: test_sequence.py has what holds for pairs here
+SEQUENCES = [name for name in FUNCTIONS if name.startswith("ctc_")]
 TORCHS = [name for name in FUNCTIONS if hasattr(torch.nn.functional, name) and name not in HEADS]
-TORCHS_MODULES = [name for name in MODULES if hasattr(torch.nn, name) and name != "LinearCrossEntropyLoss"]  # ours is given the weight
+# ours is given the weight
+TORCHS_MODULES = [name for name in MODULES if hasattr(torch.nn, name) and name != "LinearCrossEntropyLoss"]
 MARGINS = ["multi_margin_loss", "multilabel_margin_loss"]  # they take labels too, and rows alone
 WITH_LABELS = [*MARGINS, *(name for name, f in FUNCTIONS.items() if "ignore_index" in inspect.signature(f).parameters)]
-SECOND = {name: list(inspect.signature(f).parameters)[1] for name, f in FUNCTIONS.items()}  # anything but target: test_metric.py's
+# anything but target: test_metric.py's
+SECOND = {name: list(inspect.signature(f).parameters)[1] for name, f in FUNCTIONS.items()}
 WITHOUT_LABELS = [
     n for n in TORCHS if SECOND[n] == "target" and n not in (*WITH_LABELS, "binary_cross_entropy", "gaussian_nll_loss")
 ]  # one dtype; three tensors
@@ -50,11 +58,15 @@ def prepared(case, device, module=functional, shape=(6, 5), dtype=torch.float32,
     """The case's loss as a function of the tensors it is differentiated by, and those tensors."""
     tensors, options = case.arguments(case.shape(*shape), dtype, device)
     inputs, rest = [t.requires_grad_() for t in tensors[: case.differentiable]], tensors[case.differentiable :]
-    return lambda *inputs: getattr(module, case.name)(*inputs, *rest, **{**options, **(changes if case.reduces else {})}), inputs
+    return lambda *inputs: getattr(module, case.name)(
+        *inputs, *rest, **{**options, **(changes if case.reduces else {})}
+    ), inputs
 
 
 def assert_begins_with(ours, torchs):
-    mine, theirs = ([(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()] for f in (ours, torchs))
+    mine, theirs = (
+        [(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()] for f in (ours, torchs)
+    )
     assert mine[: len(theirs)] == theirs
     for name, _, kind in mine[len(theirs) :]:  # torch 2.11 lacks some weights that come last and positional in 2.13
         assert kind is inspect.Parameter.KEYWORD_ONLY or name == "weight"
@@ -83,24 +95,38 @@ def operators(name):
 
 
 def widened(t):
-    return t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+    return (
+        t.detach().double().requires_grad_(t.requires_grad)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+        else t
+    )
 
 
 def value_and_gradients(loss, arguments, options):
     """The loss and, for one fixed upstream gradient, the gradient of whatever requires and has one."""
     value = loss(*arguments, **options)
     leaves = [t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(value.device, value.dtype)
-    return [value.detach(), *(g for g in torch.autograd.grad(value, leaves, upstream, allow_unused=True) if g is not None)]
+    upstream = (
+        torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(value.device, value.dtype)
+    )
+    return [
+        value.detach(),
+        *(g for g in torch.autograd.grad(value, leaves, upstream, allow_unused=True) if g is not None),
+    ]
 
 
 def sizes_of_terms(loss, arguments, options, gradients):
-    """How large the numbers are that the loss and its gradients are summed from: those may cancel, their rounding does not."""
+    """How large the numbers are that the loss and its gradients are summed from: those may cancel, their rounding does
+    not.
+    """
     terms = loss(*arguments, **{**options, "reduction": "none"}).detach().abs()
     weight = 1.0 if options.get("weight") is None else options["weight"].max()
     probability = 2 * weight / (max(terms.numel(), 1) if options.get("reduction", "mean") == "mean" else 1)
     whole = options.get("reduction") == "sum" or not terms.numel()
-    return [(terms.sum() if whole else terms.max()) + weight, *(g.abs().max() + probability if g.numel() else 0 for g in gradients)]
+    return [
+        (terms.sum() if whole else terms.max()) + weight,
+        *(g.abs().max() + probability if g.numel() else 0 for g in gradients),
+    ]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64) if INTERPRET else DTYPES, ids=str)
@@ -116,12 +142,16 @@ def test_pytorchs_own_samples_give_what_torch_gives(name, dtype, device):
         for sample in op.sample_inputs_func(op, device, dtype, requires_grad=True):
             arguments, options = (sample.input, *sample.args), sample.kwargs
             if options.get("weight") is not None:
-                options["weight"] = options["weight"].abs()  # negative ones can sum to almost 0, which the mean divides by
+                # negative ones can sum to almost 0, which the mean divides by
+                options["weight"] = options["weight"].abs()
             ours, torchs = (value_and_gradients(loss, arguments, options) for loss in (FUNCTIONS[name], op.op))
             arguments, options = [widened(t) for t in arguments], {k: widened(t) for k, t in options.items()}
             exact = value_and_gradients(exactly or op.op, arguments, options)
-            for o, t, e, size in zip(ours, torchs, exact, sizes_of_terms(op.op, arguments, options, exact[1:]), strict=True):
-                finite = name in ("soft_margin_loss", "poisson_nll_loss")  # where torch overflows, or divides 0 by a count of 0
+            for o, t, e, size in zip(
+                ours, torchs, exact, sizes_of_terms(op.op, arguments, options, exact[1:]), strict=True
+            ):
+                # where torch overflows, or divides 0 by a count of 0
+                finite = name in ("soft_margin_loss", "poisson_nll_loss")
                 assert o.dtype == t.dtype and o.shape == t.shape and torch.equal(o.isnan(), t.isnan() & (not finite))
                 if o.numel() and not t.isnan().any():
                     budget = 2 * max((t - e).abs().max(), ROUNDING[dtype] * size)
@@ -135,7 +165,10 @@ def test_pytorchs_own_module_samples_give_what_torch_gives(name, device):
 
     infos = [info for info in module_db if info.module_cls is getattr(torch.nn, name)]
     assert infos or name.startswith("TripletMargin")  # of which PyTorch has none
-    samples = [info.module_inputs_func(info, device=device, dtype=torch.float32, requires_grad=True, training=True) for info in infos]
+    samples = [
+        info.module_inputs_func(info, device=device, dtype=torch.float32, requires_grad=True, training=True)
+        for info in infos
+    ]
     for sample in itertools.chain(*samples):
         make, call = sample.constructor_input, sample.forward_input
         if INTERPRET and call.args[1].numel() > 60:
@@ -151,7 +184,11 @@ def test_the_older_flags_mean_what_they_mean_in_torch(name, device):
     make = next(module for module in MODULES.values() if module.function is FUNCTIONS[name])
     for size_average, reduce in list(itertools.product((None, True, False), repeat=2))[1:]:
         options, results = {"size_average": size_average, "reduce": reduce, "reduction": "none"}, []
-        for loss in (FUNCTIONS[name], lambda *tensors, **options: make(**options)(*tensors), getattr(torch.nn.functional, name)):
+        for loss in (
+            FUNCTIONS[name],
+            lambda *tensors, **options: make(**options)(*tensors),
+            getattr(torch.nn.functional, name),
+        ):
             with pytest.warns(UserWarning, match="reduction="):
                 results.append(loss(*tensors, **options))
         torch.testing.assert_close(results[:2], results[2:] * 2)
@@ -166,17 +203,23 @@ def assert_torch_agrees(name, *tensors, **options):
 @pytest.mark.parametrize("name", WITHOUT_LABELS)
 def test_mixed_dtypes_and_scalars_give_torchs_dtype(name, device):
     shapes, targets = [((3,), (3,)), ((), ())], MIXED
-    if name not in ("binary_cross_entropy_with_logits", "soft_margin_loss", "kl_div"):  # which refuse integer targets, or larger ones
+    # which refuse integer targets, or larger ones
+    if name not in ("binary_cross_entropy_with_logits", "soft_margin_loss", "kl_div"):
         shapes, targets = [*shapes, ((3,), ()), ((), (3,)), ((2, 3), (3,))], [*MIXED, torch.int64, torch.uint8]
     if name == "multilabel_soft_margin_loss":  # which takes no scalar input
         shapes = [pair for pair in shapes if pair[0]]
     for dtype, target_dtype, (shape, target_shape) in itertools.product(MIXED, targets, shapes):
-        input, target = torch.randn(shape, device=device).to(dtype), torch.rand(target_shape, device=device).to(target_dtype)
+        input, target = (
+            torch.randn(shape, device=device).to(dtype),
+            torch.rand(target_shape, device=device).to(target_dtype),
+        )
         assert_torch_agrees(name, input, target)
         assert_torch_agrees(name, input, target, reduction="none")
 
 
-WEIGHTED = [name for name in WITHOUT_LABELS if "weight" in inspect.signature(getattr(torch.nn.functional, name)).parameters]
+WEIGHTED = [
+    name for name in WITHOUT_LABELS if "weight" in inspect.signature(getattr(torch.nn.functional, name)).parameters
+]
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
@@ -184,19 +227,26 @@ def test_a_weights_dtype_counts_as_it_does_in_torch(name, device):
     for dtype, target_dtype, weight_dtype in itertools.product(MIXED, repeat=3):
         tensors = [torch.rand(7, device=device).to(d) for d in (dtype, target_dtype)]
         for reduction in ("none", "mean"):
-            assert_torch_agrees(name, *tensors, reduction=reduction, weight=torch.rand(7, device=device).to(weight_dtype))
+            assert_torch_agrees(
+                name, *tensors, reduction=reduction, weight=torch.rand(7, device=device).to(weight_dtype)
+            )
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("name", [name for name in WEIGHTED if "binary" not in name])  # a binary loss refuses it, as torch does
+# a binary loss refuses it, as torch does
+@pytest.mark.parametrize("name", [name for name in WEIGHTED if "binary" not in name])
 def test_a_weight_gets_torchs_gradient(name, reduction, device):
     input, target, weight = (t.requires_grad_() for t in (*draw(name, device), torch.rand(6, 5, device=device)))
     options = {"reduction": reduction, "weight": weight}
-    ours, torchs = (value_and_gradients(getattr(module, name), (input, target), options) for module in (functional, torch.nn.functional))
+    ours, torchs = (
+        value_and_gradients(getattr(module, name), (input, target), options)
+        for module in (functional, torch.nn.functional)
+    )
     torch.testing.assert_close(ours, torchs)
 
 
-KEPT_NARROW = ("gaussian_nll_loss", "multilabel_soft_margin_loss", "triplet_margin_with_distance_loss")  # by torch, on a CPU
+# by torch, on a CPU
+KEPT_NARROW = ("gaussian_nll_loss", "multilabel_soft_margin_loss", "triplet_margin_with_distance_loss")
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
@@ -206,7 +256,9 @@ def test_autocast_gives_torchs_dtype_and_gradients_of_the_inputs_own(name, autoc
         input, *rest = draw(name, dtype=dtype)
         with torch.autocast("cpu", dtype=autocast):
             modules = functional, torch.nn.functional
-            ours, torchs = (getattr(module, name)(input.requires_grad_(), *rest, reduction=reduction) for module in modules)
+            ours, torchs = (
+                getattr(module, name)(input.requires_grad_(), *rest, reduction=reduction) for module in modules
+            )
         torch.testing.assert_close(ours, torchs)
         assert torch.autograd.grad(ours.sum(), input)[0].dtype == dtype
 
@@ -313,24 +365,38 @@ def test_nothing_is_mutated_and_every_run_is_the_same(case, device):
         loss = loss_of(*tensors, **options)
         runs += [[loss, *torch.autograd.grad(loss, inputs, upstream, retain_graph=True)] for _ in range(2)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
-    assert all(t._version == version and torch.equal(t, values) for t, (version, values) in zip(passed, before, strict=True))
+    assert all(
+        t._version == version and torch.equal(t, values) for t, (version, values) in zip(passed, before, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in PLAIN if (case in SOME and case.name != "ctc_loss") or "exact_gradient" in case.options], ids=str
+    "case",
+    [case for case in PLAIN if (case in SOME and case.name != "ctc_loss") or "exact_gradient" in case.options],
+    ids=str,
 )
 def test_gradients_are_those_of_the_value_and_the_same_where_they_can_be_differentiated(case, device):
     loss, inputs = prepared(case, device, shape=(3, 4), dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
-    plain, differentiable = (torch.autograd.grad(loss(*inputs).sum(), inputs, create_graph=create) for create in (False, True))
+    plain, differentiable = (
+        torch.autograd.grad(loss(*inputs).sum(), inputs, create_graph=create) for create in (False, True)
+    )
     torch.testing.assert_close(differentiable, plain)
 
 
-TWICE = [("mse_loss", {}), ("huber_loss", {"delta": 0.7}), ("log_cosh_loss", {}), ("sigmoid_focal_loss", {"gamma": 1.5}),
-         ("binary_cross_entropy_with_logits", {"pos_weight": class_weights().double()}),
-         ("cross_entropy", {"label_smoothing": 0.1, "z_loss": 0.01, "weight": class_weights().double()}),
-         ("multi_margin_loss", {"p": 2, "weight": class_weights().double()}), ("multilabel_soft_margin_loss", {}),
-         ("focal_loss", {"gamma": 0.5}), ("focal_loss", {"gamma": 0.0}), ("focal_loss", {"weight": class_weights().double()})]  # fmt: skip
+TWICE = [
+    ("mse_loss", {}),
+    ("huber_loss", {"delta": 0.7}),
+    ("log_cosh_loss", {}),
+    ("sigmoid_focal_loss", {"gamma": 1.5}),
+    ("binary_cross_entropy_with_logits", {"pos_weight": class_weights().double()}),
+    ("cross_entropy", {"label_smoothing": 0.1, "z_loss": 0.01, "weight": class_weights().double()}),
+    ("multi_margin_loss", {"p": 2, "weight": class_weights().double()}),
+    ("multilabel_soft_margin_loss", {}),
+    ("focal_loss", {"gamma": 0.5}),
+    ("focal_loss", {"gamma": 0.0}),
+    ("focal_loss", {"weight": class_weights().double()}),
+]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -344,10 +410,14 @@ def test_second_derivatives_are_those_of_the_gradient(name, options, reduction, 
 def test_pos_weight_gets_its_gradient(device):
     input, target = draw("binary_cross_entropy_with_logits", device, dtype=torch.float64)
     weight = class_weights().double().to(device).requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: functional.binary_cross_entropy_with_logits(input, target, pos_weight=w), [weight])
+    assert torch.autograd.gradcheck(
+        lambda w: functional.binary_cross_entropy_with_logits(input, target, pos_weight=w), [weight]
+    )
 
 
-@pytest.mark.parametrize("name", ["huber_loss", "binary_cross_entropy_with_logits", "nll_loss", "cross_entropy", "focal_loss"])
+@pytest.mark.parametrize(
+    "name", ["huber_loss", "binary_cross_entropy_with_logits", "nll_loss", "cross_entropy", "focal_loss"]
+)
 def test_function_transforms_give_what_they_give_of_plain_torch(name, device):
     ours, inputs = prepared(FIRST[name], device, dtype=torch.float64)
     plain, _ = prepared(FIRST[name], device, reference.losses, dtype=torch.float64)
@@ -386,8 +456,14 @@ def test_the_mean_is_the_sum_over_the_number(rows, columns, seed):
     for name, loss in LAWFUL.items():
         *inputs, target = draw(name, "cpu", (rows, columns), torch.float64, seed)
         labels = name in WITH_LABELS and name not in MARGINS
-        number = (target != -100).sum() if labels and not target.is_floating_point() else loss(*inputs, target, reduction="none").numel()
-        torch.testing.assert_close(loss(*inputs, target, reduction="mean"), loss(*inputs, target, reduction="sum") / number)
+        number = (
+            (target != -100).sum()
+            if labels and not target.is_floating_point()
+            else loss(*inputs, target, reduction="none").numel()
+        )
+        torch.testing.assert_close(
+            loss(*inputs, target, reduction="mean"), loss(*inputs, target, reduction="sum") / number
+        )
 
 
 @law(more_rows=sizes)
@@ -398,7 +474,11 @@ def test_the_loss_of_two_batches_is_the_sum_of_their_losses(rows, more_rows, col
         torch.testing.assert_close(together, sum(loss(*batch, reduction="sum") for batch in batches))
 
 
-SOFTMAX = [functional.cross_entropy, functional.focal_loss, functools.partial(functional.cross_entropy, label_smoothing=0.3)]
+SOFTMAX = [
+    functional.cross_entropy,
+    functional.focal_loss,
+    functools.partial(functional.cross_entropy, label_smoothing=0.3),
+]
 
 
 @law(offset=strategies.floats(-1e4, 1e4))
@@ -412,7 +492,10 @@ def test_an_offset_common_to_a_rows_logits_changes_nothing(rows, columns, seed, 
 @law()
 def test_focal_loss_that_does_not_focus_is_cross_entropy(rows, columns, seed):
     input, target = draw("cross_entropy", "cpu", (rows, columns), torch.float64, seed)
-    ours, torchs = functional.focal_loss(input.requires_grad_(), target, gamma=0), torch.nn.functional.cross_entropy(input, target)
+    ours, torchs = (
+        functional.focal_loss(input.requires_grad_(), target, gamma=0),
+        torch.nn.functional.cross_entropy(input, target),
+    )
     torch.testing.assert_close(ours, torchs)
     torch.testing.assert_close(torch.autograd.grad(ours, input), torch.autograd.grad(torchs, input))
 

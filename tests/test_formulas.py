@@ -82,7 +82,9 @@ def operands_of(name):
     f = FORMULAS[name]
     if name in ELEMENTWISE:
         count, scalars = ELEMENTWISE[name]
-        operands = [torch.rand(50, dtype=torch.float64) if i else torch.randn(50, dtype=torch.float64) * 2 for i in range(count)]
+        operands = [
+            torch.rand(50, dtype=torch.float64) if i else torch.randn(50, dtype=torch.float64) * 2 for i in range(count)
+        ]
         if name.endswith("_of_chances"):
             operands[0] = operands[0].sigmoid()
         elif name.endswith("_full"):  # counts on both sides of 1, where Stirling's term begins
@@ -130,7 +132,8 @@ def test_a_reading_cut_to_some_outputs_gives_those_outputs(name):
         assert torch.equal(*(torch.as_tensor(v) for v in (f.partials(wanted)(*operands, *scalars)[0], partial)))
 
 
-@pytest.mark.parametrize("name", ["logistic", "weighted_logistic", "sigmoid_focal", "squared_error"])  # the last has no such line
+# the last has no such line
+@pytest.mark.parametrize("name", ["logistic", "weighted_logistic", "sigmoid_focal", "squared_error"])
 def test_a_slope_takes_what_is_already_known(name):
     operands, scalars = operands_of(name)
     f = FORMULAS[name]
@@ -140,7 +143,8 @@ def test_a_slope_takes_what_is_already_known(name):
         assert torch.equal(f.slope_given("sigmoid(x)")(torch.ones(50), *operands, *scalars), 1 - operands[1])
 
 
-@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if "margin_excess" not in name])  # torch looks for what exceeds
+# torch looks for what exceeds
+@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if "margin_excess" not in name])
 def test_nan_stays_nan(name):
     (input, *rest), scalars = operands_of(name)
     assert FORMULAS[name].value(input * math.nan, *rest, *scalars).isnan().all()
@@ -160,7 +164,9 @@ def test_two_formulas_cannot_share_a_name():
     assert isinstance(FORMULAS["huber"], Formula)
 
 
-SPOTS = torch.tensor([0.0, 1e-30, 1e-7, 1e-4, 0.01, 0.2, 0.3499, 0.3501, 0.5, 1.0, 3.0, 9.0, 17.0, 40.0, 87.0], dtype=torch.float64)
+SPOTS = torch.tensor(
+    [0.0, 1e-30, 1e-7, 1e-4, 0.01, 0.2, 0.3499, 0.3501, 0.5, 1.0, 3.0, 9.0, 17.0, 40.0, 87.0], dtype=torch.float64
+)
 SPOTS = torch.cat([-SPOTS.flip(0), SPOTS])
 EXACT = {
     "exp": torch.exp,
@@ -169,7 +175,9 @@ EXACT = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "log_cosh": lambda x: torch.where(
-        x.abs() < 1, torch.log1p(2 * torch.sinh(x / 2) ** 2), x.abs() + torch.log1p(torch.exp(-2 * x.abs())) - math.log(2)
+        x.abs() < 1,
+        torch.log1p(2 * torch.sinh(x / 2) ** 2),
+        x.abs() + torch.log1p(torch.exp(-2 * x.abs())) - math.log(2),
     ),
     "expm1": torch.expm1,
     "sign": torch.sign,
@@ -205,7 +213,9 @@ def test_a_logarithm_near_1_is_exact_to_its_last_digits(dtype, device):
 
     x = -torch.cat([torch.tensor([0.0, 1e-30, 1e-7, 1e-4]), torch.linspace(0.001, 0.999, 999)]).to(device, dtype)
     for values in (device_math.log1p_negative.eager(x), evaluate(device_math.log1p_negative, x)):
-        torch.testing.assert_close(values.double(), x.double().log1p(), rtol=5e-7 if dtype == torch.float32 else 1e-14, atol=0)
+        torch.testing.assert_close(
+            values.double(), x.double().log1p(), rtol=5e-7 if dtype == torch.float32 else 1e-14, atol=0
+        )
 
 
 HALF, SIGNS = torch.tensor([[0.0, 1.0, 0.3, 0.8]]).double(), torch.tensor([[-1.0, 1.0, 1.0, -1.0]]).double()

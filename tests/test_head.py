@@ -1,4 +1,5 @@
-"""What the language model's head does not do, how it looks to torch.compile and autocast, its modules, and training by it.
+"""What the language model's head does not do, how it looks to torch.compile and autocast, its modules, and training by
+it.
 
 test_language.py has its values and gradients.
 """
@@ -57,7 +58,9 @@ def test_what_is_frozen_costs_no_product(reduction, wanted, forward, backward, d
         leaves[name].requires_grad_(False)
 
     def loss():
-        return linear_cross_entropy(leaves["hidden"], leaves["weight"], labels, linear_bias=leaves["bias"], reduction=reduction)
+        return linear_cross_entropy(
+            leaves["hidden"], leaves["weight"], labels, linear_bias=leaves["bias"], reduction=reduction
+        )
 
     value, found = products(loss)
     assert len(found) == forward and value.requires_grad == bool(free)
@@ -92,7 +95,13 @@ def test_every_run_is_the_same_and_mutates_nothing(reduction, device):
     factors, classes = torch.rand(7).to(device).requires_grad_(), per_class(device).float()
     passed = [hidden, weight, bias, factors, classes, labels]
     before = [(t._version, t.detach().clone()) for t in passed]
-    options = {"linear_bias": bias, "token_weights": factors, "weight": classes, "reduction": reduction, "chunk_bytes": THREE_ROWS}
+    options = {
+        "linear_bias": bias,
+        "token_weights": factors,
+        "weight": classes,
+        "reduction": reduction,
+        "chunk_bytes": THREE_ROWS,
+    }
     runs = [value_and_gradients(linear_cross_entropy(hidden, weight, labels, **options), passed[:4]) for _ in range(2)]
     assert_same(*runs, 0)
     assert all(t._version == version and torch.equal(t, value) for t, (version, value) in zip(passed, before))
@@ -148,7 +157,9 @@ def test_it_is_one_op_of_a_compiled_graph(reduction, forward, backward, dynamic,
     backend = aot_autograd(fw_compiler=collecting(forwards), bw_compiler=collecting(backwards))
 
     def loss(hidden, weight, bias, labels):
-        return linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction=reduction, softcap=3.0, shift=True)
+        return linear_cross_entropy(
+            hidden, weight, labels, linear_bias=bias, reduction=reduction, softcap=3.0, shift=True
+        )
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
     for where in ((2, 4), (3, 5)) if dynamic else ((2, 4),):
@@ -178,8 +189,13 @@ def test_statistics_and_log_probs_compile_whole():
 @new_torch
 @pytest.mark.not_interpreted
 def test_the_signature_begins_with_torchs():
-    ours, torchs = ([(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()] for f in (linear_cross_entropy, TORCHS))
-    assert ours[: len(torchs)] == torchs and all(kind is inspect.Parameter.KEYWORD_ONLY for *_, kind in ours[len(torchs) :])
+    ours, torchs = (
+        [(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()]
+        for f in (linear_cross_entropy, TORCHS)
+    )
+    assert ours[: len(torchs)] == torchs and all(
+        kind is inspect.Parameter.KEYWORD_ONLY for *_, kind in ours[len(torchs) :]
+    )
 
 
 @new_torch
@@ -191,11 +207,18 @@ def test_pytorchs_own_samples_give_what_torch_gives(dtype, device):
 
     infos = [info for info in op_db if info.name == "nn.functional.linear_cross_entropy"]
     served = refused = 0
-    for sample in (sample for info in infos for sample in info.sample_inputs_func(info, device, dtype, requires_grad=True)):
+    for sample in (
+        sample for info in infos for sample in info.sample_inputs_func(info, device, dtype, requires_grad=True)
+    ):
         (weight, target), options = sample.args, sample.kwargs
         if options.get("options") is None and weight.dim() == 2 and not target.is_floating_point():
-            leaves = [t for t in (sample.input, weight, options.get("linear_bias")) if t is not None and t.requires_grad]
-            ours, torchs = (value_and_gradients(f(sample.input, weight, target, **options), leaves) for f in (linear_cross_entropy, TORCHS))
+            leaves = [
+                t for t in (sample.input, weight, options.get("linear_bias")) if t is not None and t.requires_grad
+            ]
+            ours, torchs = (
+                value_and_gradients(f(sample.input, weight, target, **options), leaves)
+                for f in (linear_cross_entropy, TORCHS)
+            )
             assert_same(ours, torchs, 1e-5 if dtype == torch.float32 else 1e-9)
             served += 1
         else:
@@ -213,10 +236,19 @@ def head_and_torchs(**options):
 
 
 @new_torch
-@pytest.mark.parametrize("bias, reduction, weighted", [(False, "mean", False), (True, "none", True), (True, "mean", True)])
+@pytest.mark.parametrize(
+    "bias, reduction, weighted", [(False, "mean", False), (True, "none", True), (True, "mean", True)]
+)
 def test_the_head_that_owns_its_weight_is_torchs(bias, reduction, weighted):
-    options = {"bias": bias, "reduction": reduction, "weight": per_class("cpu").float() if weighted else None, "label_smoothing": 0.1}
-    ours, torchs = head_and_torchs(**options, ignore_index=3, out_features=(), device="cpu", dtype=torch.float32, options=None)
+    options = {
+        "bias": bias,
+        "reduction": reduction,
+        "weight": per_class("cpu").float() if weighted else None,
+        "label_smoothing": 0.1,
+    }
+    ours, torchs = head_and_torchs(
+        **options, ignore_index=3, out_features=(), device="cpu", dtype=torch.float32, options=None
+    )
     assert list(ours.state_dict()) == list(torchs.state_dict())
     hidden, _, _, labels = drawn((7,), "cpu", torch.float32)
     labels = labels.where(labels != IGNORED, 3)
@@ -240,7 +272,9 @@ def test_modules_take_what_belongs_to_the_call_at_the_call():
         hidden, weight, labels, linear_bias=bias, token_weights=factors, softcap=3.0, shift=True, chunk_bytes=THREE_ROWS
     )
     assert torch.equal(loss(hidden, weight, labels, bias, token_weights=factors), expected)
-    head = triton_losses.LinearCrossEntropyHead(FEATURES, CLASSES, bias=True, softcap=3.0, shift=True, chunk_bytes=THREE_ROWS)
+    head = triton_losses.LinearCrossEntropyHead(
+        FEATURES, CLASSES, bias=True, softcap=3.0, shift=True, chunk_bytes=THREE_ROWS
+    )
     with torch.no_grad():
         head.linear.weight.copy_(weight), head.linear.bias.copy_(bias)
     for twin in (head, copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
@@ -249,7 +283,8 @@ def test_modules_take_what_belongs_to_the_call_at_the_call():
 
 
 @pytest.mark.parametrize(
-    "kind, options", [(NotImplementedError, {"out_features": (2,)}), (TypeError, {"options": object()}), (TypeError, {"colour": 1})]
+    "kind, options",
+    [(NotImplementedError, {"out_features": (2,)}), (TypeError, {"options": object()}), (TypeError, {"colour": 1})],
 )
 def test_the_head_refuses_what_it_does_not_do(kind, options):
     with pytest.raises(kind):
@@ -266,7 +301,10 @@ class TinyLanguageModel(torch.nn.Module):
         super().__init__()
         self.token, self.place = torch.nn.Embedding(256, width), torch.nn.Embedding(length, width)
         layer = torch.nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers, self.norm = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.nn.LayerNorm(width)
+        self.layers, self.norm = (
+            torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+            torch.nn.LayerNorm(width),
+        )
         self.head = torch.nn.Linear(width, 256, bias=True)
         self.register_buffer("mask", torch.nn.Transformer.generate_square_subsequent_mask(length))
 
@@ -291,7 +329,9 @@ def losses_of_training(loss_of, batches):
 
 @pytest.fixture
 def one_thread():
-    """Such small tensors are not worth two, and where other processes want the cores their threads wait for one another."""
+    """Such small tensors are not worth two, and where other processes want the cores their threads wait for one
+    another.
+    """
     with torch_threads(1):
         yield
 

@@ -1,6 +1,7 @@
 """The language model's head gives what plain logits followed by cross entropy give, and does less for it.
 
-test_losses.py has the table's cases in every dtype and shape, test_head.py what the head does not do, and training by it.
+test_losses.py has the table's cases in every dtype and shape, test_head.py what the head does not do, and training by
+it.
 """
 
 import itertools
@@ -82,7 +83,7 @@ def assert_same(ours, plain, tolerance=1e-9):
 
 @pytest.mark.parametrize("choice", CHOICES, ids=words)
 def test_equals_plain_logits_then_cross_entropy(choice, device):
-    """In float64, for options of which any two meet: value and all gradients, and from a second backward the same bits."""
+    """In float64, for options of which any two meet: value, all gradients, and the same bits from a second backward."""
     options = dict(choice)
     where = options.pop("where")
     hidden, weight, bias, labels = drawn(where, device)
@@ -93,7 +94,10 @@ def test_equals_plain_logits_then_cross_entropy(choice, device):
     options["token_weights"] = token_weights if options["token_weights"] else None
     options["weight"] = per_class(device) if options["weight"] else None
     leaves = [t for t in (hidden, weight, options["linear_bias"], options["token_weights"]) if t is not None]
-    ours, plain = (loss(hidden, weight, labels, **options) for loss in (linear_cross_entropy, reference.losses.linear_cross_entropy))
+    ours, plain = (
+        loss(hidden, weight, labels, **options)
+        for loss in (linear_cross_entropy, reference.losses.linear_cross_entropy)
+    )
     first, second, expected = (value_and_gradients(loss, leaves, retain_graph=True) for loss in (ours, ours, plain))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
     if ours.isnan().any():  # no row counts: plain torch's gradient by the token weights is then nan, ours 0
@@ -115,12 +119,17 @@ def test_log_probs_equal_those_of_plain_logits(where, chunk_bytes, softcap, temp
 
     ours = both(linear_log_probs(hidden, weight, labels, linear_bias=bias, chunk_bytes=chunk_bytes, **options))
     plain = both(reference.losses.linear_log_probs(hidden, weight, labels, linear_bias=bias, **options))
-    first, second, expected = (value_and_gradients(x, (hidden, weight, bias), retain_graph=True) for x in (ours, ours, plain))
+    first, second, expected = (
+        value_and_gradients(x, (hidden, weight, bias), retain_graph=True) for x in (ours, ours, plain)
+    )
     assert_same(first, expected)
     assert_same(second, first, 0)
 
     logits = (2 * torch.randn(*where, CLASSES, dtype=torch.float64)).to(device).requires_grad_()
-    ours, plain = (value_and_gradients(both(f(logits, labels, **options)), [logits]) for f in (log_probs, reference.losses.log_probs))
+    ours, plain = (
+        value_and_gradients(both(f(logits, labels, **options)), [logits])
+        for f in (log_probs, reference.losses.log_probs)
+    )
     assert_same(ours, plain)
 
 
@@ -146,13 +155,20 @@ def test_the_likeliest_class_is_the_first_of_the_highest(cols, dtype, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_statistics_of_the_tokens_come_along_and_change_nothing(reduction, device):
     hidden, weight, bias, labels = drawn((2, 4), device)
-    options = {"linear_bias": bias, "softcap": 3.0, "temperature": 0.7, "token_weights": torch.rand(2, 4).to(device).double()}
+    options = {
+        "linear_bias": bias,
+        "softcap": 3.0,
+        "temperature": 0.7,
+        "token_weights": torch.rand(2, 4).to(device).double(),
+    }
     options |= {"reduction": reduction, "chunk_bytes": THREE_ROWS}
     plain, expected = reference.losses.linear_cross_entropy(hidden, weight, labels, return_stats=True, **options)
     ours, stats = linear_cross_entropy(hidden, weight, labels, return_stats=True, **options)
     assert_same(stats, expected)
     assert_same(*(value_and_gradients(loss, (hidden, weight, bias)) for loss in (ours, plain)))
-    assert torch.equal(ours, linear_cross_entropy(hidden, weight, labels, **options)) and not any(v.requires_grad for v in stats)
+    assert torch.equal(ours, linear_cross_entropy(hidden, weight, labels, **options)) and not any(
+        v.requires_grad for v in stats
+    )
 
 
 @pytest.mark.parametrize("reduction, value", [("mean", float("nan")), ("sum", 0.0), ("none", 0.0)])
@@ -163,7 +179,9 @@ def test_where_no_row_counts_every_gradient_is_zero(rows, reduction, value, devi
     loss = linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction=reduction)
     assert loss.shape == ((rows,) if reduction == "none" else ())
     assert_same(
-        value_and_gradients(loss, (hidden, weight, bias)), [torch.full_like(loss, value), *map(torch.zeros_like, (hidden, weight, bias))], 0
+        value_and_gradients(loss, (hidden, weight, bias)),
+        [torch.full_like(loss, value), *map(torch.zeros_like, (hidden, weight, bias))],
+        0,
     )
 
 
@@ -177,7 +195,9 @@ def test_a_masked_vocabulary_has_no_share_in_anything(z_loss, reduction, device)
     labels = labels.where(labels == IGNORED, CLASSES - 1)
     bias = bias.detach().masked_fill(masked, -float("inf")).requires_grad_()
     options = {"linear_bias": bias, "z_loss": z_loss, "reduction": reduction, "chunk_bytes": THREE_ROWS}
-    ours, plain = (f(hidden, weight, labels, **options) for f in (linear_cross_entropy, reference.losses.linear_cross_entropy))
+    ours, plain = (
+        f(hidden, weight, labels, **options) for f in (linear_cross_entropy, reference.losses.linear_cross_entropy)
+    )
     ours, plain = (value_and_gradients(loss, (hidden, weight, bias)) for loss in (ours, plain))
     assert_same(ours, plain)
     assert not ours[2][masked].any() and not ours[3][masked].any()
@@ -195,7 +215,9 @@ def test_shift_is_shifting(device):
     by_hand = linear_cross_entropy(hidden[:, :-1], weight, labels[:, 1:], linear_bias=bias)
     assert_same(*(value_and_gradients(loss, (hidden, weight, bias)) for loss in (shifted, by_hand)))
     each = linear_cross_entropy(hidden, weight, labels, linear_bias=bias, shift=True, reduction="none")
-    bytes_of_labels = [linear_cross_entropy(hidden, weight, t, shift=True) for t in (labels.clamp(min=0).byte(), labels.clamp(min=0))]
+    bytes_of_labels = [
+        linear_cross_entropy(hidden, weight, t, shift=True) for t in (labels.clamp(min=0).byte(), labels.clamp(min=0))
+    ]
     assert torch.equal(*bytes_of_labels)
     assert each.shape == labels.shape and not each[:, -1].any()
 
@@ -204,7 +226,9 @@ def test_shift_is_shifting(device):
 def test_hidden_states_of_any_leading_shape(where, device):
     hidden, weight, bias, labels = drawn(where, device)
     labels = labels.clamp(min=0)
-    flat = linear_cross_entropy(hidden.reshape(-1, FEATURES), weight, labels.reshape(-1), linear_bias=bias, reduction="none")
+    flat = linear_cross_entropy(
+        hidden.reshape(-1, FEATURES), weight, labels.reshape(-1), linear_bias=bias, reduction="none"
+    )
     shaped = linear_cross_entropy(hidden, weight, labels, linear_bias=bias, reduction="none")
     assert shaped.shape == where
     assert_same([shaped], [flat.view(where)])
@@ -221,7 +245,9 @@ def test_a_bound_of_how_many_tokens_count_changes_nothing(more, device):
         assert_same(*(value_and_gradients(loss, (hidden, weight, bias)) for loss in losses))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the CPU path counts, and needs no bound; on a GPU the assertion would end the process")
+@pytest.mark.skipif(
+    not INTERPRET, reason="the CPU path counts, and needs no bound; on a GPU the assertion would end the process"
+)
 def test_a_bound_that_is_too_low_is_noticed():
     hidden, weight, _, labels = drawn((8,))
     with pytest.raises(RuntimeError, match="kept_tokens|Assertion|Expected"):
@@ -267,11 +293,20 @@ def test_half_precision_is_as_good_as_torchs_and_no_loss_scale_overflows(reducti
 def test_what_comes_back_is_float32_or_what_was_asked_for(device):
     hidden, weight, _, labels = drawn((7,), device, torch.float16)
     for reduction in ("mean", "sum", "none"):
-        kept, cut = (linear_cross_entropy(hidden, weight, labels, reduction=reduction, out_dtype=d) for d in (None, torch.float16))
+        kept, cut = (
+            linear_cross_entropy(hidden, weight, labels, reduction=reduction, out_dtype=d)
+            for d in (None, torch.float16)
+        )
         assert kept.dtype == torch.float32 and torch.equal(cut, kept.half())
-    assert linear_log_probs(hidden, weight, labels).dtype == torch.float32 == log_probs(hidden @ weight.t(), labels).dtype
+    assert (
+        linear_log_probs(hidden, weight, labels).dtype == torch.float32 == log_probs(hidden @ weight.t(), labels).dtype
+    )
     hidden, weight, _, labels = drawn((7,), device)
-    assert linear_cross_entropy(hidden, weight, labels).dtype == torch.float64 == linear_log_probs(hidden, weight, labels).dtype
+    assert (
+        linear_cross_entropy(hidden, weight, labels).dtype
+        == torch.float64
+        == linear_log_probs(hidden, weight, labels).dtype
+    )
 
 
 def test_second_derivatives_are_those_of_the_gradient(device):
@@ -285,7 +320,9 @@ def test_second_derivatives_are_those_of_the_gradient(device):
             return linear_cross_entropy(h, w, labels, linear_bias=b, token_weights=f, reduction=reduction, **options)
 
         assert torch.autograd.gradgradcheck(loss, (hidden, weight, bias, factors), fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda h, w: linear_log_probs(h, w, labels, return_entropy=True), (hidden, weight), fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda h, w: linear_log_probs(h, w, labels, return_entropy=True), (hidden, weight), fast_mode=True
+    )
     logits = (hidden @ weight.t()).detach().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: log_probs(x, labels, return_entropy=True), [logits], fast_mode=True)
 
@@ -301,7 +338,9 @@ def test_function_transforms_give_what_they_give_of_plain_torch(device):
             return lambda h, w, b: loss(h, w, labels, linear_bias=b).sum()
 
         for transform in (lambda f: torch.func.grad(f, argnums=(0, 1, 2)), torch.func.hessian):
-            assert_same(*(torch.utils._pytree.tree_leaves(transform(of(loss))(hidden, weight, bias)) for loss in (ours, plain)))
+            assert_same(
+                *(torch.utils._pytree.tree_leaves(transform(of(loss))(hidden, weight, bias)) for loss in (ours, plain))
+            )
 
 
 BAD = [
@@ -331,7 +370,9 @@ BAD_LOSSES = [
 ]
 
 
-@pytest.mark.parametrize("kind, named, changes", [*BAD, *BAD_LOSSES], ids=[f"{','.join(c)} {n}" for _, n, c in [*BAD, *BAD_LOSSES]])
+@pytest.mark.parametrize(
+    "kind, named, changes", [*BAD, *BAD_LOSSES], ids=[f"{','.join(c)} {n}" for _, n, c in [*BAD, *BAD_LOSSES]]
+)
 def test_refuses_what_breaks_its_rules(kind, named, changes):
     given = {"hidden": torch.randn(7, 5), "weight": torch.randn(9, 5), "labels": torch.zeros(7).long(), **changes}
     tensors = [given.pop(name) for name in ("hidden", "weight", "labels")]
@@ -345,10 +386,12 @@ def test_refuses_what_breaks_its_rules(kind, named, changes):
 def test_log_probs_refuse_what_breaks_their_rules():
     logits, labels = torch.randn(2, 3, 9), torch.zeros(2, 3).long()
     for kind, named, arguments, options in [
-        (ValueError, "(2, 4)", (logits, torch.zeros(2, 4).long()), {}), (ValueError, "0", (logits, labels), {"temperature": 0}),
-        (NotImplementedError, "int64", (logits.long(), labels), {}), (NotImplementedError, "float32", (logits, labels.float()), {}),
+        (ValueError, "(2, 4)", (logits, torch.zeros(2, 4).long()), {}),
+        (ValueError, "0", (logits, labels), {"temperature": 0}),
+        (NotImplementedError, "int64", (logits.long(), labels), {}),
+        (NotImplementedError, "float32", (logits, labels.float()), {}),
         (ValueError, "-1", (logits, labels), {"softcap": -1}),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(kind) as caught:
             log_probs(*arguments, **options)
         assert named in str(caught.value)

@@ -67,9 +67,14 @@ def test_imports_point_down(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for imported in imports_of(path):
         layer = layer_of(imported)
-        if layer is None or imported in ("triton_losses", *(f"triton_losses.{room}" for room in ("core", "families", *READINGS))):
+        if layer is None or imported in (
+            "triton_losses",
+            *(f"triton_losses.{room}" for room in ("core", "families", *READINGS)),
+        ):
             continue
-        assert layer < layer_of(name) or (layer == layer_of(name) and layer in (1, 2, 3, 4)), f"{name} imports {imported}"
+        assert layer < layer_of(name) or (layer == layer_of(name) and layer in (1, 2, 3, 4)), (
+            f"{name} imports {imported}"
+        )
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -85,7 +90,11 @@ def test_readings_do_not_import_one_another(reading):
 
 @pytest.mark.parametrize(
     "package, others",
-    [("reference", ("triton_losses", "bench", "tests")), ("triton_losses", ("reference", "bench", "tests")), ("bench", ("tests",))],
+    [
+        ("reference", ("triton_losses", "bench", "tests")),
+        ("triton_losses", ("reference", "bench", "tests")),
+        ("bench", ("tests",)),
+    ],
 )
 def test_packages_do_not_import_one_another(package, others):
     found = {name.split(".")[0] for path in (ROOT / package).rglob("*.py") for name in imports_of(path) if name}
@@ -94,8 +103,14 @@ def test_packages_do_not_import_one_another(package, others):
 
 def test_importing_needs_torch_and_triton_alone():
     """Nor pandas, nor plotting; and it starts no compiler and no GPU."""
-    loaded = "import sys, triton_losses; print([m for m in ('pandas', 'matplotlib', 'rich', 'pytest', 'hypothesis', 'torch._dynamo.symbolic_convert') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    unwanted = "pandas", "matplotlib", "rich", "pytest", "hypothesis", "torch._dynamo.symbolic_convert"
+    loaded = f"import sys, triton_losses; print([m for m in {unwanted} if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_the_package_works_without_triton():
@@ -104,7 +119,7 @@ import sys
 sys.modules["triton"] = sys.modules["triton.language"] = None
 import torch, triton_losses
 x, y = torch.randn(5, 9, requires_grad=True), torch.randint(9, (5,))
-ours, torchs = triton_losses.CrossEntropyLoss(label_smoothing=0.1)(x, y), torch.nn.CrossEntropyLoss(label_smoothing=0.1)(x, y)
+ours, torchs = (of.CrossEntropyLoss(label_smoothing=0.1)(x, y) for of in (triton_losses, torch.nn))
 torch.testing.assert_close(ours, torchs)
 torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(torchs, x))
 torch.testing.assert_close(triton_losses.HuberLoss()(x, x.detach() + 1), torch.tensor(0.5))
@@ -120,7 +135,9 @@ THEMES = [path.stem for path in FILES if "\n    >>> " in path.read_text() and pa
 def test_the_examples_in_docstrings_are_true(theme):
     module = importlib.import_module(f"triton_losses.{theme}")
     scope = {**vars(module), "torch": torch}
-    results = [doctest.DocTestRunner(verbose=False).run(test) for test in doctest.DocTestFinder().find(module, globs=scope)]
+    results = [
+        doctest.DocTestRunner(verbose=False).run(test) for test in doctest.DocTestFinder().find(module, globs=scope)
+    ]
     assert sum(r.attempted for r in results) > 0 and sum(r.failed for r in results) == 0
 
 

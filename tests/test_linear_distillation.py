@@ -1,4 +1,5 @@
-"""Distillation through the language model's head gives what plain logits and then distillation_loss give, and does less for it.
+"""Distillation through the language model's head gives what plain logits and then distillation_loss give, and does less
+for it.
 
 test_losses.py has the table's cases in every dtype and shape.
 """
@@ -54,7 +55,11 @@ def teacher(kind, where, device="cpu", dtype=torch.float64, entries=6):
         ids = torch.rand(*where, CLASSES).topk(entries).indices
         log_p = randn(*where, CLASSES).log_softmax(-1)[..., :entries]
         log_p[..., 1::3], ids[..., 1::3] = -float("inf"), 9**9
-        return {"teacher_ids": ids.to(device), "teacher_log_probs": log_p.to(device, dtype), "tail": kind == "top_k"}, None
+        return {
+            "teacher_ids": ids.to(device),
+            "teacher_log_probs": log_p.to(device, dtype),
+            "tail": kind == "top_k",
+        }, None
     if kind == "logits":
         logits = randn(*where, CLASSES, device=device, dtype=dtype)
         return {"teacher_logits": logits}, logits
@@ -82,7 +87,7 @@ def plainly(hidden, weight, bias, from_teacher, logits, **options):
 
 @pytest.mark.parametrize("choice", CHOICES, ids=words)
 def test_equals_plain_logits_then_distillation(choice, device):
-    """In float64, for options of which any two meet: value and all gradients, and from a second backward the same bits."""
+    """In float64, for options of which any two meet: value, all gradients, and the same bits from a second backward."""
     options = dict(choice)
     kind, where, chunk_bytes = (options.pop(name) for name in ("teacher", "where", "chunk_bytes"))
     hidden, weight, bias = student(where, device)
@@ -90,17 +95,21 @@ def test_equals_plain_logits_then_distillation(choice, device):
     options["labels"] = labels_of(options["labels"], where, device)
     bias = bias if options.pop("student_bias") else None
     leaves = [t for t in (hidden, weight, bias) if t is not None]
-    ours = linear_distillation_loss(hidden, weight, student_bias=bias, chunk_bytes=chunk_bytes, **from_teacher, **options)
+    ours = linear_distillation_loss(
+        hidden, weight, student_bias=bias, chunk_bytes=chunk_bytes, **from_teacher, **options
+    )
     plain = plainly(hidden, weight, bias, from_teacher, logits, **options)
     first, second, expected = (value_and_gradients(loss, leaves, retain_graph=True) for loss in (ours, ours, plain))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
-    if options["labels"] is not None and (options["labels"] == IGNORED).all() and options["reduction"] == "mean":  # of nothing: nan
+    # of nothing: nan
+    if options["labels"] is not None and (options["labels"] == IGNORED).all() and options["reduction"] == "mean":
         assert not any(gradient.any() for gradient in first[1:])
         expected[1:] = first[1:]
     assert_same(first, expected)
 
 
-FROZEN = [  # reduction, differentiated by, products forward and backward; the teacher's own comes to each pass over the chunks
+# reduction, differentiated by, products forward and backward; the teacher's own comes to each pass over the chunks
+FROZEN = [
     ("mean", "hidden weight bias", 4, 0),
     ("mean", "hidden", 3, 0),
     ("mean", "weight", 3, 0),
@@ -153,14 +162,20 @@ def test_every_run_is_the_same_and_mutates_nothing(kind, reduction, device):
     labels = labels_of("some", (7,), device)
     passed = [hidden, weight, bias, labels, *(t for t in from_teacher.values() if isinstance(t, torch.Tensor))]
     before = [(t._version, t.detach().clone()) for t in passed]
-    options = {"student_bias": bias, "labels": labels, "reduction": reduction, "chunk_bytes": THREE_ROWS, **from_teacher}
+    options = {
+        "student_bias": bias,
+        "labels": labels,
+        "reduction": reduction,
+        "chunk_bytes": THREE_ROWS,
+        **from_teacher,
+    }
     runs = [value_and_gradients(linear_distillation_loss(hidden, weight, **options), passed[:3]) for _ in range(2)]
     assert_same(*runs, 0)
     assert all(t._version == version and torch.equal(t, value) for t, (version, value) in zip(passed, before))
 
 
 def logits_of_strides(device):
-    """(2, 4, classes); the same as a slice of a longer sequence, of padded rows, with the batch last, and transposed."""
+    """(2, 4, classes); also as a slice of a longer sequence, of padded rows, with the batch last, and transposed."""
     logits = randn(2, 4, CLASSES, device=device)
     longer, wider = (torch.nn.functional.pad(logits, more) for more in ((0, 0, 0, 1), (0, 80 - CLASSES)))
     turned = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1), logits.mT.contiguous().mT
@@ -172,7 +187,9 @@ def test_stored_logits_may_lie_anyhow(device):
     logits, others = logits_of_strides(device)
     for labels in (None, labels_of("some", (2, 4), device)):
         options = {"labels": labels, "chunk_bytes": THREE_ROWS}
-        expected = value_and_gradients(linear_distillation_loss(hidden, weight, teacher_logits=logits, **options), (hidden, weight))
+        expected = value_and_gradients(
+            linear_distillation_loss(hidden, weight, teacher_logits=logits, **options), (hidden, weight)
+        )
         for other in others:
             found = linear_distillation_loss(hidden, weight, teacher_logits=other, **options)
             assert_same(value_and_gradients(found, (hidden, weight)), expected)
@@ -185,7 +202,7 @@ def loss_and_gradients(hidden, weight, **options):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", TEACHERS[1:4])
 def test_masked_vocabularies_give_no_nan(kind, direction, device):
-    """Classes at -inf in both, in the student by its bias; among those named, among the others, and all of the others."""
+    """Classes at -inf in both, in the student by its bias: of the named ones, of the others, and all others."""
     hidden, weight, bias = student((4,), device)
     masked = torch.arange(CLASSES) >= 40
     from_teacher, logits = teacher(kind, (4,), device)
@@ -207,8 +224,13 @@ def test_masked_vocabularies_give_no_nan(kind, direction, device):
     elif kind == "logits":
         from_teacher = {"teacher_logits": from_teacher["teacher_logits"][:, free]}
     else:
-        from_teacher |= {"teacher_weight": from_teacher["teacher_weight"][free], "teacher_bias": from_teacher["teacher_bias"][free]}
-    without = linear_distillation_loss(hidden, weight[free], student_bias=bias[free], direction=direction, **from_teacher)
+        from_teacher |= {
+            "teacher_weight": from_teacher["teacher_weight"][free],
+            "teacher_bias": from_teacher["teacher_bias"][free],
+        }
+    without = linear_distillation_loss(
+        hidden, weight[free], student_bias=bias[free], direction=direction, **from_teacher
+    )
     assert_same(found, value_and_gradients(without, (hidden, weight)))
 
 
@@ -247,7 +269,10 @@ def test_a_student_and_a_teacher_of_different_types(device):
     hidden, weight, _ = student((7,), device, torch.float32)
     for kind in TEACHERS[:1] + TEACHERS[2:4]:
         from_teacher, _ = teacher(kind, (7,), device, torch.float16)
-        wide = {name: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in from_teacher.items()}
+        wide = {
+            name: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            for name, t in from_teacher.items()
+        }
         found, expected = (loss_and_gradients(hidden, weight, **options) for options in (from_teacher, wide))
         assert found[0].dtype == torch.float32
         assert_same(found, expected, 0.01 if "products" in kind else 1e-6)
@@ -280,7 +305,9 @@ def test_it_is_one_op_of_a_compiled_graph(kind, dynamic, reduction, forward, bac
     backend = aot_autograd(fw_compiler=collecting(forwards), bw_compiler=collecting(backwards))
 
     def loss(hidden, weight, bias, labels, from_teacher):
-        return linear_distillation_loss(hidden, weight, student_bias=bias, labels=labels, reduction=reduction, **from_teacher)
+        return linear_distillation_loss(
+            hidden, weight, student_bias=bias, labels=labels, reduction=reduction, **from_teacher
+        )
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
     for where in ((2, 4), (3, 5)) if dynamic else ((2, 4),):
@@ -298,7 +325,16 @@ def test_the_op_is_well_behaved(device):
         from_teacher, _ = teacher(kind, (7,), device, torch.float32)
         tensors = [t for t in from_teacher.values() if isinstance(t, torch.Tensor)]
         options = ("relative_entropy", [1.0], False, True, True, IGNORED, 0, 0, torch.float32, torch.float32)
-        arguments = hidden, weight, bias, tensors, labels_of("some", (7,), device), torch.ones(7, device=device), [True, False, True], kind
+        arguments = (
+            hidden,
+            weight,
+            bias,
+            tensors,
+            labels_of("some", (7,), device),
+            torch.ones(7, device=device),
+            [True, False, True],
+            kind,
+        )
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(family.linear_distribution_rows_pass.overload, (*arguments, *options), test_utils=tests)
 
@@ -310,14 +346,19 @@ def test_the_op_is_well_behaved(device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", TEACHERS[:1] + TEACHERS[2:4])
 def test_memory_is_a_chunk_beside_the_gradients(kind, reduction):
-    """However many rows and classes there are, and whichever way the teacher comes; one model's logits would be 33 MB here."""
+    """However many rows and classes there are, and whichever way the teacher comes; one model's logits would be 33 MB
+    here.
+    """
     rows, features, classes, chunk = 1024, 16, 8192, 1 << 20
     hidden, weight = torch.randn(rows, features, requires_grad=True), torch.randn(classes, features, requires_grad=True)
     given = {"teacher_hidden": torch.randn(rows, 9), "teacher_weight": torch.randn(classes, 9)}
     if kind == "logits":
         given = {"teacher_logits": torch.randn(rows, classes)}
     elif kind == "top_k":
-        given = {"teacher_ids": torch.rand(rows, classes).topk(8).indices, "teacher_log_probs": torch.full((rows, 8), -3.0)}
+        given = {
+            "teacher_ids": torch.rand(rows, classes).topk(8).indices,
+            "teacher_log_probs": torch.full((rows, 8), -3.0),
+        }
 
     def work():
         loss = linear_distillation_loss(hidden, weight, chunk_bytes=chunk, reduction=reduction, **given)
@@ -325,14 +366,21 @@ def test_memory_is_a_chunk_beside_the_gradients(kind, reduction):
 
     work()
     gradients = 2 * (hidden.nbytes + weight.nbytes)  # the sums, and what the backward makes of them
-    assert peak_bytes(lambda: work, torch.device("cpu")) <= gradients + chunk * (1 + (kind == "products")) + 6 * threads.BYTES + 64 * rows
+    assert (
+        peak_bytes(lambda: work, torch.device("cpu"))
+        <= gradients + chunk * (1 + (kind == "products")) + 6 * threads.BYTES + 64 * rows
+    )
 
 
 @pytest.mark.not_interpreted
 def test_memory_is_below_a_sixth_of_plain_torchs():
-    """Which holds, at once, at least the logits and the log-probabilities of both models and a gradient of as many numbers."""
+    """Which holds, at once, at least the logits and the log-probabilities of both models and a gradient of as many
+    numbers.
+    """
     rows, features, classes = 1024, 32, 50257
-    tensors = [torch.randn(shape) for shape in ((rows, features), (classes, features), (rows, features), (classes, features))]
+    tensors = [
+        torch.randn(shape) for shape in ((rows, features), (classes, features), (rows, features), (classes, features))
+    ]
     leaves = [t.requires_grad_() for t in tensors[:2]]
 
     def work():
@@ -347,19 +395,33 @@ def test_memory_is_below_a_sixth_of_plain_torchs():
 @pytest.mark.not_interpreted
 def test_modules_take_what_belongs_to_the_call_at_the_call():
     hidden, weight, bias = student((2, 4), dtype=torch.float32)
-    options = {"temperature": 2.0, "direction": "jsd", "beta": 0.3, "chunk_bytes": THREE_ROWS, "temperature_squared": True}
+    options = {
+        "temperature": 2.0,
+        "direction": "jsd",
+        "beta": 0.3,
+        "chunk_bytes": THREE_ROWS,
+        "temperature_squared": True,
+    }
     loss = LinearDistillationLoss(**options)
     labels = labels_of("some", (2, 4))
     for kind in TEACHERS[:4]:
         from_teacher, _ = teacher(kind, (2, 4), dtype=torch.float32)
         tail = from_teacher.pop("tail", True)
-        expected = linear_distillation_loss(hidden, weight, student_bias=bias, labels=labels, tail=tail, **from_teacher, **options)
+        expected = linear_distillation_loss(
+            hidden, weight, student_bias=bias, labels=labels, tail=tail, **from_teacher, **options
+        )
         for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
             assert torch.equal(twin(hidden, weight, student_bias=bias, labels=labels, **from_teacher), expected)
     assert "direction='jsd'" in repr(loss)
 
 
-H, W, BIAS, Y, IDS = torch.randn(4, 3), torch.randn(6, 3), torch.randn(6), torch.randn(4, 6), torch.tensor([[0, 5], [1, 2], [3, 0], [4, 5]])
+H, W, BIAS, Y, IDS = (
+    torch.randn(4, 3),
+    torch.randn(6, 3),
+    torch.randn(6),
+    torch.randn(4, 6),
+    torch.tensor([[0, 5], [1, 2], [3, 0], [4, 5]]),
+)
 LOG_P, PRODUCTS = torch.full((4, 2), -1.0), {"teacher_hidden": torch.randn(4, 2), "teacher_weight": torch.randn(6, 2)}
 TOP_K = {"teacher_ids": IDS, "teacher_log_probs": LOG_P}
 REFUSED = [
@@ -396,7 +458,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("kind, named, options", REFUSED, ids=[f"{kind.__name__} {named}" for kind, named, _ in REFUSED])
+@pytest.mark.parametrize(
+    "kind, named, options", REFUSED, ids=[f"{kind.__name__} {named}" for kind, named, _ in REFUSED]
+)
 def test_refuses_what_it_cannot_read_and_says_what_it_got(kind, named, options):
     with pytest.raises(kind) as caught:
         linear_distillation_loss(H, W, **options)

@@ -12,11 +12,16 @@ from triton_losses import functional
 from triton_losses.core import threads
 
 # the interpreter truncates to bfloat16
-ROUNDING = {torch.float64: 2**-50, torch.float32: 2**-22, torch.bfloat16: 2**-7 if INTERPRET else 2**-8, torch.float16: 2**-10}
+ROUNDING = {
+    torch.float64: 2**-50,
+    torch.float32: 2**-22,
+    torch.bfloat16: 2**-7 if INTERPRET else 2**-8,
+    torch.float16: 2**-10,
+}
 
 
 def value_and_gradients(loss, case, tensors, options):
-    """The loss and a gradient of each differentiable tensor, for an upstream gradient that is the same in every dtype."""
+    """The loss and a gradient of each differentiable tensor, for one upstream gradient, the same in every dtype."""
     tensors = [t.clone().requires_grad_(i < case.differentiable) for i, t in enumerate(tensors)]
     value = loss(*tensors, **options)
     upstream = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -29,7 +34,8 @@ def in_float64(thing):
 
 
 def assert_within_budget(ours, torchs, exact, dtype, times=2, size=0.0):
-    """Off by at most twice what plain torch is off by in that dtype, or twice one rounding; inf and nan in the same places.
+    """Off by at most twice what plain torch is off by in that dtype, or twice one rounding; inf and nan in the same
+    places.
 
     size: of the terms that the value is the difference of, where those are larger.
     """
@@ -41,14 +47,17 @@ def assert_within_budget(ours, torchs, exact, dtype, times=2, size=0.0):
     assert torch.equal(torch.where(infinite & ours.isinf(), 0, ours).isinf(), torch.zeros_like(infinite))
     finite = exact.isfinite() & torchs.isfinite() & ours.isfinite()
     if finite.any():
-        scale = exact[finite].abs().max().clamp(min=max(size, 1 / exact.numel()))  # terms of about that size may cancel to 0
+        # terms of about that size may cancel to 0
+        scale = exact[finite].abs().max().clamp(min=max(size, 1 / exact.numel()))
         budget = times * torch.maximum((torchs - exact)[finite].abs().max(), ROUNDING[dtype] * scale)
         error = (ours - exact)[finite].abs().max()
         assert error <= budget, f"error {error:.3g} exceeds {budget:.3g}, values up to {scale:.3g}"
 
 
 def terms_of_reverse_gradient(student, temperature, reduction):
-    """q_j (log q_j - log p_j - KL) / T: a difference of rounded logarithms, so its terms are as large as q_j |log q_j| / T."""
+    """q_j (log q_j - log p_j - KL) / T: a difference of rounded logarithms, so its terms are as large as q_j |log q_j|
+    / T.
+    """
     log_q = (student.double() / temperature).log_softmax(-1)
     rows = log_q[..., 0].numel() if reduction == "mean" else 1
     terms = (log_q.exp() * log_q.abs()).nan_to_num(0.0)  # 0 · inf where a class is masked
@@ -60,10 +69,13 @@ def check(case, shape, dtype, reduction, device):
     ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
     plain = getattr(reference.losses, case.name)
     torchs = value_and_gradients(plain, case, tensors, options)
-    exact = value_and_gradients(plain, case, [in_float64(t) for t in tensors], {k: in_float64(v) for k, v in options.items()})
+    exact = value_and_gradients(
+        plain, case, [in_float64(t) for t in tensors], {k: in_float64(v) for k, v in options.items()}
+    )
     for i, (o, t, e) in enumerate(zip(ours, torchs, exact, strict=True)):
         assert o.dtype == t.dtype and o.shape == t.shape
-        # these gradients are differences of sums: how far roundings add up there is for each order of summing its own luck
+        # these gradients are differences of sums: how far roundings add up there is for each order of summing its own
+        # luck
         times = 8 if case.name == "linear_distillation_loss" and i else 2
         # T² (log p - log q) is a difference of logarithms that are about 5 here, and rounded
         size = case.options["temperature"] ** 2 if case.options.get("temperature_squared") and not i else 0.0
@@ -78,8 +90,15 @@ SOME = FIRST if INTERPRET else PLAIN  # the interpreter takes seconds for what t
 
 
 def crossed(*values):
-    """Every case with every value; interpreted, which takes seconds, the first case of each loss alone with the first of them."""
-    return [pytest.param(case, v, id=f"{case}-{v}") for case in CASES for v in values if not INTERPRET or v != values[0] or case in FIRST]
+    """Every case with every value; interpreted, which takes seconds, the first case of each loss alone with the first
+    of them.
+    """
+    return [
+        pytest.param(case, v, id=f"{case}-{v}")
+        for case in CASES
+        for v in values
+        if not INTERPRET or v != values[0] or case in FIRST
+    ]
 
 
 @pytest.mark.parametrize("case, reduction", crossed("sum", "none", "mean"))
@@ -118,7 +137,9 @@ def test_strides_do_not_matter(case, device):
 
     odd = [with_odd_strides(t).detach().requires_grad_(i < case.differentiable) for i, t in enumerate(tensors)]
     value = getattr(functional, case.name)(*odd, **options)
-    upstream = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).float().to(device)
+    upstream = (
+        torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).float().to(device)
+    )
     value.backward(with_odd_strides(upstream))
     for o, s in zip([value, *(t.grad for t in odd[: case.differentiable])], straight, strict=True):
         torch.testing.assert_close(o, s, rtol=1e-5, atol=1e-6)
@@ -131,13 +152,17 @@ def test_calls_that_go_to_aten_give_the_same(case, device, monkeypatch):
     tensors, options = case.arguments(case.shapes[0], torch.float32, device)
     ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
     monkeypatch.setattr(threads, "ATEN", True)
-    for small, large in zip(value_and_gradients(getattr(functional, case.name), case, tensors, options), ours, strict=True):
+    for small, large in zip(
+        value_and_gradients(getattr(functional, case.name), case, tensors, options), ours, strict=True
+    ):
         torch.testing.assert_close(small, large, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
 def test_the_reference_has_the_same_signature(name):
-    ours, plain = (inspect.signature(getattr(module, name)).parameters.values() for module in (functional, reference.losses))
+    ours, plain = (
+        inspect.signature(getattr(module, name)).parameters.values() for module in (functional, reference.losses)
+    )
     assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in plain]
 
 

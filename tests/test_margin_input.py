@@ -17,7 +17,11 @@ def margin_refusals(name):
     yield "no classes, unbatched", "(0,)", of(name, NUMBERS[0, :0], labels[0, :0] if sets else labels[0])
     yield "a label above the classes", "5", of(name, NUMBERS, labels.masked_fill(labels == 4, 5))
     yield "a label below them", "-2", of(name, NUMBERS, labels.masked_fill(labels == 4, -2))
-    yield "a label far above an only class", "9", of(name, NUMBERS[:, :1], labels[:, :1] * 0 + 9 if sets else labels * 0 + 9)
+    yield (
+        "a label far above an only class",
+        "9",
+        of(name, NUMBERS[:, :1], labels[:, :1] * 0 + 9 if sets else labels * 0 + 9),
+    )
     yield "labels of 32 bits", "int32", of(name, NUMBERS, labels.int())
     yield "labels of a byte", "uint8", of(name, NUMBERS, labels.byte())
     yield "labels that are numbers", "float32", of(name, NUMBERS, labels.float())
@@ -56,16 +60,19 @@ def soft_margin_refusals(name):
 
 def refusals():
     for names, kinds in [
-        (["multi_margin_loss", "multilabel_margin_loss"], margin_refusals), (["multi_margin_loss"], multi_margin_refusals),
+        (["multi_margin_loss", "multilabel_margin_loss"], margin_refusals),
+        (["multi_margin_loss"], multi_margin_refusals),
         (["multilabel_soft_margin_loss"], soft_margin_refusals),
-    ]:  # fmt: skip
+    ]:
         yield from ((name, *refusal) for name in names for refusal in kinds(name))
 
 
 REFUSALS = list(refusals())
 
 
-@pytest.mark.parametrize("name, sentence, named, call", REFUSALS, ids=[f"{name}: {sentence}" for name, sentence, *_ in REFUSALS])
+@pytest.mark.parametrize(
+    "name, sentence, named, call", REFUSALS, ids=[f"{name}: {sentence}" for name, sentence, *_ in REFUSALS]
+)
 def test_refuses_what_torch_refuses(name, sentence, named, call):
     test_bad_input.test_refuses_what_torch_refuses_and_says_what_it_got(call, named, name, sentence)
 
@@ -75,12 +82,24 @@ def acceptances():
         for reduction in ("none", "mean", "sum"):
             end = f"{tuple(target.shape)}, {reduction}"
             yield f"unbatched scores: {end}", of("multi_margin_loss", NUMBERS[0], target, reduction=reduction)
-            yield f"one row of scores: {end}", of("multi_margin_loss", NUMBERS[:1], target, reduction=reduction, weight=CHANCES[0])
+            yield (
+                f"one row of scores: {end}",
+                of("multi_margin_loss", NUMBERS[:1], target, reduction=reduction, weight=CHANCES[0]),
+            )
             yield f"a scalar score: {end}", of("multi_margin_loss", NUMBERS[0, 0], target * 0, reduction=reduction)
-            yield f"a set for a scalar score: {end}", of("multilabel_margin_loss", NUMBERS[0, 0], target * 0 - 1, reduction=reduction)
+            yield (
+                f"a set for a scalar score: {end}",
+                of("multilabel_margin_loss", NUMBERS[0, 0], target * 0 - 1, reduction=reduction),
+            )
             a_set = labelled(3, 0, -1, 4, 1)
-            yield f"a set for unbatched scores: {end}", of("multilabel_margin_loss", NUMBERS[0], a_set, reduction=reduction)
-            yield f"a set for one score: {end}", of("multilabel_margin_loss", NUMBERS[0, :1], target * 0, reduction=reduction)
+            yield (
+                f"a set for unbatched scores: {end}",
+                of("multilabel_margin_loss", NUMBERS[0], a_set, reduction=reduction),
+            )
+            yield (
+                f"a set for one score: {end}",
+                of("multilabel_margin_loss", NUMBERS[0, :1], target * 0, reduction=reduction),
+            )
     for margin in (2, -1.0, NAN, torch.tensor(0.5)):
         yield f"margin {margin}", of("multi_margin_loss", NUMBERS, LABELS, p=2.0, margin=margin)
     for reduction in ("none", "mean", "sum"):
@@ -88,7 +107,10 @@ def acceptances():
         yield f"integers for classes, {reduction}", of(soft, NUMBERS, INTEGERS, reduction=reduction)
         yield f"one row of classes for all, {reduction}", of(soft, NUMBERS, CHANCES[0], reduction=reduction)
         yield f"more rows of classes, {reduction}", of(soft, NUMBERS[0], CHANCES, reduction=reduction)
-        yield f"a weight for each row, {reduction}", of(soft, NUMBERS, CHANCES, weight=CHANCES[:, :1].double(), reduction=reduction)
+        yield (
+            f"a weight for each row, {reduction}",
+            of(soft, NUMBERS, CHANCES, weight=CHANCES[:, :1].double(), reduction=reduction),
+        )
         yield f"an image's last dimension, {reduction}", of(soft, IMAGE, IMAGE.sigmoid(), reduction=reduction)
         yield f"no rows of classes, {reduction}", of(soft, NUMBERS[:0], CHANCES[:0], reduction=reduction)
         yield f"no classes, {reduction}", of(soft, NUMBERS[:, :0], CHANCES[:, :0], reduction=reduction)

@@ -1,4 +1,6 @@
-"""What the table's draws cannot say of ranking and metric losses: shapes that broadcast, types, ties, derivatives of every kind."""
+"""What the table's draws cannot say of ranking and metric losses: shapes that broadcast, types, ties, derivatives of
+every kind.
+"""
 
 import itertools
 import math
@@ -28,29 +30,45 @@ def value_and_gradients(loss, tensors):
 
 
 def assert_torch_agrees(name, tensors, **options):
-    ours, torchs = (lambda *t, m=module: getattr(m, name)(*t, **options) for module in (functional, torch.nn.functional))
+    ours, torchs = (
+        lambda *t, m=module: getattr(m, name)(*t, **options) for module in (functional, torch.nn.functional)
+    )
     torch.testing.assert_close(value_and_gradients(ours, tensors), value_and_gradients(torchs, tensors), equal_nan=True)
 
 
 TRIPLETS = [
-    ((7,), (7,), (7,)), ((5, 7), (1, 7), (5, 7)), ((1, 7), (1, 7), (5, 7)), ((2, 1, 7), (1, 3, 7), (1, 1, 7)), ((2, 3, 7),) * 3,
-    ((4, 1), (4, 1), (4, 5)), ((4, 5), (4, 1), (4, 5)), ((), (), ()), ((0, 7), (0, 7), (0, 7)), ((3, 0), (3, 0), (3, 0)),
-]  # fmt: skip
+    ((7,), (7,), (7,)),
+    ((5, 7), (1, 7), (5, 7)),
+    ((1, 7), (1, 7), (5, 7)),
+    ((2, 1, 7), (1, 3, 7), (1, 1, 7)),
+    ((2, 3, 7),) * 3,
+    ((4, 1), (4, 1), (4, 5)),
+    ((4, 5), (4, 1), (4, 5)),
+    ((), (), ()),
+    ((0, 7), (0, 7), (0, 7)),
+    ((3, 0), (3, 0), (3, 0)),
+]
 
 
 @pytest.mark.parametrize("shapes", TRIPLETS, ids=str)
 def test_triplets_broadcast_as_in_torch(shapes, device):
     for swap in (False, True):
-        assert_torch_agrees("triplet_margin_loss", leaves(*shapes, device=device), swap=swap, reduction="none", margin=2.0)
+        assert_torch_agrees(
+            "triplet_margin_loss", leaves(*shapes, device=device), swap=swap, reduction="none", margin=2.0
+        )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1, 2, 4.5, math.inf, -math.inf])
 def test_every_norm_is_torchs(p, device):
-    assert_torch_agrees("triplet_margin_loss", leaves((4, 7), (4, 7), (4, 7), device=device), p=p, swap=True, margin=3.0)
+    assert_torch_agrees(
+        "triplet_margin_loss", leaves((4, 7), (4, 7), (4, 7), device=device), p=p, swap=True, margin=3.0
+    )
 
 
 @pytest.mark.parametrize(
-    "one, other, target", [((7,), (7,), ()), ((5, 7), (1, 7), (5,)), ((1, 7), (5, 7), (1,)), ((1, 7), (1, 7), (5,))], ids=str
+    "one, other, target",
+    [((7,), (7,), ()), ((5, 7), (1, 7), (5,)), ((1, 7), (5, 7), (1,)), ((1, 7), (1, 7), (5,))],
+    ids=str,
 )
 def test_cosines_broadcast_as_in_torch(one, other, target, device):
     y = SIGNS[: math.prod(target)].view(target).to(device)
@@ -112,7 +130,9 @@ def test_derivatives_of_every_kind_are_right(name, device):
     def plain(*inputs):
         return getattr(reference.losses, name)(*inputs, *rest, **options)
 
-    assert torch.autograd.gradcheck(ours, inputs, fast_mode=True) and torch.autograd.gradgradcheck(ours, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(ours, inputs, fast_mode=True) and torch.autograd.gradgradcheck(
+        ours, inputs, fast_mode=True
+    )
     with torch.no_grad():
         many = [torch.stack([t, 0.5 * t, t - 0.25]) for t in inputs]
     for transform in (lambda f: f, torch.func.grad, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
@@ -135,7 +155,9 @@ def test_rows_of_many_blocks_are_exact_and_the_same_every_time():
     a, b, y = torch.randn(shape, requires_grad=True), torch.randn(shape), torch.ones(shape[0])
     ours = [value_and_gradients(functional.cosine_embedding_loss, [a, b, y]) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*ours))
-    exact = value_and_gradients(torch.nn.functional.cosine_embedding_loss, [a.detach().double().requires_grad_(), b.double(), y])
+    exact = value_and_gradients(
+        torch.nn.functional.cosine_embedding_loss, [a.detach().double().requires_grad_(), b.double(), y]
+    )
     torch.testing.assert_close([t.double() for t in ours[0]], exact, rtol=1e-5, atol=1e-9)
 
 
@@ -144,7 +166,9 @@ def test_one_graph_serves_every_size(name, device):
     """With gradients and without; also where the number of rows hangs on data."""
     torch._dynamo.reset()
     graphs, loss = [], getattr(functional, name)
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    compiled = torch.compile(
+        loss, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
     for size in ((7, 130), (9, 40), (31, 64)):
         a, b, c = leaves(size, size, size, device=device)
         tensors = [a, b, c if name.startswith("triplet") else (c.detach().sum(-1) > 0).double()]
@@ -168,7 +192,9 @@ sizes = strategies.integers(1, 6)
 @few
 @given(rows=sizes, columns=sizes, seed=strategies.integers(0, 2**31), factor=strategies.floats(0.01, 100))
 def test_laws_of_vectors(rows, columns, seed, factor):
-    """A cosine knows no lengths; a distance no place; who is the anchor does not matter where the nearer distance counts."""
+    """A cosine knows no lengths; a distance no place; who is the anchor does not matter where the nearer distance
+    counts.
+    """
     torch.manual_seed(seed)
     a, b, c = (torch.randn(rows, columns, dtype=torch.float64) for _ in range(3))
     cosines, bits = torch.rand(rows, dtype=torch.float64), torch.randint(2, (rows,))
@@ -188,14 +214,46 @@ def test_laws_of_vectors(rows, columns, seed, factor):
 
 
 REFUSALS = [
-    (ValueError, "int64", lambda: functional.contrastive_loss(torch.ones(2, 3).long(), torch.ones(2, 3), torch.ones(2))),
-    (ValueError, r"\(2, 3\), \(2, 4\)", lambda: functional.contrastive_loss(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2))),
-    (ValueError, r"and \(3,\)", lambda: functional.cosine_similarity_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3))),
-    (ValueError, "-1.0", lambda: functional.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([-1.0, 1]))),
-    (ValueError, "nan", lambda: functional.contrastive_loss(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([math.nan]))),
-    (ValueError, "-0.5", lambda: functional.contrastive_loss(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1), margin=-0.5)),
-    (ValueError, "average", lambda: functional.cosine_similarity_loss(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1), "average")),
-    (RuntimeError, "meta", lambda: functional.contrastive_loss(torch.ones(1, 3), torch.ones(1, 3, device="meta"), torch.ones(1))),
+    (
+        ValueError,
+        "int64",
+        lambda: functional.contrastive_loss(torch.ones(2, 3).long(), torch.ones(2, 3), torch.ones(2)),
+    ),
+    (
+        ValueError,
+        r"\(2, 3\), \(2, 4\)",
+        lambda: functional.contrastive_loss(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2)),
+    ),
+    (
+        ValueError,
+        r"and \(3,\)",
+        lambda: functional.cosine_similarity_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3)),
+    ),
+    (
+        ValueError,
+        "-1.0",
+        lambda: functional.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([-1.0, 1])),
+    ),
+    (
+        ValueError,
+        "nan",
+        lambda: functional.contrastive_loss(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([math.nan])),
+    ),
+    (
+        ValueError,
+        "-0.5",
+        lambda: functional.contrastive_loss(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1), margin=-0.5),
+    ),
+    (
+        ValueError,
+        "average",
+        lambda: functional.cosine_similarity_loss(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1), "average"),
+    ),
+    (
+        RuntimeError,
+        "meta",
+        lambda: functional.contrastive_loss(torch.ones(1, 3), torch.ones(1, 3, device="meta"), torch.ones(1)),
+    ),
 ]
 
 

@@ -32,7 +32,9 @@ def both():
 
 
 def heads():
-    return MultiOutputLoss({"kind": CrossEntropyLoss(weight=torch.arange(1.0, 6.0)), "size": MSELoss()}, weights={"size": 0.1})
+    return MultiOutputLoss(
+        {"kind": CrossEntropyLoss(weight=torch.arange(1.0, 6.0)), "size": MSELoss()}, weights={"size": 0.1}
+    )
 
 
 def with_penalty():
@@ -65,7 +67,9 @@ def test_each_head_meets_its_own_target():
 
 
 def test_losses_may_be_functions_and_take_what_is_named():
-    loss = WeightedSum({"focal": functools.partial(focal_loss, gamma=1.0), "entropy": torch.nn.functional.cross_entropy})
+    loss = WeightedSum(
+        {"focal": functools.partial(focal_loss, gamma=1.0), "entropy": torch.nn.functional.cross_entropy}
+    )
     plain = focal_loss(OUTPUTS["kind"], TARGETS["kind"], gamma=1.0, reduction="sum")
     plain = plain + torch.nn.functional.cross_entropy(OUTPUTS["kind"], TARGETS["kind"], reduction="sum")
     torch.testing.assert_close(loss(OUTPUTS["kind"], TARGETS["kind"], reduction="sum"), plain)
@@ -112,16 +116,24 @@ def test_a_penalty_counts_the_parameters_it_is_given_and_keeps_none():
     torch.testing.assert_close(ParameterPenalty(model.bias, l1=1.0)(), model.bias.abs().sum())
     assert not list(objective.parameters()) and not objective.state_dict() and not list(only_weights.parameters())
     model.weight = torch.nn.Parameter(torch.ones(3, 3))  # a module's are looked up at each call
-    torch.testing.assert_close(objective(INPUT, INPUT, return_parts=True)[1]["penalty"], ParameterPenalty(model, 0.1, 0.01)())
+    torch.testing.assert_close(
+        objective(INPUT, INPUT, return_parts=True)[1]["penalty"], ParameterPenalty(model, 0.1, 0.01)()
+    )
 
 
 def test_heads_and_penalty_make_one_objective():
     model, _ = with_penalty()
     objective = WeightedSum({"heads": heads(), "penalty": ParameterPenalty(model, l2=1.0)}, {"penalty": 1e-2})
-    torch.testing.assert_close(objective(OUTPUTS, TARGETS), heads()(OUTPUTS, TARGETS) + 1e-2 * ParameterPenalty(model, l2=1.0)())
+    torch.testing.assert_close(
+        objective(OUTPUTS, TARGETS), heads()(OUTPUTS, TARGETS) + 1e-2 * ParameterPenalty(model, l2=1.0)()
+    )
 
 
-CALLS = {"sum": (both, (INPUT, TARGET)), "heads": (heads, (OUTPUTS, TARGETS)), "penalty": (lambda: with_penalty()[1], (INPUT, TARGET))}
+CALLS = {
+    "sum": (both, (INPUT, TARGET)),
+    "heads": (heads, (OUTPUTS, TARGETS)),
+    "penalty": (lambda: with_penalty()[1], (INPUT, TARGET)),
+}
 
 
 @pytest.mark.parametrize("make, arguments", CALLS.values(), ids=CALLS)
@@ -163,7 +175,9 @@ def test_gradients_of_a_compiled_penalty_reach_the_model():
     model, objective = with_penalty()
     step = torch.compile(lambda x, y: objective(model(x), y), fullgraph=True, backend="aot_eager")
     parameters = list(model.parameters())
-    compiled, eager = (torch.autograd.grad(loss, parameters) for loss in (step(INPUT, TARGET), objective(model(INPUT), TARGET)))
+    compiled, eager = (
+        torch.autograd.grad(loss, parameters) for loss in (step(INPUT, TARGET), objective(model(INPUT), TARGET))
+    )
     torch.testing.assert_close(compiled, eager)
 
 
@@ -181,7 +195,8 @@ def test_a_weight_that_is_a_tensor_changes_without_compiling_anew():
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(
-    weights=strategies.dictionaries(strategies.sampled_from("abcd"), strategies.floats(-10, 10), min_size=1), scale=strategies.floats(-3, 3)
+    weights=strategies.dictionaries(strategies.sampled_from("abcd"), strategies.floats(-10, 10), min_size=1),
+    scale=strategies.floats(-3, 3),
 )
 def test_a_total_is_linear_in_its_weights_and_a_penalty_grows_as_its_parameters_do(weights, scale):
     losses = {name: functools.partial(huber_loss, delta=1.0 + i) for i, name in enumerate("abcd")}
@@ -225,7 +240,9 @@ def test_focal_losses_without_class_balance_stand_among_the_parts():
     """alpha=None, which says of the sigmoid focal loss what any negative alpha says."""
     logits, bits, labels = torch.randn(6, 5), torch.randint(2, (6, 5)).float(), torch.randint(5, (6,))
     losses = {"bits": SigmoidFocalLoss(alpha=None, reduction="mean"), "kind": FocalLoss(alpha=None)}
-    total, parts = MultiOutputLoss(losses)(dict.fromkeys(losses, logits), {"bits": bits, "kind": labels}, return_parts=True)
+    total, parts = MultiOutputLoss(losses)(
+        dict.fromkeys(losses, logits), {"bits": bits, "kind": labels}, return_parts=True
+    )
     torch.testing.assert_close(parts["bits"], SigmoidFocalLoss(alpha=-1, reduction="mean")(logits, bits))
     torch.testing.assert_close(parts["kind"], FocalLoss()(logits, labels))
     torch.testing.assert_close(total, sum(parts.values()))

@@ -1,6 +1,7 @@
 """People who come from another library get its values and gradients; except where those are defects, listed here.
 
-The other library's figures are in peer_values.json, which peer_values.py makes; a library that is installed is compared anew.
+The other library's figures are in peer_values.json, which peer_values.py makes; a library that is installed is compared
+anew.
 """
 
 import json
@@ -15,7 +16,10 @@ from reference import peers
 
 pytestmark = pytest.mark.not_interpreted  # test_segmentation.py is for the kernels
 RECORDS = json.loads(peer_values.FILE.read_text())
-ENTRIES = {" ".join([*entry[:2], *(f"{k}={v}" for k, v in entry[2].items()), *entry[3:5]]): entry for entry in RECORDS["entries"]}
+ENTRIES = {
+    " ".join([*entry[:2], *(f"{k}={v}" for k, v in entry[2].items()), *entry[3:5]]): entry
+    for entry in RECORDS["entries"]
+}
 
 
 def ours(library, name, options, shape, kind):
@@ -42,7 +46,8 @@ IN_FLOAT32 = ("DiceFocalLoss", "GeneralizedDiceLoss", "LovaszLoss")  # theirs, i
 
 
 def tolerance(name):
-    return {"rtol": 2e-6, "atol": 2e-7} if name in IN_FLOAT32 else {"rtol": 2e-7, "atol": 1e-9}  # others' one-hot maps and weights are
+    # others' one-hot maps and weights are
+    return {"rtol": 2e-6, "atol": 2e-7} if name in IN_FLOAT32 else {"rtol": 2e-7, "atol": 1e-9}
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
@@ -68,7 +73,9 @@ def softmax_and_map(shape=(2, 3, 4, 3)):
 
 def assert_same(loss, value, x):
     torch.testing.assert_close(loss, value)
-    torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True), torch.autograd.grad(value, x, retain_graph=True))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, x, retain_graph=True), torch.autograd.grad(value, x, retain_graph=True)
+    )
 
 
 @pytest.mark.parametrize("do_bg", [True, False])

@@ -1,4 +1,6 @@
-"""Images: label_rows' planes layout, chosen by stride. What stands in every case's own tests (values, gradients) is not repeated here."""
+"""Images: label_rows' planes layout, chosen by stride. What stands in every case's own tests (values, gradients) is not
+repeated here.
+"""
 
 import pytest
 import torch
@@ -94,7 +96,9 @@ def test_both_layouts_give_the_same(name, device):
         for planes in (False, True):
             leaf = x.clone().requires_grad_()
             logits = leaf.flatten(2) if planes else leaf.permute(0, 2, 3, 1).reshape(-1, classes)
-            loss = label_rows.label_rows(FORMULAS[name], logits, labels.flatten(1) if planes else labels.flatten(), weights, **options)
+            loss = label_rows.label_rows(
+                FORMULAS[name], logits, labels.flatten(1) if planes else labels.flatten(), weights, **options
+            )
             upstream = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64, device=device)
             results.append((loss.detach().flatten(), torch.autograd.grad(loss, leaf, upstream.view_as(loss))[0]))
         torch.testing.assert_close(*results)
@@ -179,7 +183,9 @@ def test_gradients_of_each_image_by_vmap(device):
     x, labels = image(device=device)
     one = torch.func.grad(lambda image, labels: functional.cross_entropy(image[None], labels[None], reduction="sum"))
     found = torch.func.vmap(one)(x, labels)
-    torch.testing.assert_close(found, torch.autograd.grad(functional.cross_entropy(x.requires_grad_(), labels, reduction="sum"), x)[0])
+    torch.testing.assert_close(
+        found, torch.autograd.grad(functional.cross_entropy(x.requires_grad_(), labels, reduction="sum"), x)[0]
+    )
 
 
 @pytest.mark.parametrize("case", IMAGES, ids=str)
@@ -227,7 +233,9 @@ def test_fake_tensors_get_the_real_shapes_and_strides(case):
         with mode:
             value = getattr(functional, case.name)(*fakes, **chosen)
             gradients = torch.autograd.grad(value, fakes[:1], torch.ones_like(value))
-        assert [(t.shape, t.dtype, t.stride()) for t in (value, *gradients)] == [(t.shape, t.dtype, t.stride()) for t in real]
+        assert [(t.shape, t.dtype, t.stride()) for t in (value, *gradients)] == [
+            (t.shape, t.dtype, t.stride()) for t in real
+        ]
 
 
 def test_empty_images_give_what_torch_gives(device):

@@ -1,4 +1,6 @@
-"""The kernels of images and of class indices, built for GPUs that are not here: as test_builds.py does for the table's rows."""
+"""The kernels of images and of class indices, built for GPUs that are not here: as test_builds.py does for the table's
+rows.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ CLASSES = (2, 4, 19, 32, 150)
 def images(name, dtype, classes, pixels=(64, 64), count=3, weighted=False, **options):
     logits = torch.zeros(count, classes, *pixels, dtype=dtype, requires_grad=True)
     weight = torch.ones(classes) if weighted else None
-    getattr(functional, name)(logits, torch.zeros(count, *pixels, dtype=torch.int64), weight, **options).sum().backward()
+    getattr(functional, name)(
+        logits, torch.zeros(count, *pixels, dtype=torch.int64), weight, **options
+    ).sum().backward()
 
 
 def all_options(dtype, classes, **more):
@@ -62,7 +66,9 @@ def test_images_of_log_probabilities_build_without_spills():
 @pytest.mark.parametrize("classes", (4, 19, 150))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_access_to_a_plane_is_of_16_bytes(dtype, classes, name):
-    """At widths of whole vectors; what is left is each pixel's label's own logit, the upstream gradient, and what the formula reads of it."""
+    """At widths of whole vectors; what is left is each pixel's label's own logit, the upstream gradient, and what the
+    formula reads of it.
+    """
     forward, backward = forward_and_backward(name, images, "cross_entropy", dtype, classes)
     held = backward.arguments["HELD"]
     for build, kinds in ((forward, ["load"]), (backward, ["load", "store"])):
@@ -72,7 +78,9 @@ def test_every_access_to_a_plane_is_of_16_bytes(dtype, classes, name):
         else:
             loops = [found for found in map(accesses, loops_of(build.lines)) if found]
             assert {bits for loop in loops for _, bits in loop} == {128}, f"{build}: {loops}"
-            assert sorted(kinds * build.config["UNROLL"]) in [[kind for kind, _ in loop] for loop in loops], f"{build}: {loops}"
+            assert sorted(kinds * build.config["UNROLL"]) in [[kind for kind, _ in loop] for loop in loops], (
+                f"{build}: {loops}"
+            )
 
 
 @pytest.mark.parametrize("name", ["sm_90", "gfx942"])
@@ -107,7 +115,9 @@ def test_images_beyond_2_31_elements_are_built_with_64_bit_offsets(classes):
             assert offsets_of(build, pointer) == {"i64"}, f"{build}: {pointer}: {offsets_of(build, pointer)}"
 
 
-@pytest.mark.parametrize("dtype, name", [*((dtype, name) for dtype in DTYPES for name in TARGETS), (torch.float64, "sm_90")], ids=str)
+@pytest.mark.parametrize(
+    "dtype, name", [*((dtype, name) for dtype in DTYPES for name in TARGETS), (torch.float64, "sm_90")], ids=str
+)
 @pytest.mark.parametrize("classes", (80, 91))
 def test_class_indices_build_without_spills_and_with_16_byte_accesses(classes, dtype, name):
     forward, backward = forward_and_backward(name, class_indices, dtype, classes)

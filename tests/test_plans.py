@@ -1,7 +1,7 @@
 """A remembered plan is the one that would be made anew, and launches the build that Triton's public way would launch.
 
-Triton's own launch path runs with a driver that launches nothing (bench/no_gpu.py), and with a compiler that compiles nothing: what
-it would be asked to build is all that is compared. Types, shapes, strides and offsets are drawn.
+Triton's own launch path runs with a driver that launches nothing (bench/no_gpu.py), and with a compiler that compiles
+nothing: what it would be asked to build is all that is compared. Types, shapes, strides and offsets are drawn.
 A plan that served a call it was not made for would read wrong memory, without a word.
 """
 
@@ -127,10 +127,16 @@ def of_rows(data, dtype):
 
 
 def of_images(data, dtype):
-    images, classes, pixels = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 35])), data.draw(st.sampled_from([1, 8, 9]))
+    images, classes, pixels = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([1, 3, 35])),
+        data.draw(st.sampled_from([1, 8, 9])),
+    )
     storage = vector(data, images * classes * (pixels + 4), dtype)
     wide = pixels + data.draw(st.sampled_from([0, 4]))
-    x = storage.as_strided((images, classes, pixels), (classes * wide, wide, 1), storage.storage_offset()).requires_grad_()
+    x = storage.as_strided(
+        (images, classes, pixels), (classes * wide, wide, 1), storage.storage_offset()
+    ).requires_grad_()
     labels, reduction = vector(data, images * pixels, torch.int64).view(images, pixels), data.draw(REDUCTIONS)
     return lambda: functional.cross_entropy(x, labels, reduction=reduction)
 
@@ -174,7 +180,11 @@ def of_proportions(data, dtype):
 
 
 def of_regions(data, dtype):
-    images, classes, pixels = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([2, 19])), data.draw(st.sampled_from([8, 9]))
+    images, classes, pixels = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([2, 19])),
+        data.draw(st.sampled_from([8, 9])),
+    )
     x = vector(data, images * classes * pixels, dtype).view(images, classes, pixels).requires_grad_()
     labels, reduction = vector(data, images * pixels, torch.int64).view(images, pixels), data.draw(REDUCTIONS)
     return lambda: functional.dice_ce_loss(x, labels, softmax=True, reduction=reduction)
@@ -220,7 +230,9 @@ def test_a_second_call_goes_directly_and_not_where_launches_are_observed(monkeyp
     x, y = torch.zeros(64), torch.zeros(64)
     public = []
     run = triton.runtime.jit.JITFunction.run
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *args, **options: public.append(1) or run(*args, **options))
+    monkeypatch.setattr(
+        triton.runtime.jit.JITFunction, "run", lambda *args, **options: public.append(1) or run(*args, **options)
+    )
     with kernels_launch_nothing() as launcher:
         functional.huber_loss(x, y)
         before = launcher.launches

@@ -30,13 +30,20 @@ pytestmark = pytest.mark.not_interpreted  # no kernels here
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"beta": 0.7}, {"label_smoothing": 0.2, "beta": 0.4}, {"loss_type": "ipo", "beta": 0.3}, {"loss_type": "hinge", "beta": 0.5}],
+    [
+        {},
+        {"beta": 0.7},
+        {"label_smoothing": 0.2, "beta": 0.4},
+        {"loss_type": "ipo", "beta": 0.3},
+        {"loss_type": "hinge", "beta": 0.5},
+    ],
     ids=str,
 )
 def test_dpo_is_what_the_paper_says(options, reduction):
     tensors = [log_probs(9, scale=20) for _ in range(4)]
     exactly(
-        dpo_loss(*tensors, reduction=reduction, **options), reduced([dpo_by_hand(*row, **options) for row in pairs(tensors)], reduction)
+        dpo_loss(*tensors, reduction=reduction, **options),
+        reduced([dpo_by_hand(*row, **options) for row in pairs(tensors)], reduction),
     )
     free = [dpo_by_hand(w, l, 0.0, 0.0, **options) for w, l in pairs(tensors[:2])]
     exactly(dpo_loss(*tensors[:2], reference_free=True, reduction=reduction, **options), reduced(free, reduction))
@@ -61,7 +68,9 @@ def test_orpo_is_what_the_paper_says(options, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
-    "options", [{}, {"beta": 0.5, "alpha": 0.2, "label_smoothing": 0.1}, {"loss_type": "hinge", "alpha": 0}, {"loss_type": "ipo"}], ids=str
+    "options",
+    [{}, {"beta": 0.5, "alpha": 0.2, "label_smoothing": 0.1}, {"loss_type": "hinge", "alpha": 0}, {"loss_type": "ipo"}],
+    ids=str,
 )
 def test_cpo_is_what_the_paper_says(options, reduction):
     tensors = [log_probs(9, scale=20) for _ in range(2)]
@@ -72,14 +81,21 @@ def test_cpo_is_what_the_paper_says(options, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7}], ids=str)
 @pytest.mark.parametrize(
-    "kl", [0.0, 0.8, torch.tensor([0.5, 1.5, 0.1]), torch.tensor([[0.5], [-1.5]])], ids=["none", "number", "above", "below"]
+    "kl",
+    [0.0, 0.8, torch.tensor([0.5, 1.5, 0.1]), torch.tensor([[0.5], [-1.5]])],
+    ids=["none", "number", "above", "below"],
 )
 def test_kto_is_what_the_paper_says(options, reduction, kl):
     policy, reference, labels = log_probs(9, scale=20), log_probs(9, scale=20), torch.arange(9) % 3 == 0
     z = kl if isinstance(kl, float) else max(0.0, sum(kl.flatten().tolist()) / kl.numel())
-    by_hand = [kto_by_hand(p, q, good, z, **options) for p, q, good in zip(policy.tolist(), reference.tolist(), labels.tolist())]
+    by_hand = [
+        kto_by_hand(p, q, good, z, **options)
+        for p, q, good in zip(policy.tolist(), reference.tolist(), labels.tolist())
+    ]
     ours = kto_loss(policy, reference, labels, kl, reduction=reduction, **options)
-    torch.testing.assert_close(ours, reduced(by_hand, reduction), rtol=1e-7 if isinstance(kl, torch.Tensor) else 1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        ours, reduced(by_hand, reduction), rtol=1e-7 if isinstance(kl, torch.Tensor) else 1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
@@ -87,7 +103,9 @@ def test_kto_is_what_the_paper_says(options, reduction, kl):
 @pytest.mark.parametrize("beta, low, high", [(0.0, 0.2, 0.2), (0.04, 0.2, 0.28), (0.3, 1, 0.05), (0.0, 0.0, INF)])
 def test_grpo_is_what_the_papers_say(loss_type, level, beta, low, high):
     policy, advantages, mask, old, reference = a_batch()
-    rows = grpo_by_hand(policy.tolist(), old.tolist(), reference.tolist(), advantages.tolist(), mask.tolist(), beta, low, high, level)
+    rows = grpo_by_hand(
+        policy.tolist(), old.tolist(), reference.tolist(), advantages.tolist(), mask.tolist(), beta, low, high, level
+    )
     options = {"beta": beta, "epsilon_low": low, "epsilon_high": high, "importance_sampling_level": level}
     options.update(loss_type=loss_type, max_completion_length=11)
     exactly(
@@ -114,7 +132,10 @@ def test_grpo_divides_by_all_tokens_of_a_step_where_they_are_given():
 def test_advantages_may_differ_from_token_to_token():
     policy, advantages, mask, old, reference = a_batch()
     one_each = advantages.unsqueeze(-1).expand(5, 7).clone()
-    exactly(grpo_loss(policy, one_each, mask, old, reference, beta=0.1), grpo_loss(policy, advantages, mask, old, reference, beta=0.1))
+    exactly(
+        grpo_loss(policy, one_each, mask, old, reference, beta=0.1),
+        grpo_loss(policy, advantages, mask, old, reference, beta=0.1),
+    )
     one_each[0, 2] = -4.0
     before, after = (grpo_loss(policy, a, mask, old, reduction="none") for a in (advantages, one_each))
     assert (before != after).nonzero().tolist() == [[0, 2]]
@@ -143,7 +164,9 @@ def test_a_sequence_is_the_sum_or_the_mean_of_the_tokens_that_count():
 def test_masked_tokens_get_no_gradient_and_the_others_their_share():
     tokens = torch.tensor([[-1.0, -2.0, -INF], [NAN, -1.0, NAN]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    summed, mean = (torch.autograd.grad(sequence_log_probs(tokens, mask, average).sum(), tokens)[0] for average in (False, True))
+    summed, mean = (
+        torch.autograd.grad(sequence_log_probs(tokens, mask, average).sum(), tokens)[0] for average in (False, True)
+    )
     exactly(summed, mask.float())
     exactly(mean, mask.float() / 2)
 
@@ -162,7 +185,12 @@ def calls():
     """Each loss with the log-probabilities it is differentiated by, in float64."""
     torch.manual_seed(3)
     chosen, rejected, reference_chosen, reference_rejected = (log_probs(4, scale=3) for _ in range(4))
-    for options in ({}, {"label_smoothing": 0.3, "beta": 1.5}, {"loss_type": "ipo"}, {"loss_type": "hinge", "beta": 0.4}):
+    for options in (
+        {},
+        {"label_smoothing": 0.3, "beta": 1.5},
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge", "beta": 0.4},
+    ):
         yield (
             dpo_loss,
             lambda w, l, options=options, **k: dpo_loss(w, l, reference_chosen, reference_rejected, **options, **k),
@@ -182,7 +210,11 @@ def calls():
     for level in ("token", "sequence"):
         for low, high in ((0.2, 0.28), (1, INF)):
             options = {"importance_sampling_level": level, "epsilon_low": low, "epsilon_high": high, "beta": 0.1}
-            yield grpo_loss, lambda p, o=options, **k: grpo_loss(p, advantages, mask, old, reference, **o, **k), (policy,)
+            yield (
+                grpo_loss,
+                lambda p, o=options, **k: grpo_loss(p, advantages, mask, old, reference, **o, **k),
+                (policy,),
+            )
 
 
 CALLS = list(calls())
@@ -193,7 +225,9 @@ NAMES = [f"{loss.__name__}-{i}" for i, (loss, _, _) in enumerate(CALLS)]
 @pytest.mark.parametrize("loss, call, inputs", CALLS, ids=NAMES)
 def test_gradients_are_those_of_the_values(loss, call, inputs, reduction):
     inputs = [t.clone().requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(lambda *t: call(*t, reduction=reduction), inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: call(*t, reduction=reduction), inputs, check_forward_ad=True, check_batched_grad=True
+    )
 
 
 @pytest.mark.parametrize("loss, call, inputs", CALLS, ids=NAMES)
@@ -237,10 +271,12 @@ def test_grpo_without_an_old_policy_follows_the_plain_policy_gradient():
 
 
 def test_only_ratios_that_have_gone_too_far_their_own_way_are_clipped():
-    """Past 1 + ε for a good token, past 1 - ε for a bad one: no gradient. The other way round the token is pulled back."""
+    """Past 1 + ε for a good token, past 1 - ε for a bad one: no gradient. The other way round it is pulled back."""
     policy = torch.tensor([[0.5, -0.5, 0.1, -0.1]], dtype=torch.float64).requires_grad_()
     for advantage, free in ((1.0, [0, 1, 1, 1]), (-1.0, [1, 0, 1, 1])):
-        losses = grpo_loss(policy, torch.tensor([advantage], dtype=torch.float64), None, torch.zeros(1, 4), reduction="none")
+        losses = grpo_loss(
+            policy, torch.tensor([advantage], dtype=torch.float64), None, torch.zeros(1, 4), reduction="none"
+        )
         (gradient,) = torch.autograd.grad(losses.sum(), policy)
         exactly(gradient, -advantage * policy.detach().exp() * torch.tensor([free]))
         clipped = [1.2, 0.8][advantage < 0]

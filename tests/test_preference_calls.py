@@ -19,12 +19,18 @@ def test_rewards_are_the_implicit_ones_detached_and_one_per_sequence():
     w, l, ref_w, ref_l = (log_probs(4, scale=9).requires_grad_() for _ in range(4))
     for reduction in ("mean", "sum", "none"):
         answers = [
-            (dpo_loss(w, l, ref_w, ref_l, beta=0.3, reduction=reduction, return_rewards=True), (0.3 * (w - ref_w), 0.3 * (l - ref_l))),
+            (
+                dpo_loss(w, l, ref_w, ref_l, beta=0.3, reduction=reduction, return_rewards=True),
+                (0.3 * (w - ref_w), 0.3 * (l - ref_l)),
+            ),
             (dpo_loss(w, l, reference_free=True, reduction=reduction, return_rewards=True), (0.1 * w, 0.1 * l)),
             (simpo_loss(w, l, reduction=reduction, return_rewards=True), (2 * w, 2 * l)),
             (orpo_loss(w, l, reduction=reduction, return_rewards=True), (0.1 * w, 0.1 * l)),
             (cpo_loss(w, l, beta=0.2, reduction=reduction, return_rewards=True), (0.2 * w, 0.2 * l)),
-            (kto_loss(w, ref_w, torch.arange(4) < 2, 1.0, reduction=reduction, return_rewards=True), (0.1 * (w - ref_w),)),
+            (
+                kto_loss(w, ref_w, torch.arange(4) < 2, 1.0, reduction=reduction, return_rewards=True),
+                (0.1 * (w - ref_w),),
+            ),
         ]
         for (loss, *rewards), expected in answers:
             assert loss.requires_grad and loss.shape == ((4,) if reduction == "none" else ())
@@ -76,7 +82,11 @@ def test_one_pair_may_come_without_a_batch_and_no_pair_is_an_empty_mean(loss):
     batch = [t[:1] for t in tensors]
     exactly(scalars, loss(*batch))
     nothing = [t[:0] for t in tensors]
-    assert loss(*nothing).isnan() and loss(*nothing, reduction="sum") == 0 and loss(*nothing, reduction="none").shape == (0,)
+    assert (
+        loss(*nothing).isnan()
+        and loss(*nothing, reduction="sum") == 0
+        and loss(*nothing, reduction="none").shape == (0,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +96,15 @@ def test_one_pair_may_come_without_a_batch_and_no_pair_is_an_empty_mean(loss):
         (orpo_loss, {}),
         (kto_loss, {"return_rewards": True}),
         (grpo_loss, {"beta": 0.1, "loss_type": "dapo"}),
-        (grpo_loss, {"loss_type": "dr_grpo", "max_completion_length": 16, "importance_sampling_level": "sequence", "reduction": "none"}),
+        (
+            grpo_loss,
+            {
+                "loss_type": "dr_grpo",
+                "max_completion_length": 16,
+                "importance_sampling_level": "sequence",
+                "reduction": "none",
+            },
+        ),
     ],
 )
 def test_compiles_whole_and_one_graph_serves_every_size(loss, options):
@@ -119,10 +137,22 @@ REFUSALS = {
     "negative beta of grpo": (lambda: grpo_loss(TOKENS, PAIR, beta=-0.1), "beta must be >= 0, got -0.1"),
     "negative gamma": (lambda: simpo_loss(PAIR, PAIR, gamma=-1), "gamma must be >= 0, got -1"),
     "negative alpha": (lambda: cpo_loss(PAIR, PAIR, alpha=-1), "alpha must be >= 0, got -1"),
-    "negative weight": (lambda: kto_loss(PAIR, PAIR, GOOD, 0.0, desirable_weight=-1), "desirable_weight must be >= 0, got -1"),
-    "another negative weight": (lambda: kto_loss(PAIR, PAIR, GOOD, 0.0, undesirable_weight=-1), "undesirable_weight must be >= 0, got -1"),
-    "no such loss type": (lambda: dpo_loss(PAIR, PAIR, PAIR, PAIR, loss_type="kto"), "loss_type must be one of .*sigmoid.*, got 'kto'"),
-    "no such normaliser": (lambda: grpo_loss(TOKENS, PAIR, loss_type="ppo"), "loss_type must be one of .*dapo.*, got 'ppo'"),
+    "negative weight": (
+        lambda: kto_loss(PAIR, PAIR, GOOD, 0.0, desirable_weight=-1),
+        "desirable_weight must be >= 0, got -1",
+    ),
+    "another negative weight": (
+        lambda: kto_loss(PAIR, PAIR, GOOD, 0.0, undesirable_weight=-1),
+        "undesirable_weight must be >= 0, got -1",
+    ),
+    "no such loss type": (
+        lambda: dpo_loss(PAIR, PAIR, PAIR, PAIR, loss_type="kto"),
+        "loss_type must be one of .*sigmoid.*, got 'kto'",
+    ),
+    "no such normaliser": (
+        lambda: grpo_loss(TOKENS, PAIR, loss_type="ppo"),
+        "loss_type must be one of .*dapo.*, got 'ppo'",
+    ),
     "no such level": (
         lambda: grpo_loss(TOKENS, PAIR, importance_sampling_level="word"),
         "importance_sampling_level must be one of .*got 'word'",
@@ -137,20 +167,47 @@ REFUSALS = {
     ),
     "no reference": (lambda: dpo_loss(PAIR, PAIR), "needs both reference_chosen_log_probs .* or reference_free=True"),
     "half a reference": (lambda: dpo_loss(PAIR, PAIR, PAIR), "needs both"),
-    "a divergence from nothing": (lambda: grpo_loss(TOKENS, PAIR, beta=0.1), "beta must be 0 without reference_token_log_probs, got 0.1"),
+    "a divergence from nothing": (
+        lambda: grpo_loss(TOKENS, PAIR, beta=0.1),
+        "beta must be 0 without reference_token_log_probs, got 0.1",
+    ),
     "a clip below 0": (lambda: grpo_loss(TOKENS, PAIR, epsilon_low=1.5), r"epsilon_low must be in \[0, 1\], got 1.5"),
     "a negative clip": (lambda: grpo_loss(TOKENS, PAIR, epsilon_high=-0.1), "epsilon_high must be >= 0, got -0.1"),
-    "no longest completion": (lambda: grpo_loss(TOKENS, PAIR, loss_type="dr_grpo"), "max_completion_length must be > 0 .*got None"),
-    "a longest completion of 0": (lambda: grpo_loss(TOKENS, PAIR, loss_type="dr_grpo", max_completion_length=0), "must be > 0 .*got 0"),
-    "tokens where sequences belong": (lambda: dpo_loss(TOKENS, TOKENS, TOKENS, TOKENS), r"one number per sequence.*got \(2, 3\)"),
+    "no longest completion": (
+        lambda: grpo_loss(TOKENS, PAIR, loss_type="dr_grpo"),
+        "max_completion_length must be > 0 .*got None",
+    ),
+    "a longest completion of 0": (
+        lambda: grpo_loss(TOKENS, PAIR, loss_type="dr_grpo", max_completion_length=0),
+        "must be > 0 .*got 0",
+    ),
+    "tokens where sequences belong": (
+        lambda: dpo_loss(TOKENS, TOKENS, TOKENS, TOKENS),
+        r"one number per sequence.*got \(2, 3\)",
+    ),
     "tokens in kto": (lambda: kto_loss(TOKENS, TOKENS, TOKENS > -2, 0.0), r"one number per sequence.*got \(2, 3\)"),
-    "sequences where tokens belong": (lambda: grpo_loss(PAIR, PAIR), r"token_log_probs must be \(batch, length\), got \(2,\)"),
-    "a pair short": (lambda: simpo_loss(PAIR, PAIR[:1]), r"rejected_log_probs must have the shape of chosen_log_probs, \(2,\), got \(1,\)"),
-    "a reference short": (lambda: dpo_loss(PAIR, PAIR, PAIR, PAIR[:1]), r"reference_rejected_log_probs must have the shape.*got \(1,\)"),
-    "a reference short for kto": (lambda: kto_loss(PAIR, PAIR[:1], GOOD, 0.0), r"reference_log_probs must have the shape.*got \(1,\)"),
+    "sequences where tokens belong": (
+        lambda: grpo_loss(PAIR, PAIR),
+        r"token_log_probs must be \(batch, length\), got \(2,\)",
+    ),
+    "a pair short": (
+        lambda: simpo_loss(PAIR, PAIR[:1]),
+        r"rejected_log_probs must have the shape of chosen_log_probs, \(2,\), got \(1,\)",
+    ),
+    "a reference short": (
+        lambda: dpo_loss(PAIR, PAIR, PAIR, PAIR[:1]),
+        r"reference_rejected_log_probs must have the shape.*got \(1,\)",
+    ),
+    "a reference short for kto": (
+        lambda: kto_loss(PAIR, PAIR[:1], GOOD, 0.0),
+        r"reference_log_probs must have the shape.*got \(1,\)",
+    ),
     "an nll short": (lambda: orpo_loss(PAIR, PAIR, nll=PAIR[:1]), r"nll must have the shape.*got \(1,\)"),
     "labels of another size": (lambda: kto_loss(PAIR, PAIR, GOOD[:1], 0.0), r"labels must have the shape.*got \(1,\)"),
-    "labels that are numbers": (lambda: kto_loss(PAIR, PAIR, torch.tensor([1, -1]), 0.0), "labels must be bool.*got torch.int64"),
+    "labels that are numbers": (
+        lambda: kto_loss(PAIR, PAIR, torch.tensor([1, -1]), 0.0),
+        "labels must be bool.*got torch.int64",
+    ),
     "a mask of another shape": (
         lambda: grpo_loss(TOKENS, PAIR, TOKENS[:, :2]),
         r"mask must have the shape of token_log_probs.*got \(2, 2\)",
@@ -160,12 +217,27 @@ REFUSALS = {
         r"mask must have the shape of token_log_probs, \(2, 3\), got \(3,\)",
     ),
     "an advantage short": (lambda: grpo_loss(TOKENS, PAIR[:1]), r"advantages must have the shape.*\(2,\), got \(1,\)"),
-    "advantages per column": (lambda: grpo_loss(TOKENS, TOKENS[:1]), r"advantages must have the shape of token_log_probs.*got \(1, 3\)"),
-    "an old token short": (lambda: grpo_loss(TOKENS, PAIR, None, TOKENS[:, :2]), r"old_token_log_probs must have the shape.*got \(2, 2\)"),
-    "a reference token short": (lambda: grpo_loss(TOKENS, PAIR, None, None, TOKENS[:, :2], beta=1), r"reference_token_log_probs must have"),
-    "a sequence without tokens": (lambda: sequence_log_probs(PAIR[0]), r"token_log_probs must be \(..., length\), got \(\)"),
+    "advantages per column": (
+        lambda: grpo_loss(TOKENS, TOKENS[:1]),
+        r"advantages must have the shape of token_log_probs.*got \(1, 3\)",
+    ),
+    "an old token short": (
+        lambda: grpo_loss(TOKENS, PAIR, None, TOKENS[:, :2]),
+        r"old_token_log_probs must have the shape.*got \(2, 2\)",
+    ),
+    "a reference token short": (
+        lambda: grpo_loss(TOKENS, PAIR, None, None, TOKENS[:, :2], beta=1),
+        r"reference_token_log_probs must have",
+    ),
+    "a sequence without tokens": (
+        lambda: sequence_log_probs(PAIR[0]),
+        r"token_log_probs must be \(..., length\), got \(\)",
+    ),
     **{
-        f"no such reduction of {loss.__name__}": (lambda loss=loss: loss(*arguments_of(loss), reduction="batchmean"), "batchmean")
+        f"no such reduction of {loss.__name__}": (
+            lambda loss=loss: loss(*arguments_of(loss), reduction="batchmean"),
+            "batchmean",
+        )
         for loss in LOSSES
     },
 }

@@ -25,12 +25,16 @@ def test_equal_policies_give_log_2():
     exactly(kto_loss(w, w, torch.arange(5) < 2, 0.0), two / 4)
 
 
-@pytest.mark.parametrize("loss", [lambda *t, **k: dpo_loss(*t, reference_free=True, **k), lambda *t, **k: simpo_loss(*t, gamma=0.0, **k)])
+@pytest.mark.parametrize(
+    "loss", [lambda *t, **k: dpo_loss(*t, reference_free=True, **k), lambda *t, **k: simpo_loss(*t, gamma=0.0, **k)]
+)
 def test_a_vanishing_beta_leaves_log_2_and_a_gradient_that_vanishes_with_it(loss):
     chosen, rejected = log_probs(5, scale=50).requires_grad_(), log_probs(5, scale=50)
     value = loss(chosen, rejected, beta=1e-12)
     exactly(value, torch.tensor(2.0, dtype=torch.float64).log())
-    torch.testing.assert_close(torch.autograd.grad(value, chosen)[0], torch.full_like(chosen, -0.5e-12 / 5), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(value, chosen)[0], torch.full_like(chosen, -0.5e-12 / 5), rtol=1e-9, atol=0
+    )
 
 
 def test_an_unmoved_policy_gives_minus_the_mean_advantage():
@@ -38,7 +42,9 @@ def test_an_unmoved_policy_gives_minus_the_mean_advantage():
     lived = mask.any(-1)
     exactly(grpo_loss(policy, advantages, mask, policy), -(advantages * lived).mean())
     exactly(grpo_loss(policy, advantages, mask, policy, policy, beta=5.0), -(advantages * lived).mean())
-    exactly(grpo_loss(policy, advantages, mask, policy, loss_type="dapo"), -(advantages * mask.sum(-1)).sum() / mask.sum())
+    exactly(
+        grpo_loss(policy, advantages, mask, policy, loss_type="dapo"), -(advantages * mask.sum(-1)).sum() / mask.sum()
+    )
 
 
 def test_one_token_a_sequence_makes_the_levels_and_the_means_equal():
@@ -54,7 +60,10 @@ def test_certain_and_impossible_pairs_give_what_they_should():
     """Margins far beyond what an exponential holds: no overflow, no NaN."""
     far, near = torch.tensor([-1e5, 0.0]), torch.tensor([0.0, -1e5])
     exactly(dpo_loss(far, near, reference_free=True, beta=1.0, reduction="none"), torch.tensor([1e5, 0.0]))
-    exactly(dpo_loss(far, near, reference_free=True, beta=1.0, label_smoothing=0.25, reduction="none"), torch.tensor([0.75e5, 0.25e5]))
+    exactly(
+        dpo_loss(far, near, reference_free=True, beta=1.0, label_smoothing=0.25, reduction="none"),
+        torch.tensor([0.75e5, 0.25e5]),
+    )
     exactly(simpo_loss(far, near, beta=1.0, gamma=0.0, reduction="none"), torch.tensor([1e5, 0.0]))
     exactly(kto_loss(far, near, torch.tensor([True, True]), 0.0, beta=1.0, reduction="none"), torch.tensor([1.0, 0.0]))
     for chosen, expected in ((-INF, INF), (INF, 0.0)):
@@ -125,7 +134,10 @@ def test_what_masked_tokens_hold_matters_nowhere(garbage, level, loss_type):
     clean = value_and_gradient(policy, advantages, old, reference)
     spoilt = [t.masked_fill(~mask, garbage) for t in (policy, advantages, old, reference)]
     for alone in range(4):
-        tensors = [s if i == alone else t for i, (s, t) in enumerate(zip(spoilt, (policy, advantages, old, reference), strict=True))]
+        tensors = [
+            s if i == alone else t
+            for i, (s, t) in enumerate(zip(spoilt, (policy, advantages, old, reference), strict=True))
+        ]
         for ours, expected in zip(value_and_gradient(*tensors), clean, strict=True):
             exactly(ours, expected)
     one_each = advantages[:, 0].clone()
@@ -139,7 +151,9 @@ def test_a_batch_of_which_nothing_counts_gives_0_and_no_gradient(loss_type):
     policy, advantages, mask, old, reference = a_batch()
     options = {"loss_type": loss_type, "max_completion_length": 9, "beta": 0.1}
     for more in ({}, {"num_items_in_batch": 0}):
-        value = grpo_loss(policy.requires_grad_(), advantages, torch.zeros_like(mask), old, reference, **options, **more)
+        value = grpo_loss(
+            policy.requires_grad_(), advantages, torch.zeros_like(mask), old, reference, **options, **more
+        )
         assert value == 0 and (torch.autograd.grad(value, policy)[0] == 0).all()
 
 
@@ -147,7 +161,9 @@ def test_a_batch_of_which_nothing_counts_gives_0_and_no_gradient(loss_type):
 def test_masks_of_every_type_say_the_same(as_mask):
     policy, advantages, mask, old, _ = a_batch()
     exactly(grpo_loss(policy, advantages, as_mask(mask), old), grpo_loss(policy, advantages, mask, old))
-    exactly(grpo_loss(policy, advantages, as_mask(torch.ones_like(mask)), old), grpo_loss(policy, advantages, None, old))
+    exactly(
+        grpo_loss(policy, advantages, as_mask(torch.ones_like(mask)), old), grpo_loss(policy, advantages, None, old)
+    )
 
 
 # laws
@@ -169,7 +185,9 @@ def test_swapping_chosen_and_rejected_mirrors_the_margin(tensors, beta):
     w, l, ref_w, ref_l = tensors
     margin = beta * ((w - ref_w) - (l - ref_l))
     loss, chosen, rejected = dpo_loss(w, l, ref_w, ref_l, beta=beta, reduction="none", return_rewards=True)
-    swapped, other_chosen, other_rejected = dpo_loss(l, w, ref_l, ref_w, beta=beta, reduction="none", return_rewards=True)
+    swapped, other_chosen, other_rejected = dpo_loss(
+        l, w, ref_l, ref_w, beta=beta, reduction="none", return_rewards=True
+    )
     nearly(swapped, loss + margin)
     nearly(chosen - rejected, margin)
     assert torch.equal(chosen, other_rejected) and torch.equal(rejected, other_chosen)
@@ -177,7 +195,8 @@ def test_swapping_chosen_and_rejected_mirrors_the_margin(tensors, beta):
     nearly(*halves)
     # IPO: the squares of m - c and -m - c differ by 4 m c
     nearly(
-        dpo_loss(l, w, ref_l, ref_w, beta=beta, loss_type="ipo") - dpo_loss(w, l, ref_w, ref_l, beta=beta, loss_type="ipo"),
+        dpo_loss(l, w, ref_l, ref_w, beta=beta, loss_type="ipo")
+        - dpo_loss(w, l, ref_w, ref_l, beta=beta, loss_type="ipo"),
         2 / beta**2 * margin.mean(),
     )
 
@@ -188,7 +207,11 @@ def test_only_differences_count(tensors, beta, shift, loss_type):
     """A constant on both answers, under one model or on one answer under both models, changes nothing."""
     w, l, ref_w, ref_l = tensors
     expected = dpo_loss(w, l, ref_w, ref_l, beta=beta, loss_type=loss_type)
-    for shifted in ((w + shift, l + shift, ref_w, ref_l), (w, l, ref_w + shift, ref_l + shift), (w + shift, l, ref_w + shift, ref_l)):
+    for shifted in (
+        (w + shift, l + shift, ref_w, ref_l),
+        (w, l, ref_w + shift, ref_l + shift),
+        (w + shift, l, ref_w + shift, ref_l),
+    ):
         nearly(dpo_loss(*shifted, beta=beta, loss_type=loss_type), expected)
     nearly(simpo_loss(w + shift, l + shift, beta=beta), simpo_loss(w, l, beta=beta))
     nearly(kto_loss(w + shift, ref_w + shift, w < -100, 0.3), kto_loss(w, ref_w, w < -100, 0.3))
@@ -217,7 +240,10 @@ def test_the_families_meet(tensors, beta, gamma):
     nearly(cpo_loss(w, l, beta=beta, alpha=0), free)
     nearly(simpo_loss(w, l, beta=beta, gamma=gamma), simpo_loss(w - gamma / beta, l, beta=beta, gamma=0))
     good = torch.ones_like(w, dtype=torch.bool)
-    nearly(kto_loss(w, ref_w, good, gamma, beta=beta) + kto_loss(w, ref_w, ~good, gamma, beta=beta), torch.ones_like(w).mean())
+    nearly(
+        kto_loss(w, ref_w, good, gamma, beta=beta) + kto_loss(w, ref_w, ~good, gamma, beta=beta),
+        torch.ones_like(w).mean(),
+    )
 
 
 @law
@@ -233,5 +259,7 @@ def test_padding_and_the_order_of_sequences_do_not_matter(seed, loss_type, level
     expected = grpo_loss(policy, advantages, mask, old, reference, **options)
     order = torch.randperm(5)
     nearly(grpo_loss(*(t[order] for t in (policy, advantages, mask, old, reference)), **options), expected)
-    padded = [torch.nn.functional.pad(t, (2, 3)) if t.dim() == 2 else t for t in (policy, advantages, mask, old, reference)]
+    padded = [
+        torch.nn.functional.pad(t, (2, 3)) if t.dim() == 2 else t for t in (policy, advantages, mask, old, reference)
+    ]
     nearly(grpo_loss(*padded, **options), expected)

@@ -45,18 +45,24 @@ def table_of_losses():
     for name, value in vars(triton_losses).items():
         if inspect.isclass(value) and issubclass(value, torch.nn.Module) and hasattr(value, "function"):
             modules.setdefault(value.function.__name__, []).append(f"`{name}`")
-    preference = [f for f in vars(triton_losses).values() if inspect.isfunction(f) and f.__module__ == "triton_losses.preference"]
+    preference = [
+        f for f in vars(triton_losses).values() if inspect.isfunction(f) and f.__module__ == "triton_losses.preference"
+    ]
     for f in [*vars(functional).values(), *preference]:
         if inspect.isfunction(f):
             themes.setdefault(f.__module__, []).append(f)
     lines = ["| function | module | |", "|---|---|---|"]
     for theme, functions in sorted(themes.items(), key=lambda item: (ORDER.index(item[0].rsplit(".")[-1]), item[0])):
-        heading, words = inspect.getdoc(sys.modules[theme]).splitlines()[0].split(": ", 1)
+        heading, words = first_paragraph(sys.modules[theme]).split(": ", 1)
         lines.append(f"| **{heading}** | | {words} |")
         for f in sorted(functions, key=lambda f: f.__name__):
-            formula = f.__doc__.splitlines()[0].replace("|", "\\|")
+            formula = first_paragraph(f).replace("|", "\\|")
             lines.append(f"| `{f.__name__}` | {', '.join(modules.get(f.__name__, []))} | {formula} |")
     return "\n".join(lines)
+
+
+def first_paragraph(documented):
+    return " ".join(inspect.getdoc(documented).split("\n\n")[0].split())
 
 
 def test_the_table_of_losses_is_what_the_package_has():

@@ -89,17 +89,24 @@ def test_a_batch_of_images_is_one_image_of_all_their_pixels(shape, seed):
 def test_kin_meet_where_their_options_do(shape, seed):
     x, y = image(shape, seed=seed)
     smooth = {"softmax": True, "smooth_nr": 0.5, "smooth_dr": 0.5}
-    dice, jaccard = functional.dice_loss(x, y, softmax=True, smooth_nr=1, smooth_dr=1), functional.jaccard_loss(x, y, **smooth)
+    dice, jaccard = (
+        functional.dice_loss(x, y, softmax=True, smooth_nr=1, smooth_dr=1),
+        functional.jaccard_loss(x, y, **smooth),
+    )
     torch.testing.assert_close(functional.tversky_loss(x, y, **smooth), dice)
     torch.testing.assert_close(functional.tversky_loss(x, y, alpha=1, beta=1, **smooth), jaccard)
-    torch.testing.assert_close(functional.dice_loss(x, y, softmax=True, jaccard=True, smooth_nr=1, smooth_dr=1), jaccard)
+    torch.testing.assert_close(
+        functional.dice_loss(x, y, softmax=True, jaccard=True, smooth_nr=1, smooth_dr=1), jaccard
+    )
     torch.testing.assert_close(functional.focal_tversky_loss(x, y, alpha=0.5, beta=0.5, gamma=1, **smooth), dice)
     both = functional.dice_ce_loss(x, y, softmax=True) - functional.dice_loss(x, y, softmax=True)
     torch.testing.assert_close(both, torch.nn.functional.cross_entropy(x, y))
     focal = functional.dice_focal_loss(x, y, softmax=True, use_softmax=True) - functional.dice_loss(x, y, softmax=True)
     torch.testing.assert_close(focal, functional.focal_loss(x, y))
     maps = one_hot(y, shape[1])
-    combo = functional.combo_loss(x, maps, 0.3, 0.7) - 0.3 * functional.dice_loss(x, maps, sigmoid=True, smooth_nr=1e-6, smooth_dr=1e-6)
+    combo = functional.combo_loss(x, maps, 0.3, 0.7) - 0.3 * functional.dice_loss(
+        x, maps, sigmoid=True, smooth_nr=1e-6, smooth_dr=1e-6
+    )
     torch.testing.assert_close(combo, 0.7 * torch.nn.functional.binary_cross_entropy_with_logits(x, maps))
 
 
@@ -112,12 +119,16 @@ def test_parts_that_see_the_input_differently_are_read_twice():
     torch.testing.assert_close(functional.dice_ce_loss(x, y, other_act=torch.tanh), dice + ce)
     torch.testing.assert_close(functional.dice_ce_loss(x, y), functional.dice_loss(x, y) + ce)
     focal = functional.sigmoid_focal_loss(x, one_hot(y, 4), -1, 2, "mean")
-    torch.testing.assert_close(functional.dice_focal_loss(x, y, softmax=True), functional.dice_loss(x, y, softmax=True) + focal)
+    torch.testing.assert_close(
+        functional.dice_focal_loss(x, y, softmax=True), functional.dice_loss(x, y, softmax=True) + focal
+    )
 
 
 def test_more_classes_than_a_kernel_holds(device):
     x, y = (t.to(device) for t in image((1, 400, 9), torch.float32))
-    ours, plain = (value_and_gradient(module.dice_ce_loss, x, y, softmax=True) for module in (functional, reference.losses))
+    ours, plain = (
+        value_and_gradient(module.dice_ce_loss, x, y, softmax=True) for module in (functional, reference.losses)
+    )
     torch.testing.assert_close(ours, plain)
 
 
@@ -125,7 +136,9 @@ def test_stats_are_the_sums_that_a_dice_score_needs(device):
     x, y = (t.to(device) for t in image())
     p, t = x.softmax(1).flatten(2), one_hot(y, 4).flatten(2)
     for name in (*DICE, *COMPOUND):
-        loss, stats = getattr(functional, name)(x.requires_grad_(), y, softmax=True, include_background=False, return_stats=True)
+        loss, stats = getattr(functional, name)(
+            x.requires_grad_(), y, softmax=True, include_background=False, return_stats=True
+        )
         torch.testing.assert_close(loss, getattr(functional, name)(x, y, softmax=True, include_background=False))
         torch.testing.assert_close(stats, ((p * t).sum(2), p.sum(2), t.sum(2)))
         assert not any(s.requires_grad for s in stats)
@@ -136,17 +149,26 @@ def test_bytes_hold_no_negative_label_to_ignore(device):
     x, y = (t.to(device) for t in image((1, 160, 12), torch.float32))
     y[..., ::2] = 156
     for loss in (functional.dice_loss, functional.dice_ce_loss):
-        torch.testing.assert_close(loss(x, y.to(torch.uint8), softmax=True, ignore_index=-100), loss(x, y, softmax=True))
-    torch.testing.assert_close(functional.lovasz_loss(x, y.to(torch.uint8), ignore_index=-100), functional.lovasz_loss(x, y))
+        torch.testing.assert_close(
+            loss(x, y.to(torch.uint8), softmax=True, ignore_index=-100), loss(x, y, softmax=True)
+        )
+    torch.testing.assert_close(
+        functional.lovasz_loss(x, y.to(torch.uint8), ignore_index=-100), functional.lovasz_loss(x, y)
+    )
 
 
 def test_lovasz_may_ignore_what_is_wanted():
     x, y = image((1, 1, 30))[0], torch.arange(30).view(1, 1, 30) % 3
-    ours, plain = (value_and_gradient(module.lovasz_loss, x, y, mode="hinge", ignore_index=2) for module in (functional, reference.losses))
+    ours, plain = (
+        value_and_gradient(module.lovasz_loss, x, y, mode="hinge", ignore_index=2)
+        for module in (functional, reference.losses)
+    )
     torch.testing.assert_close(ours, plain)
     assert functional.lovasz_loss(x, y.clamp(min=1), mode="hinge", ignore_index=2).isfinite()
     only_absent = functional.lovasz_loss(x, y.clamp(max=1), mode="hinge", ignore_index=1)
-    torch.testing.assert_close(only_absent, reference.losses.lovasz_loss(x, y.clamp(max=1), mode="hinge", ignore_index=1))
+    torch.testing.assert_close(
+        only_absent, reference.losses.lovasz_loss(x, y.clamp(max=1), mode="hinge", ignore_index=1)
+    )
     with pytest.raises(ValueError, match="0 or 1 .* got 2"):
         functional.lovasz_loss(x, y, mode="hinge")
 
@@ -157,7 +179,9 @@ def test_an_absent_class_costs_what_one_chooses():
     options = {"smooth_nr": 0, "smooth_dr": 0}
     for empty, mean in (("smooth", wanted.mean()), ("zero", wanted[0] / 3), ("exclude", wanted[0])):
         torch.testing.assert_close(functional.dice_loss(p, y, empty=empty, **options), mean)
-    torch.testing.assert_close(functional.dice_loss(p, y, classes=[1, 0], reduction="none", **options).flatten(), wanted[[1, 0]])
+    torch.testing.assert_close(
+        functional.dice_loss(p, y, classes=[1, 0], reduction="none", **options).flatten(), wanted[[1, 0]]
+    )
 
 
 def test_ignoring_elements_of_a_map_leaves_the_map_as_it_was(device):
@@ -174,7 +198,8 @@ def test_ignoring_elements_of_a_map_leaves_the_map_as_it_was(device):
 @pytest.mark.parametrize("name", ["dice_loss", *COMPOUND])
 def test_nan_in_ignored_pixels_reaches_no_other_pixel_and_no_gradient(name, activation):
     x, y = image((2, 3, 40))
-    x[0, :, 3] = torch.tensor([80.0, -40.0, 0.0])  # so unlikely a label that its logarithm is not taken of its probability
+    # so unlikely a label that its logarithm is not taken of its probability
+    x[0, :, 3] = torch.tensor([80.0, -40.0, 0.0])
     y[0, 3], y[:, 5] = 1, 99
     loss = functools.partial(getattr(functional, name), ignore_index=99, **{activation: True})
     loss = functools.partial(loss, use_softmax=True) if activation == "softmax" and name == "dice_focal_loss" else loss
@@ -195,7 +220,9 @@ def test_images_of_many_blocks_are_as_those_of_one(few, alone, dtype, monkeypatc
         functools.partial(functional.dice_focal_loss, softmax=True, use_softmax=True, gamma=1.5),
         functools.partial(functional.dice_loss, softmax=True, squared_pred=True),
         functools.partial(functional.dice_loss, softmax=True, soft_label=True),
-        lambda x, _: functional.dice_ce_loss(x, maps, sigmoid=True, ignore_index=-1, weight=torch.tensor([0.5, 1.0, 2.0])),
+        lambda x, _: functional.dice_ce_loss(
+            x, maps, sigmoid=True, ignore_index=-1, weight=torch.tensor([0.5, 1.0, 2.0])
+        ),
         lambda x, _: functional.dice_focal_loss(x, maps, sigmoid=True, ignore_index=-1, alpha=0.3),
     ]
     expected = [value_and_gradient(call, x, y) for call in calls]
@@ -204,7 +231,9 @@ def test_images_of_many_blocks_are_as_those_of_one(few, alone, dtype, monkeypatc
     torch.set_num_threads(2)
     for call, (value, gradient) in zip(calls, expected):
         for found, wanted in zip(value_and_gradient(call, x, y), (value, gradient)):
-            torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-8)
+            torch.testing.assert_close(
+                found.float(), wanted.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-8
+            )
 
 
 def test_a_perfect_prediction_has_a_finite_gradient():
@@ -266,7 +295,10 @@ def test_function_transforms_give_what_they_give_of_plain_torch(device):
     x, y = (t.to(device) for t in image((2, 3, 5)))
     many = torch.stack([x, 0.5 * x, 1 - x])
     for name in ("dice_loss", "dice_ce_loss"):
-        ours, plain = (functools.partial(getattr(module, name), target=y, softmax=True) for module in (functional, reference.losses))
+        ours, plain = (
+            functools.partial(getattr(module, name), target=y, softmax=True)
+            for module in (functional, reference.losses)
+        )
         for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f)), torch.func.hessian):
             given_ = many if transform is not torch.func.grad and transform is not torch.func.hessian else x
             torch.testing.assert_close(transform(ours)(given_), transform(plain)(given_))
@@ -277,9 +309,25 @@ def test_the_region_ops_are_well_behaved(formula, device):
     x, y = (t.to(device) for t in image((2, 3, 70), torch.float32))
     tensors, tests = [x, y, torch.rand(3, device=device)], ("test_schema", "test_faketensor")
     options = ("softmax", 1, False, False, formula, [], 0.0)
-    score = (False, False, "macro", "dice_score", [1e-5, 1e-5], "one_less_score", [], "smooth", [1.0, 0.5], False, "none", torch.float32)
+    score = (
+        False,
+        False,
+        "macro",
+        "dice_score",
+        [1e-5, 1e-5],
+        "one_less_score",
+        [],
+        "smooth",
+        [1.0, 0.5],
+        False,
+        "none",
+        torch.float32,
+    )
     upstream = [torch.randn(2, 3, 3, device=device), torch.randn(2, device=device)]
-    for read, given_, dout in ((regions.read_sums, options, upstream), (regions.read, (*options, *score), [torch.randn(2, device=device)])):
+    for read, given_, dout in (
+        (regions.read_sums, options, upstream),
+        (regions.read, (*options, *score), [torch.randn(2, device=device)]),
+    ):
         dout = dout if formula or read is regions.read_sums else [torch.randn(2, 2, device=device)]
         torch.library.opcheck(read.forward_op, (tensors, *given_), test_utils=tests)
         saved = read.forward_op(tensors, *given_)[read.outputs :]
@@ -322,14 +370,18 @@ def test_a_batch_across_processes_is_one_batch(tmp_path):
     value, gradient = value_and_gradient(triton_losses.DiceLoss(softmax=True, batch=True), *image())
     for rank in range(2):
         theirs = torch.load(tmp_path / str(rank))
-        torch.testing.assert_close(theirs, (value, 2 * gradient[rank : rank + 1]))  # which DistributedDataParallel halves
+        # which DistributedDataParallel halves
+        torch.testing.assert_close(theirs, (value, 2 * gradient[rank : rank + 1]))
 
 
 def test_deep_supervision_weighs_the_losses_of_every_scale():
     y = image((2, 3, 8, 12))[1]
     outputs = [image((2, 3, 8 // n, 12 // n), seed=n)[0] for n in (1, 2, 4)]
     loss = triton_losses.DiceCELoss(softmax=True)
-    sampled = [torch.nn.functional.interpolate(y[:, None].double(), x.shape[2:], mode="nearest-exact")[:, 0].long() for x in outputs]
+    sampled = [
+        torch.nn.functional.interpolate(y[:, None].double(), x.shape[2:], mode="nearest-exact")[:, 0].long()
+        for x in outputs
+    ]
     parts = [loss(x, t) for x, t in zip(outputs, sampled)]
     wrapped = triton_losses.DeepSupervisionLoss(loss)
     torch.testing.assert_close(wrapped(outputs, y), parts[0] + parts[1] / 2 + parts[2] / 4)
@@ -345,7 +397,11 @@ def test_weights_given_as_numbers_travel_with_the_module():
     assert list(loss.state_dict()) == ["weight"]
     x, y = image()
     torch.testing.assert_close(loss.double()(x, y), functional.dice_loss(x, y, softmax=True, weight=[1, 2, 3, 4]))
-    torch.testing.assert_close(triton_losses.DiceLoss(softmax=True, weight=2)(x, y), 2 * functional.dice_loss(x, y, softmax=True))
+    torch.testing.assert_close(
+        triton_losses.DiceLoss(softmax=True, weight=2)(x, y), 2 * functional.dice_loss(x, y, softmax=True)
+    )
     for options in ({"softmax": True}, {"sigmoid": True}):
-        by_number, by_tensor = (functional.dice_ce_loss(x, y, weight=w, **options) for w in (2.0, torch.full((4,), 2.0).double()))
+        by_number, by_tensor = (
+            functional.dice_ce_loss(x, y, weight=w, **options) for w in (2.0, torch.full((4,), 2.0).double())
+        )
         torch.testing.assert_close(by_number, by_tensor)

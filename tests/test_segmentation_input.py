@@ -12,7 +12,13 @@ ONE, MAP = X[:, :1], one_hot(Y, 4, torch.float32)
 REFUSED = {
     "a label beyond the classes": (IndexError, "Target 4 is out of bounds: it must be in [0, 4)", X, Y + 1, {}),
     "a negative label": (IndexError, "Target -1 ", X, Y - 1, {}),
-    "a label beside the ignored": (IndexError, "Target 7 is out of bounds: it must be in [0, 4), or", X, Y * 0 + 7, {"ignore_index": 5}),
+    "a label beside the ignored": (
+        IndexError,
+        "Target 7 is out of bounds: it must be in [0, 4), or",
+        X,
+        Y * 0 + 7,
+        {"ignore_index": 5},
+    ),
     "one class": (ValueError, "softmax over 1 class", ONE, Y * 0, {}),
     "two activations": (ValueError, "at most one of sigmoid, softmax", X, Y, {"sigmoid": True}),
     "labels of another size": (ValueError, "(2, 5, 6)", X, Y[:, :3], {}),
@@ -44,14 +50,21 @@ def test_refuses_with_the_rule_and_what_it_got(kind, words, x, y, options):
 
 
 MORE_REFUSED = [
-    ("dice_loss", "empty", {"empty": "skip"}), ("dice_loss", "average", {"average": "none"}), ("dice_loss", "[7]", {"classes": [7]}),
-    ("dice_loss", "include_background", {"classes": [1], "include_background": False}), ("tversky_loss", "alpha", {"alpha": -0.5}),
-    ("focal_tversky_loss", "gamma", {"gamma": 0}), ("generalized_dice_loss", "w_type", {"w_type": "cube"}),
-    ("dice_ce_loss", "lambda_ce", {"lambda_ce": -1}), ("dice_ce_loss", "label_smoothing", {"label_smoothing": 1.5}),
-    ("dice_ce_loss", "none", {"reduction": "none", "batch": True}), ("dice_focal_loss", "alpha", {"alpha": 2}),
-    ("dice_focal_loss", "gamma", {"gamma": -1}), ("lovasz_loss", "mode", {"mode": "hinged"}),
+    ("dice_loss", "empty", {"empty": "skip"}),
+    ("dice_loss", "average", {"average": "none"}),
+    ("dice_loss", "[7]", {"classes": [7]}),
+    ("dice_loss", "include_background", {"classes": [1], "include_background": False}),
+    ("tversky_loss", "alpha", {"alpha": -0.5}),
+    ("focal_tversky_loss", "gamma", {"gamma": 0}),
+    ("generalized_dice_loss", "w_type", {"w_type": "cube"}),
+    ("dice_ce_loss", "lambda_ce", {"lambda_ce": -1}),
+    ("dice_ce_loss", "label_smoothing", {"label_smoothing": 1.5}),
+    ("dice_ce_loss", "none", {"reduction": "none", "batch": True}),
+    ("dice_focal_loss", "alpha", {"alpha": 2}),
+    ("dice_focal_loss", "gamma", {"gamma": -1}),
+    ("lovasz_loss", "mode", {"mode": "hinged"}),
     ("lovasz_loss", "classes", {"classes": "some"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, words, options", MORE_REFUSED, ids=lambda thing: str(thing))

@@ -1,4 +1,4 @@
-"""CTC: what the table cannot say. Alignments counted one by one, lengths of any kind, long sequences, errors, training."""
+"""CTC: what the table cannot say. Alignments counted one by one, lengths of all kinds, long sequences, errors."""
 
 import itertools
 import math
@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies
 import triton_losses
 from triton_losses import functional
 
-LOSSES = {"ctc_loss": lambda x: x.log_softmax(-1), "ctc_loss_with_logits": lambda x: x}  # and what makes their input of logits
+# and what makes their input of logits
+LOSSES = {"ctc_loss": lambda x: x.log_softmax(-1), "ctc_loss_with_logits": lambda x: x}
 NAN, INFINITY = math.nan, math.inf
 few = settings(max_examples=4 if INTERPRET else 25, deadline=None, derandomize=True, database=None)
 seeds = strategies.integers(0, 2**31)
@@ -73,7 +74,9 @@ def test_lengths_and_targets_of_any_kind_give_torchs_numbers(kind, dtype, device
     expected = value_and_gradient(torch.nn.functional.ctc_loss, logits, targets, *lengths, zero_infinity=True)
     given = [KINDS[kind](v) if kind in ("tuple", "list") else KINDS[kind](v).to(device) for v in lengths]
     for labels in (targets, together, torch.where(torch.arange(3) < lengths[1][:, None], targets, 200)):
-        found = value_and_gradient(functional.ctc_loss, logits.to(device), labels.to(device, dtype), *given, zero_infinity=True)
+        found = value_and_gradient(
+            functional.ctc_loss, logits.to(device), labels.to(device, dtype), *given, zero_infinity=True
+        )
         torch.testing.assert_close(found, tuple(t.to(device) for t in expected))
 
 
@@ -84,7 +87,8 @@ def test_torch_gives_the_same(steps, samples, room, seed):
     for reduction, zero_infinity in itertools.product(("none", "mean", "sum")[: 1 if INTERPRET else 3], (True, False)):
         for name, prepare in LOSSES.items():
             options = {"blank": seed % 3, "reduction": reduction, "zero_infinity": zero_infinity}
-            torchs = lambda x: torch.nn.functional.ctc_loss(prepare(x).log_softmax(-1), targets, *lengths, **options)  # noqa: B023, E731
+            # noqa: B023, E731
+            torchs = lambda x: torch.nn.functional.ctc_loss(prepare(x).log_softmax(-1), targets, *lengths, **options)
             ours = lambda x: getattr(functional, name)(prepare(x), targets, *lengths, **options)  # noqa: B023, E731
             found, expected = (value_and_gradient(loss, logits) for loss in (ours, torchs))
             torch.testing.assert_close(found[0], expected[0], equal_nan=True)
@@ -101,9 +105,12 @@ def test_long_sequences_keep_their_digits():
     arguments = torch.randint(1, 40, (1, room)), (steps,), (room,)
     for name, prepare in LOSSES.items():
         input = prepare(logits)
-        torchs = lambda x: torch.nn.functional.ctc_loss(x if name == "ctc_loss" else x.log_softmax(-1), *arguments)  # noqa: E731
+        # noqa: E731
+        torchs = lambda x: torch.nn.functional.ctc_loss(x if name == "ctc_loss" else x.log_softmax(-1), *arguments)
         exact, rounded = value_and_gradient(torchs, input.double()), value_and_gradient(torchs, input)
-        for o, t, e in zip(value_and_gradient(getattr(functional, name), input, *arguments), rounded, exact, strict=True):
+        for o, t, e in zip(
+            value_and_gradient(getattr(functional, name), input, *arguments), rounded, exact, strict=True
+        ):
             assert 10 * (o - e).abs().max() <= (t - e).abs().max() or (o - e).abs().max() <= 2**-23 * e.abs().max()
 
 
@@ -114,10 +121,14 @@ def test_only_samples_that_cannot_be_aligned_suffer(device):
     for name, prepare in LOSSES.items():
         input = prepare(logits).to(device)
         loss, gradient = value_and_gradient(getattr(functional, name), input, *rest, reduction="none")
-        alone, gradient_alone = value_and_gradient(getattr(functional, name), input[:, ::2], rest[0][::2], (4, 4), (2, 1), reduction="none")
+        alone, gradient_alone = value_and_gradient(
+            getattr(functional, name), input[:, ::2], rest[0][::2], (4, 4), (2, 1), reduction="none"
+        )
         assert loss[1] == INFINITY and gradient[:, 1].isnan().all()
         torch.testing.assert_close((loss[::2], gradient[:, ::2]), (alone, gradient_alone))
-        loss, gradient = value_and_gradient(getattr(functional, name), input, *rest, reduction="none", zero_infinity=True)
+        loss, gradient = value_and_gradient(
+            getattr(functional, name), input, *rest, reduction="none", zero_infinity=True
+        )
         assert loss[1] == 0 and not gradient[:, 1].any() and torch.equal(loss[::2], alone)
 
 
@@ -133,7 +144,10 @@ def test_one_sample_needs_no_batch(device):
 
 def test_nothing_at_all(device):
     for steps, samples, room in itertools.product((0, 2), (0, 2), (0, 1)):
-        input, targets = torch.zeros(steps, samples, 3, device=device), torch.ones(samples, room, dtype=torch.int64, device=device)
+        input, targets = (
+            torch.zeros(steps, samples, 3, device=device),
+            torch.ones(samples, room, dtype=torch.int64, device=device),
+        )
         nothing = targets, (0,) * samples, (0,) * samples
         loss, gradient = value_and_gradient(functional.ctc_loss_with_logits, input, *nothing, reduction="none")
         assert torch.equal(loss, torch.zeros(samples, device=device)) and not gradient.any()
@@ -154,7 +168,9 @@ def test_derivatives_are_derivatives(name, options, device):
         assert torch.autograd.gradcheck(loss, input, fast_mode=True)
     if name == "ctc_loss_with_logits" or options:
         assert torch.autograd.gradgradcheck(loss, input, fast_mode=True)
-    plain, differentiable = (torch.autograd.grad(loss(input), input, create_graph=create)[0] for create in (False, True))
+    plain, differentiable = (
+        torch.autograd.grad(loss(input), input, create_graph=create)[0] for create in (False, True)
+    )
     torch.testing.assert_close(differentiable, plain)
     torch.testing.assert_close(torch.func.grad(loss)(input.detach()), plain)
     many = torch.stack([input.detach(), 0.5 * input.detach()])
@@ -165,10 +181,13 @@ def test_readings_agree_on_what_has_no_alignment(device):
     logits, targets, *_ = drawn(3, 2, 3, 3)
     rest = targets.to(device).fill_(1), (3, 0), (3, 0)
     for zero_infinity in (True, False):
-        loss = lambda x: functional.ctc_loss_with_logits(x, *rest, reduction="none", zero_infinity=zero_infinity)  # noqa: B023, E731
+        # noqa: B023, E731
+        loss = lambda x: functional.ctc_loss_with_logits(x, *rest, reduction="none", zero_infinity=zero_infinity)
         value, gradient = value_and_gradient(loss, logits.to(device))
         torch.testing.assert_close(torch.func.vmap(loss)(logits.to(device)[None])[0], value)
-        torch.testing.assert_close(torch.func.grad(lambda x: loss(x).sum())(logits.to(device)), gradient, equal_nan=True)
+        torch.testing.assert_close(
+            torch.func.grad(lambda x: loss(x).sum())(logits.to(device)), gradient, equal_nan=True
+        )
 
 
 @pytest.mark.not_interpreted
@@ -187,7 +206,9 @@ def test_one_graph_serves_every_number_of_steps(name, device):
         logits, targets, *lengths = (t.to(device) for t in drawn(steps, samples, classes, room, dtype=torch.float32))
         arguments = targets, *lengths
         found = value_and_gradient(compiled, LOSSES[name](logits), *arguments, zero_infinity=True)
-        torch.testing.assert_close(found, value_and_gradient(loss, LOSSES[name](logits), *arguments, zero_infinity=True))
+        torch.testing.assert_close(
+            found, value_and_gradient(loss, LOSSES[name](logits), *arguments, zero_infinity=True)
+        )
     assert len(graphs) == 1
 
 
@@ -207,7 +228,9 @@ def test_autocast_keeps_half_precision_logits_and_gives_float32(device):
     logits, targets, *_ = drawn(4, 2, 3, 2, dtype=torch.bfloat16)
     for name in LOSSES:
         with torch.autocast(device, dtype=torch.bfloat16):
-            value, gradient = value_and_gradient(getattr(functional, name), logits.to(device), targets.to(device), (4, 3), (2, 1))
+            value, gradient = value_and_gradient(
+                getattr(functional, name), logits.to(device), targets.to(device), (4, 3), (2, 1)
+            )
         assert value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
 
 
@@ -215,7 +238,9 @@ def test_the_module_takes_logits_too(device):
     logits, targets, *_ = drawn(5, 2, 4, 2, dtype=torch.float32)
     rest = targets.to(device), (5, 4), (2, 1)
     module = triton_losses.CTCLoss(blank=1, reduction="sum", from_logits=True)
-    assert repr(module) == "CTCLoss(blank=1, reduction='sum', zero_infinity=False, exact_gradient=False, from_logits=True)"
+    assert (
+        repr(module) == "CTCLoss(blank=1, reduction='sum', zero_infinity=False, exact_gradient=False, from_logits=True)"
+    )
     for loss, from_logits in ((functional.ctc_loss_with_logits, True), (functional.ctc_loss, False)):
         module.from_logits = from_logits
         assert torch.equal(module(logits.to(device), *rest), loss(logits.to(device), *rest, blank=1, reduction="sum"))
@@ -226,7 +251,12 @@ OURS = {  # torch crashes, or says nothing and returns what happens to lie there
     "a label above the classes": (IndexError, "3", (INPUT, TARGETS + 1, (4, 4), (2, 2)), {}),
     "a label above the classes in 40 bits": (IndexError, str(2**40), (INPUT, TARGETS * 0 + 2**40, (4, 4), (2, 2)), {}),
     "a negative label": (IndexError, "-2", (INPUT, TARGETS - 3, (4, 4), (2, 2)), {}),
-    "a label too large among those concatenated": (IndexError, "7", (INPUT, torch.tensor([1, 2, 7]), (4, 4), (2, 1)), {}),
+    "a label too large among those concatenated": (
+        IndexError,
+        "7",
+        (INPUT, torch.tensor([1, 2, 7]), (4, 4), (2, 1)),
+        {},
+    ),
     "targets in a list": (TypeError, "[1]", (INPUT, [1], (4, 4), (2, 1)), {}),
     "a lone number for lengths": (TypeError, "4", (INPUT, TARGETS, 4, (2, 1)), {}),
     "lengths between integers": (TypeError, "2.5", (INPUT, TARGETS, (4, 4), (2.5, 1)), {}),
@@ -280,7 +310,9 @@ class Reader(torch.nn.Module):
 
 
 def spoken(samples, steps=8, classes=4, longest=2):
-    """Noisy frames in which each label of a target is seen for a step or two, some steps apart; targets and their lengths."""
+    """Noisy frames in which each label of a target is seen for a step or two, some steps apart; targets and their
+    lengths.
+    """
     targets, lengths = torch.randint(1, classes, (samples, longest)), torch.randint(1, longest + 1, (samples,))
     frames = torch.zeros(steps, samples, classes)
     for n, length in enumerate(lengths.tolist()):
@@ -293,7 +325,10 @@ def spoken(samples, steps=8, classes=4, longest=2):
 @pytest.mark.not_interpreted
 def test_a_recurrent_model_learns_to_read_along_torchs_curve():
     curves = []
-    for loss in (functional.ctc_loss_with_logits, lambda x, *rest: torch.nn.functional.ctc_loss(x.log_softmax(-1), *rest)):
+    for loss in (
+        functional.ctc_loss_with_logits,
+        lambda x, *rest: torch.nn.functional.ctc_loss(x.log_softmax(-1), *rest),
+    ):
         torch.manual_seed(0)
         (frames, *rest), model = spoken(12), Reader(4, 4)
         optimizer, curve = torch.optim.Adam(model.parameters(), lr=0.05), []
@@ -305,6 +340,8 @@ def test_a_recurrent_model_learns_to_read_along_torchs_curve():
             curve.append(value.item())
         curves.append(curve)
         paths = model(frames).argmax(-1).T.tolist()
-        assert [reading(path, 0) for path in paths] == [labels[:length].tolist() for labels, length in zip(rest[0], rest[2])]
+        assert [reading(path, 0) for path in paths] == [
+            labels[:length].tolist() for labels, length in zip(rest[0], rest[2])
+        ]
     torch.testing.assert_close(*curves, rtol=1e-2, atol=1e-3)
     assert curves[0][-1] < 0.05 * curves[0][0]

@@ -206,10 +206,23 @@ def test_another_triton_is_measured_again(gpu, monkeypatch):
     assert gpu == [1, 2, 3] * 2
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"\xff\xfe", b"[]", b"7", b"null", b"{}", b"[" * 100_000,
-    b'{"config": null}', b'{"config": {"BLOCK": 99, "num_warps": 2}}', b'{"config": {"BLOCK": 2}}',
-], ids=lambda content: repr(content[:40]))  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"7",
+        b"null",
+        b"{}",
+        b"[" * 100_000,
+        b'{"config": null}',
+        b'{"config": {"BLOCK": 99, "num_warps": 2}}',
+        b'{"config": {"BLOCK": 2}}',
+    ],
+    ids=lambda content: repr(content[:40]),
+)
 def test_nonsense_in_the_file_is_tuned_again(gpu, tmp_path, content):
     make().config(arguments())
     the_file(tmp_path).write_bytes(content)
@@ -276,12 +289,21 @@ def test_the_interpreter_follows_the_rule_and_is_told_no_launch_options(gpu, mon
     assert gpu == [] and args["BLOCK"] == 1 and set(args) == set(Kernel.arg_names)
 
 
-@pytest.mark.parametrize("error", [
-    OutOfResources(2, 1, "shared memory"), PTXASError("no"), CompileTimeAssertionFailure("", None), torch.OutOfMemoryError("full"),
-], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(2, 1, "shared memory"),
+        PTXASError("no"),
+        CompileTimeAssertionFailure("", None),
+        torch.OutOfMemoryError("full"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_configuration_that_does_not_launch_is_skipped(gpu, monkeypatch, error, caplog):
     timer = tuning.median_ms
-    monkeypatch.setattr(tuning, "median_ms", lambda launch: raises(error)(launch) if launch.args[-1] == FAST else timer(launch))
+    monkeypatch.setattr(
+        tuning, "median_ms", lambda launch: raises(error)(launch) if launch.args[-1] == FAST else timer(launch)
+    )
     with caplog.at_level(logging.INFO, "triton_losses"):
         assert make().config(arguments()) == MIDDLE
     assert any("does not launch" in record.getMessage() for record in caplog.records)
@@ -293,7 +315,9 @@ def test_an_error_of_another_kind_is_the_callers_to_see(gpu, monkeypatch):
         make().config(arguments())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OutOfResources(2, 1, "shared memory")], ids=["memory", "launch"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), OutOfResources(2, 1, "shared memory")], ids=["memory", "launch"]
+)
 def test_when_nothing_launches_the_rule_decides_and_nothing_is_remembered(gpu, monkeypatch, tmp_path, error):
     tuned, timer = make(), tuning.median_ms
     monkeypatch.setattr(tuning, "median_ms", raises(error))

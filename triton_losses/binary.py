@@ -74,17 +74,19 @@ def check_broadcasts_into(input, **options):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a Tensor, got {value!r}")
         if value.dim() > input.dim() or any(v not in (i, 1) for v, i in zip(value.shape[::-1], input.shape[::-1])):
-            raise RuntimeError(f"{name} of shape {tuple(value.shape)} must broadcast to the input's shape {tuple(input.shape)}")
+            raise RuntimeError(
+                f"{name} of shape {tuple(value.shape)} must broadcast to the input's shape {tuple(input.shape)}"
+            )
 
 
 def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
-):  # fmt: skip
+):
     """``-w (p₊ y log σ(x) + (1 - y) log(1 - σ(x)))``: binary cross entropy of logits, in a form that never overflows.
 
-    input: logits, floating, any shape. target: chances in [0, 1], the input's size (else ValueError). weight, pos_weight (p₊,
-    one per class as a rule): broadcast to the input's shape; the mean divides by the number of elements. reduction: "mean",
-    "sum" or "none"; size_average and reduce are torch's older spelling of it.
+    input: logits, floating, any shape. target: chances in [0, 1], the input's size (else ValueError). weight,
+    pos_weight (p₊, one per class as a rule): broadcast to the input's shape; the mean divides by the number of
+    elements. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older spelling of it.
     As ``torch.nn.functional.binary_cross_entropy_with_logits``.
 
     >>> binary_cross_entropy_with_logits(torch.tensor([0.0, -5.0]), torch.tensor([1.0, 1.0]), reduction="none")
@@ -98,30 +100,38 @@ def binary_cross_entropy_with_logits(
         raise RuntimeError(f"target must be floating-point, got {target.dtype}")
     check_broadcasts_into(input, weight=weight, pos_weight=pos_weight)
     if weight is not None and weight.requires_grad:
-        raise RuntimeError("binary_cross_entropy_with_logits is not differentiable with respect to weight: it must not require grad")
+        raise RuntimeError(
+            "binary_cross_entropy_with_logits is not differentiable with respect to weight: it must not require grad"
+        )
     if weight is None and pos_weight is None and aten_is_best(input, target):
         return torch.nn.functional.binary_cross_entropy_with_logits(input, target, reduction=reduction)
     if pos_weight is None:
-        return elementwise(logistic, (input, target), (), reduction, weight, target.dtype)  # in torch the target's decides
+        # in torch the target's decides
+        return elementwise(logistic, (input, target), (), reduction, weight, target.dtype)
     return elementwise(weighted_logistic, (input, target, pos_weight), (), reduction, weight, target.dtype)
 
 
 def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *, background=-1):
     """``-α_t (1 - p_t)^γ log p_t`` per logit, with ``p_t = σ(x)`` for y = 1 and ``1 - σ(x)`` for y = 0: the focal loss.
 
-    inputs: logits, floating, any shape. targets: the inputs' size; 0 or 1, or any chance between. Or, without a one-hot map,
-    integer class indices for inputs (..., C), of shape (...): y is 1 at the target's class, and nowhere where the target is
-    background; other targets outside [0, C) raise IndexError (a device assertion on a GPU). alpha: weight of y = 1 against
-    1 - alpha of y = 0, so in [0, 1]; None or negative for no weighting. gamma: >= 0 (else ValueError), and right for every such
-    value, for logits of any size. reduction: "none", "mean" (over all logits) or "sum".
+    inputs: logits, floating, any shape. targets: the inputs' size; 0 or 1, or any chance between. Or, without a one-hot
+    map, integer class indices for inputs (..., C), of shape (...): y is 1 at the target's class, and nowhere where the
+    target is background; other targets outside [0, C) raise IndexError (a device assertion on a GPU). alpha: weight of
+    y = 1 against 1 - alpha of y = 0, so in [0, 1]; None or negative for no weighting. gamma: >= 0 (else ValueError),
+    and right for every such value, for logits of any size. reduction: "none", "mean" (over all logits) or "sum".
     As ``torchvision.ops.sigmoid_focal_loss``. Lin et al. 2017, arXiv:1708.02002.
 
     >>> sigmoid_focal_loss(torch.tensor([0.0, 4.0]), torch.tensor([1.0, 1.0]))
     tensor([4.3322e-02, 1.4679e-06])
-    >>> sigmoid_focal_loss(torch.zeros(2, 3), torch.tensor([2, -1]), reduction="sum")  # a thing of class 2, and background
+    >>> sigmoid_focal_loss(torch.zeros(2, 3), torch.tensor([2, -1]), reduction="sum")
     tensor(0.6931)
     """
-    indices = isinstance(targets, torch.Tensor) and targets.dtype in INDICES and inputs.dim() and targets.shape == inputs.shape[:-1]
+    indices = (
+        isinstance(targets, torch.Tensor)
+        and targets.dtype in INDICES
+        and inputs.dim()
+        and targets.shape == inputs.shape[:-1]
+    )
     if not indices:
         check_same_size(inputs, targets)
     if not inputs.is_floating_point():
@@ -137,7 +147,10 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *
     if not isinstance(background, numbers.Integral):
         raise TypeError(f"background must be an integer, got {background!r}")
     if targets.device != inputs.device:
-        raise RuntimeError(f"expected all tensors to be on the same device, but inputs are on {inputs.device}, targets on {targets.device}")
+        raise RuntimeError(
+            "expected all tensors to be on the same device, "
+            f"but inputs are on {inputs.device}, targets on {targets.device}"
+        )
     return labelled_elements(sigmoid_focal, inputs, targets, scalars, int(background), reduction)
 
 
@@ -147,16 +160,18 @@ def check_chances(**tensors):
         if readable(t) and t.numel():
             low, high = t.detach().aminmax()
             if not (low >= 0 and high <= 1):
-                raise RuntimeError(f"all elements of {name} should be between 0 and 1, got {low.item()} to {high.item()}")
+                raise RuntimeError(
+                    f"all elements of {name} should be between 0 and 1, got {low.item()} to {high.item()}"
+                )
 
 
 def binary_cross_entropy(input, target, weight=None, size_average=None, reduce=None, reduction="mean"):
     """``-w (y log x + (1 - y) log(1 - x))``, each logarithm at least -100: binary cross entropy of chances.
 
-    input: chances, floating, any shape. target: chances, the input's size (else ValueError) and dtype; for CPU tensors, values
-    of either outside [0, 1] raise RuntimeError. weight: broadcasts to the input's shape; the mean divides by the number of
-    elements. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older spelling of it. By x the gradient
-    is ``(x - y) / max(x(1 - x), 1e-12)``. As ``torch.nn.functional.binary_cross_entropy``; for logits,
+    input: chances, floating, any shape. target: chances, the input's size (else ValueError) and dtype; for CPU tensors,
+    values of either outside [0, 1] raise RuntimeError. weight: broadcasts to the input's shape; the mean divides by the
+    number of elements. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older spelling of it. By
+    x the gradient is ``(x - y) / max(x(1 - x), 1e-12)``. As ``torch.nn.functional.binary_cross_entropy``; for logits,
     ``binary_cross_entropy_with_logits`` is the better one.
 
     >>> binary_cross_entropy(torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0]), reduction="none")
@@ -170,7 +185,9 @@ def binary_cross_entropy(input, target, weight=None, size_average=None, reduce=N
     if target.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
         raise RuntimeError(f"target must have the input's dtype {input.dtype}, got {target.dtype}")
     if weight is not None and weight.requires_grad:
-        raise RuntimeError("binary_cross_entropy is not differentiable with respect to weight: it must not require grad")
+        raise RuntimeError(
+            "binary_cross_entropy is not differentiable with respect to weight: it must not require grad"
+        )
     check_chances(input=input, target=target)
     return elementwise(cross_entropy_of_chances, (input, target), (), reduction, weight, input.dtype)
 
@@ -198,9 +215,9 @@ def check_signs(input, target):
 def hinge_loss(input, target, margin=1.0, reduction="mean"):
     """``max(0, m - y x)``: the hinge loss of support vector machines.
 
-    input: scores, floating, any shape. target: labels -1 or +1, floating or integers, the input's size (else ValueError; other
-    labels too, for CPU tensors). margin: m, in units of ``input``. Exactly at the margin the gradient is ``-y``, as inside it.
-    reduction: "mean", "sum" or "none". Cortes and Vapnik 1995, doi:10.1007/BF00994018.
+    input: scores, floating, any shape. target: labels -1 or +1, floating or integers, the input's size (else
+    ValueError; other labels too, for CPU tensors). margin: m, in units of ``input``. Exactly at the margin the gradient
+    is ``-y``, as inside it. reduction: "mean", "sum" or "none". Cortes and Vapnik 1995, doi:10.1007/BF00994018.
 
     >>> hinge_loss(torch.tensor([0.5, 3.0, 3.0]), torch.tensor([1.0, 1.0, -1.0]), reduction="none")
     tensor([0.5000, 0.0000, 4.0000])
@@ -249,9 +266,9 @@ def exponential_loss(input, target, reduction="mean"):
 def soft_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
     """``log(1 + exp(-y x))``: the logistic loss of labels -1 and +1, in a form that never overflows.
 
-    input: logits, floating, any shape. target: labels -1 or +1 (other numbers are multiplied in all the same), broadcasts to
-    the input's shape (else RuntimeError). reduction: "mean", "sum" or "none"; size_average and reduce are torch's older
-    spelling of it. As ``torch.nn.functional.soft_margin_loss``.
+    input: logits, floating, any shape. target: labels -1 or +1 (other numbers are multiplied in all the same),
+    broadcasts to the input's shape (else RuntimeError). reduction: "mean", "sum" or "none"; size_average and reduce are
+    torch's older spelling of it. As ``torch.nn.functional.soft_margin_loss``.
 
     >>> soft_margin_loss(torch.tensor([0.0, -200.0]), torch.tensor([1.0, 1.0]), reduction="none")
     tensor([  0.6931, 200.0000])
@@ -264,12 +281,13 @@ def soft_margin_loss(input, target, size_average=None, reduce=None, reduction="m
 
 
 def multilabel_soft_margin_loss(input, target, weight=None, size_average=None, reduce=None, reduction="mean"):
-    """``-1/C Σ_j w_j (y_j log σ(x_j) + (1 - y_j) log(1 - σ(x_j)))``: binary cross entropy of logits, its mean over the classes.
+    """``-1/C Σ_j w_j (y_j log σ(x_j) + (1 - y_j) log(1 - σ(x_j)))``: binary cross entropy of logits, its mean over the
+    classes.
 
-    input: logits, (N, C), (C) or (N, d1, ..., C), floating. target: 0 and 1, floating or integers, broadcasts with input.
-    weight: as a rule (C), broadcasts. reduction: "mean" and "sum" over rows, "none": the input's shape without C;
-    size_average and reduce are torch's older spelling of it. input, target and weight all get gradients.
-    As ``torch.nn.functional.multilabel_soft_margin_loss``.
+    input: logits, (N, C), (C) or (N, d1, ..., C), floating. target: 0 and 1, floating or integers, broadcasts with
+    input. weight: as a rule (C), broadcasts. reduction: "mean" and "sum" over rows, "none": the input's shape without
+    C; size_average and reduce are torch's older spelling of it. input, target and weight all get gradients. As
+    ``torch.nn.functional.multilabel_soft_margin_loss``.
 
     >>> multilabel_soft_margin_loss(torch.tensor([[0.0, -5.0]]), torch.tensor([[1.0, 1.0]]))
     tensor(2.8499)
@@ -287,7 +305,9 @@ def multilabel_soft_margin_loss(input, target, weight=None, size_average=None, r
     dtype, wide = result_dtype(input, dtype), torch.promote_types(dtype, torch.float32)
     classes, axis = input.shape[-1], input.dim() - 1
     tensors = (target,) if weight is None else (target, weight)
-    alike = all(t.dim() <= input.dim() and all(a in (1, b) for a, b in zip(t.shape[::-1], input.shape[::-1])) for t in tensors)
+    alike = all(
+        t.dim() <= input.dim() and all(a in (1, b) for a, b in zip(t.shape[::-1], input.shape[::-1])) for t in tensors
+    )
     if alike and reduction != "none":
         loss = elementwise(logistic, (input, target), (), reduction, weight, wide)
         return (loss / classes if reduction == "sum" else loss).to(dtype)
@@ -298,8 +318,8 @@ def multilabel_soft_margin_loss(input, target, weight=None, size_average=None, r
 def hinge_embedding_loss(input, target, margin=1.0, size_average=None, reduce=None, reduction="mean"):
     """``x`` where ``y = 1``, ``max(0, m - x)`` where ``y = -1``: distances of pairs that are alike (1) or not (-1).
 
-    input: distances, floating. target: labels -1 or +1, broadcasts with input; any other number counts as both, as in torch.
-    margin: m, in units of ``input``; exactly there the gradient of y = -1 is -1. The target gets no gradient.
+    input: distances, floating. target: labels -1 or +1, broadcasts with input; any other number counts as both, as in
+    torch. margin: m, in units of ``input``; exactly there the gradient of y = -1 is -1. The target gets no gradient.
     reduction, size_average, reduce: as in ``soft_margin_loss``. As ``torch.nn.functional.hinge_embedding_loss``.
 
     >>> hinge_embedding_loss(torch.tensor([0.3, 0.3, 2.0]), torch.tensor([1.0, -1.0, -1.0]), reduction="none")

@@ -41,7 +41,9 @@ def check_input(input, target, dim):
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"input must be one of {DTYPES}, got {input.dtype}")
     if target.device != input.device:
-        raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, target on {target.device}")
+        raise RuntimeError(
+            f"expected all tensors to be on the same device, but input is on {input.device}, target on {target.device}"
+        )
     if dim is None:
         dim = 1 if input.dim() > 1 else -1
     if not -input.dim() <= dim < input.dim():
@@ -54,15 +56,18 @@ def as_rows(x, dim):
 
 
 def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=0.0, reduction="mean", *, dim=None):
-    """``-Σ_j y_j log p_j``, ``p = x / Σ x`` clipped to [1e-7, 1 - 1e-7], y smoothed by ε: cross entropy of two rows of chances.
+    """``-Σ_j y_j log p_j``, ``p = x / Σ x`` clipped to [1e-7, 1 - 1e-7], y smoothed by ε: cross entropy of two rows of
+    chances.
 
-    input: chances, (C), (N, C) or (N, C, d1, ...), floating; they need not sum to 1. from_logits: whether they are logits: then
-    p = softmax(x), not clipped. target: chances or one-hot rows, floating or integers, the input's size (else ValueError).
-    label_smoothing: ε in [0, 1], else ValueError; y becomes (1 - ε) y + ε/C. dim: the classes' dimension; None is torch's, the
-    second where there are two (Keras: the last). reduction: "mean" over rows, "sum", "none": the input's shape without C.
-    Where p is clipped, x gets no gradient of its own chance. As ``keras.losses.categorical_crossentropy``, the input first.
+    input: chances, (C), (N, C) or (N, C, d1, ...), floating; they need not sum to 1. from_logits: whether they are
+    logits: then p = softmax(x), not clipped. target: chances or one-hot rows, floating or integers, the input's size
+    (else ValueError). label_smoothing: ε in [0, 1], else ValueError; y becomes (1 - ε) y + ε/C. dim: the classes'
+    dimension; None is torch's, the second where there are two (Keras: the last). reduction: "mean" over rows, "sum",
+    "none": the input's shape without C. Where p is clipped, x gets no gradient of its own chance. As
+    ``keras.losses.categorical_crossentropy``, the input first.
 
-    >>> categorical_cross_entropy(torch.tensor([[3.0, 1.0], [0.2, 0.2]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), reduction="none")
+    >>> output, target = torch.tensor([[3.0, 1.0], [0.2, 0.2]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> categorical_cross_entropy(output, target, reduction="none")
     tensor([0.2877, 0.6931])
     """
     reduction = reduction_of(reduction)
@@ -77,21 +82,26 @@ def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=
     formula, smoothing = of_probabilities(label_smoothing, x.shape[1])
     if from_logits:
         dtype = result_dtype(input, promoted(input, target))
-        losses = distribution_rows(formula, y, x, smoothing, given=True, one_read=True, reduction=reduction, out_dtype=dtype)
+        losses = distribution_rows(
+            formula, y, x, smoothing, given=True, one_read=True, reduction=reduction, out_dtype=dtype
+        )
     else:
         formula = clipped_cross_entropy_smoothed if smoothing else clipped_cross_entropy
         losses = proportion_rows(formula, x, y, (*CLIPPED, *smoothing), reduction=reduction)
     return losses.view(input.shape[:dim] + input.shape[dim + 1 :]) if reduction == "none" else losses
 
 
-def sparse_categorical_cross_entropy(input, target, from_logits=False, ignore_index=None, reduction="mean", *, dim=None):
+def sparse_categorical_cross_entropy(
+    input, target, from_logits=False, ignore_index=None, reduction="mean", *, dim=None
+):
     """``-log p_t``, ``p = x / Σ x`` clipped to [1e-7, 1 - 1e-7]: cross entropy of a row of chances and the right class.
 
-    input: chances, (C), (N, C) or (N, C, d1, ...), floating; they need not sum to 1. from_logits: whether they are logits: then
-    p = softmax(x), not clipped. target: class indices, integers, the input's shape without C (else ValueError); those equal to
-    ignore_index (Keras' ignore_class) cost nothing, others outside [0, C) raise IndexError (a device assertion on a GPU). dim:
-    the classes' dimension; None is torch's, the second where there are two (Keras: the last). reduction: "mean" over the rows
-    that count, "sum", "none". As ``keras.losses.sparse_categorical_crossentropy``, the input first.
+    input: chances, (C), (N, C) or (N, C, d1, ...), floating; they need not sum to 1. from_logits: whether they are
+    logits: then p = softmax(x), not clipped. target: class indices, integers, the input's shape without C (else
+    ValueError); those equal to ignore_index (Keras' ignore_class) cost nothing, others outside [0, C) raise IndexError
+    (a device assertion on a GPU). dim: the classes' dimension; None is torch's, the second where there are two (Keras:
+    the last). reduction: "mean" over the rows that count, "sum", "none". As
+    ``keras.losses.sparse_categorical_crossentropy``, the input first.
 
     >>> sparse_categorical_cross_entropy(torch.tensor([[3.0, 1.0], [0.2, 0.2]]), torch.tensor([0, 1]), reduction="none")
     tensor([0.2877, 0.6931])
@@ -102,7 +112,9 @@ def sparse_categorical_cross_entropy(input, target, from_logits=False, ignore_in
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise RuntimeError(f"target must be class indices, integers, got {target.dtype}")
     if target.shape != rest:
-        raise ValueError(f"target must have the input's shape without its classes, {tuple(rest)}, got {tuple(target.shape)}")
+        raise ValueError(
+            f"target must have the input's shape without its classes, {tuple(rest)}, got {tuple(target.shape)}"
+        )
     if ignore_index is None:
         ignore_index = -(2**62)  # no class
     elif not isinstance(ignore_index, numbers.Integral):

@@ -39,7 +39,10 @@ def check_labels(input, target, weight):
         raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, {name} on {tensor.device}")
+            raise RuntimeError(
+                "expected all tensors to be on the same device, "
+                f"but input is on {input.device}, {name} on {tensor.device}"
+            )
     if input.dim() == 1:
         if target.dim() > 1:
             raise RuntimeError(f"0D or 1D target expected for 1D input, but got target size: {tuple(target.shape)}")
@@ -50,11 +53,15 @@ def check_labels(input, target, weight):
         raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({got}).")
     elif target.shape[1:] != input.shape[2:]:
         wanted = (input.shape[0], *input.shape[2:])
-        raise RuntimeError(f"Expected target size {list(wanted)}, got {list(target.shape)} for input of size {list(input.shape)}")
+        raise RuntimeError(
+            f"Expected target size {list(wanted)}, got {list(target.shape)} for input of size {list(input.shape)}"
+        )
     classes = input.shape[min(input.dim() - 1, 1)]
     if weight is not None:
         if weight.shape != (classes,) or not weight.is_floating_point():
-            raise RuntimeError(f"weight must be floating-point of shape ({classes},), got {weight.dtype} {tuple(weight.shape)}")
+            raise RuntimeError(
+                f"weight must be floating-point of shape ({classes},), got {weight.dtype} {tuple(weight.shape)}"
+            )
         if weight.requires_grad:
             raise RuntimeError("the loss is not differentiable with respect to weight: it must not require grad")
 
@@ -67,19 +74,27 @@ def check_probabilities(input, target, weight, ignore_index):
         kind = ValueError if input.dim() > 1 and target.shape[:1] != input.shape[:1] else RuntimeError
         raise kind(f"class probabilities must have the input's shape, {tuple(input.shape)}, got {tuple(target.shape)}")
     if ignore_index >= 0:
-        raise RuntimeError(f"ignore_index is not supported for class probabilities: it must be negative, got {ignore_index}")
+        raise RuntimeError(
+            f"ignore_index is not supported for class probabilities: it must be negative, got {ignore_index}"
+        )
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, {name} on {tensor.device}")
+            raise RuntimeError(
+                "expected all tensors to be on the same device, "
+                f"but input is on {input.device}, {name} on {tensor.device}"
+            )
     classes = input.shape[min(input.dim() - 1, 1)]
     if weight is not None and weight.shape != (classes,):
         raise RuntimeError(f"weight must have shape ({classes},), one for each class, got {list(weight.shape)}")
 
 
-def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype=None, softcap=0.0, temperature=1.0):
+def by_rows(
+    formula, input, target, weight, scalars, ignore_index, reduction, out_dtype=None, softcap=0.0, temperature=1.0
+):
     """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension where there are two.
 
-    The stride decides how an image is walked: in rows where its classes lie side by side (channels_last), else in planes.
+    The stride decides how an image is walked: in rows where its classes lie side by side (channels_last), else in
+    planes.
     """
     check_logits(input)
     check_labels(input, target, weight)
@@ -96,7 +111,8 @@ def by_rows(formula, input, target, weight, scalars, ignore_index, reduction, ou
     losses = label_rows(formula, logits, labels, weight, *options)
     if reduction != "none":
         return losses
-    return losses.view(target.shape if input.dim() > 1 else ())  # unbatched, so is the loss, though the target may have size 1
+    # unbatched, so is the loss, though the target may have size 1
+    return losses.view(target.shape if input.dim() > 1 else ())
 
 
 def by_aten(name, input, target, weight, **options):
@@ -111,35 +127,48 @@ def by_aten(name, input, target, weight, **options):
 def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
     """``-w_t x_t``: negative log likelihood, of log-probabilities x.
 
-    input: (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape without C; those
-    equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a GPU). weight: (C,).
-    reduction: "mean" divides by the sum of the targets' weights (nan when all are ignored), "sum", "none"; size_average and
-    reduce are torch's older spelling of it. As ``torch.nn.functional.nll_loss``.
+    input: (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape without C;
+    those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a GPU).
+    weight: (C,). reduction: "mean" divides by the sum of the targets' weights (nan when all are ignored), "sum",
+    "none"; size_average and reduce are torch's older spelling of it. As ``torch.nn.functional.nll_loss``.
 
     >>> nll_loss(torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([0, 1]))
     tensor(2.5000)
     """
     reduction = reduction_of(reduction, size_average, reduce)
     check_types(input, target, ignore_index)
-    if input.device.type == "cpu" and not runs_kernels(input):  # a gather: nothing of ours is faster than ATen's own loop
+    # a gather: nothing of ours is faster than ATen's own loop
+    if input.device.type == "cpu" and not runs_kernels(input):
         return by_aten("nll_loss", input, target, weight, ignore_index=ignore_index, reduction=reduction)
     return by_rows(negative_log_likelihood, input, target, weight, (), ignore_index, reduction)
 
 
 def cross_entropy(
-    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0,
-    *, z_loss=0.0, softcap=0.0, temperature=1.0, out_dtype=None,
-):  # fmt: skip
-    """``-(1-ε) w_t log p_t - ε/C Σ_j w_j log p_j + z lse²``, ``p = softmax(x)``: cross entropy, smoothed by ε, with a z-loss.
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+    *,
+    z_loss=0.0,
+    softcap=0.0,
+    temperature=1.0,
+    out_dtype=None,
+):
+    """``-(1-ε) w_t log p_t - ε/C Σ_j w_j log p_j + z lse²``, ``p = softmax(x)``: cross entropy, smoothed by ε, with a
+    z-loss.
 
-    input: logits, (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape without
-    C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a GPU). Or class
-    probabilities: floating, of the input's shape. weight: (C,). reduction: "mean" divides by the sum of the targets' weights
-    (nan when all are ignored), "sum", "none"; size_average and reduce are torch's older spelling of it. label_smoothing: ε in
-    [0, 1], else RuntimeError. z_loss: factor of the squared log-sum-exp that keeps logits from drifting (PaLM,
-    arXiv:2204.02311), >= 0, else ValueError. softcap: s > 0 makes x of the logits by ``s tanh(logit / s)`` (Gemma 2,
-    arXiv:2408.00118), 0 leaves them; temperature: T > 0, x is then divided by it; else ValueError. out_dtype: of the result;
-    torch.float32 keeps what bfloat16 would round away.
+    input: logits, (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape
+    without C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a
+    GPU). Or class probabilities: floating, of the input's shape. weight: (C,). reduction: "mean" divides by the sum of
+    the targets' weights (nan when all are ignored), "sum", "none"; size_average and reduce are torch's older spelling
+    of it. label_smoothing: ε in [0, 1], else RuntimeError. z_loss: factor of the squared log-sum-exp that keeps logits
+    from drifting (PaLM, arXiv:2204.02311), >= 0, else ValueError. softcap: s > 0 makes x of the logits by ``s
+    tanh(logit / s)`` (Gemma 2, arXiv:2408.00118), 0 leaves them; temperature: T > 0, x is then divided by it; else
+    ValueError. out_dtype: of the result; torch.float32 keeps what bfloat16 would round away.
     As ``torch.nn.functional.cross_entropy``. Label smoothing: arXiv:1512.00567.
 
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
@@ -163,7 +192,7 @@ def cross_entropy(
 
 def probability_cross_entropy(
     input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, out_dtype
-):  # fmt: skip
+):
     """Cross entropy against class probabilities, which need not sum to 1; the mean divides by the number of rows."""
     check_logits(input)
     check_probabilities(input, target, weight, ignore_index)
@@ -182,22 +211,32 @@ def probability_cross_entropy(
         q = softcap * torch.tanh(q.to(compute_dtype(q.dtype)) / softcap)
     formula, scalars = of_probabilities(label_smoothing, classes)
     losses = distribution_rows(
-        formula, p, q, scalars, given=True, one_read=True, temperature=temperature, weight=weight, z_loss=z_loss, reduction=reduction,
+        formula,
+        p,
+        q,
+        scalars,
+        given=True,
+        one_read=True,
+        temperature=temperature,
+        weight=weight,
+        z_loss=z_loss,
+        reduction=reduction,
         out_dtype=result,
-    )  # fmt: skip
+    )
     if reduction == "none":
         return losses.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
-    return losses if classes or reduction == "sum" else losses * float("nan")  # torch counts numbers, divided by the classes
+    # torch counts numbers, divided by the classes
+    return losses if classes or reduction == "sum" else losses * float("nan")
 
 
 def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-100, reduction="mean"):
     """``-α w_t (1 - p_t)^γ log p_t``, ``p = softmax(x)``: cross entropy that weighs down rows it already gets right.
 
-    input: logits, (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape without
-    C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a GPU). weight:
-    (C,), α per class. gamma: >= 0, else ValueError; at 0, with alpha 1, this is ``cross_entropy``. alpha: a factor of every
-    row, None for 1. reduction: "mean" divides by the sum of the targets' weights (nan when all are ignored), "sum", "none".
-    Lin et al. 2017, arXiv:1708.02002.
+    input: logits, (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape
+    without C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a
+    GPU). weight: (C,), α per class. gamma: >= 0, else ValueError; at 0, with alpha 1, this is ``cross_entropy``. alpha:
+    a factor of every row, None for 1. reduction: "mean" divides by the sum of the targets' weights (nan when all are
+    ignored), "sum", "none". Lin et al. 2017, arXiv:1708.02002.
 
     >>> focal_loss(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor(0.8259)
@@ -205,4 +244,12 @@ def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-1
     check_types(input, target, ignore_index)
     if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
-    return by_rows(softmax_focal, input, target, weight, (gamma, 1.0 if alpha is None else alpha), ignore_index, reduction_of(reduction))
+    return by_rows(
+        softmax_focal,
+        input,
+        target,
+        weight,
+        (gamma, 1.0 if alpha is None else alpha),
+        ignore_index,
+        reduction_of(reduction),
+    )

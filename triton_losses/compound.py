@@ -87,18 +87,38 @@ def class_weights_for(weight, input, background=True):
 
 
 def dice_ce_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, squared_pred=False,
-    jaccard=False, reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, weight=None, lambda_dice=1.0, lambda_ce=1.0,
-    label_smoothing=0.0, *, ignore_index=None, process_group=None, return_stats=False,
-):  # fmt: skip
-    """``λ₁ Dice + λ₂ CE``: Dice, and cross entropy of softmax or, with sigmoid or one class, binary cross entropy; from one read.
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    squared_pred=False,
+    jaccard=False,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    weight=None,
+    lambda_dice=1.0,
+    lambda_ce=1.0,
+    label_smoothing=0.0,
+    *,
+    ignore_index=None,
+    process_group=None,
+    return_stats=False,
+):
+    """``λ₁ Dice + λ₂ CE``: Dice, and cross entropy of softmax or, with sigmoid or one class, binary cross entropy; from
+    one read.
 
-    input: logits (B, C, *), floating; with neither sigmoid nor softmax, Dice takes them as they are, which needs another read.
-    target: labels or a map, as in ``dice_loss``. weight: of ``dice_loss`` (there without the background's, where that does not
-    count); of cross entropy, whose mean divides by the sum of the labels' weights; pos_weight of the binary one. lambda_dice,
-    lambda_ce: λ₁ and λ₂, >= 0. label_smoothing: of cross entropy. ignore_index: in both parts; where all is ignored the second
-    is 0. reduction: "mean", "sum", or "none": the loss of each image, (B,), not with batch. The other options are Dice's, as in
-    ``dice_loss``, in the order of MONAI's ``DiceCELoss``. Isensee et al. 2021, doi:10.1038/s41592-020-01008-z.
+    input: logits (B, C, *), floating; with neither sigmoid nor softmax, Dice takes them as they are, which needs
+    another read. target: labels or a map, as in ``dice_loss``. weight: of ``dice_loss`` (there without the
+    background's, where that does not count); of cross entropy, whose mean divides by the sum of the labels' weights;
+    pos_weight of the binary one. lambda_dice, lambda_ce: λ₁ and λ₂, >= 0. label_smoothing: of cross entropy.
+    ignore_index: in both parts; where all is ignored the second is 0. reduction: "mean", "sum", or "none": the loss of
+    each image, (B,), not with batch. The other options are Dice's, as in ``dice_loss``, in the order of MONAI's
+    ``DiceCELoss``. Isensee et al. 2021, doi:10.1038/s41592-020-01008-z.
 
     >>> dice_ce_loss(torch.tensor([[[4.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0, 1]]), softmax=True)
     tensor(0.1413)
@@ -118,19 +138,41 @@ def dice_ce_loss(
 
 
 def dice_focal_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, squared_pred=False,
-    jaccard=False, reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, gamma=2.0, weight=None, lambda_dice=1.0,
-    lambda_focal=1.0, alpha=None, *, use_softmax=False, ignore_index=None, process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    squared_pred=False,
+    jaccard=False,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    gamma=2.0,
+    weight=None,
+    lambda_dice=1.0,
+    lambda_focal=1.0,
+    alpha=None,
+    *,
+    use_softmax=False,
+    ignore_index=None,
+    process_group=None,
+    return_stats=False,
+):
     """``λ₁ Dice + λ₂ Focal``, the focal loss of each class's sigmoid or, with use_softmax, of softmax's rows.
 
-    One read where both parts take the input alike, sigmoid with sigmoid or softmax with use_softmax. gamma: >= 0. alpha: of the
-    focal loss by sigmoid, in [0, 1]; None weighs nothing. weight: a factor of each class that counts, in both parts; a class 0
-    that does not count costs nothing in either. reduction: "mean" over all numbers (softmax: over the labels' weights), "sum" of
-    each image's and class's mean over space, "none" the loss of each image, (B,), not with batch. The other options: as in
-    ``dice_ce_loss``, in the order of MONAI's ``DiceFocalLoss``. Zhu et al. 2019, arXiv:1808.05238.
+    One read where both parts take the input alike, sigmoid with sigmoid or softmax with use_softmax. gamma: >= 0.
+    alpha: of the focal loss by sigmoid, in [0, 1]; None weighs nothing. weight: a factor of each class that counts, in
+    both parts; a class 0 that does not count costs nothing in either. reduction: "mean" over all numbers (softmax: over
+    the labels' weights), "sum" of each image's and class's mean over space, "none" the loss of each image, (B,), not
+    with batch. The other options: as in ``dice_ce_loss``, in the order of MONAI's ``DiceFocalLoss``. Zhu et al. 2019,
+    arXiv:1808.05238.
 
-    >>> dice_focal_loss(torch.tensor([[[4.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0, 1]]), softmax=True, use_softmax=True)
+    >>> logits, labels = torch.tensor([[[4.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0, 1]])
+    >>> dice_focal_loss(logits, labels, softmax=True, use_softmax=True)
     tensor(0.0697)
     """
     check_not_negative(gamma=gamma)
@@ -150,14 +192,25 @@ def dice_focal_loss(
 
 
 def combo_loss(
-    input, target, dice_weight=0.5, bce_weight=0.5, reduction="mean", smooth=1e-6,
-    *, batch=False, weight=None, ignore_index=None, process_group=None, return_stats=False,
-):  # fmt: skip
-    """``w₁ (1 - (2 Σ p t + s) / (Σ p + Σ t + s)) + w₂ BCE``, ``p = σ(x)``: Dice and binary cross entropy of each class; one read.
+    input,
+    target,
+    dice_weight=0.5,
+    bce_weight=0.5,
+    reduction="mean",
+    smooth=1e-6,
+    *,
+    batch=False,
+    weight=None,
+    ignore_index=None,
+    process_group=None,
+    return_stats=False,
+):
+    """``w₁ (1 - (2 Σ p t + s) / (Σ p + Σ t + s)) + w₂ BCE``, ``p = σ(x)``: Dice and binary cross entropy of each class;
+    one read.
 
-    dice_weight, bce_weight: w₁ and w₂, >= 0. smooth: s >= 0. weight: of positive examples, for each class, as pos_weight of
-    ``binary_cross_entropy_with_logits``, and of Dice's classes. input, target and the other options: as in ``dice_ce_loss`` with
-    sigmoid. Taghanaki et al. 2019, arXiv:1805.02798.
+    dice_weight, bce_weight: w₁ and w₂, >= 0. smooth: s >= 0. weight: of positive examples, for each class, as
+    pos_weight of ``binary_cross_entropy_with_logits``, and of Dice's classes. input, target and the other options: as
+    in ``dice_ce_loss`` with sigmoid. Taghanaki et al. 2019, arXiv:1805.02798.
 
     >>> combo_loss(torch.tensor([[[4.0, -4.0]]]), torch.tensor([[[1.0, 0.0]]]))
     tensor(0.0181)

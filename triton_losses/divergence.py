@@ -27,13 +27,14 @@ def pointwise_divergence_of_logs(x, y):
 
 
 def kl_div(input, target, size_average=None, reduce=None, reduction="mean", log_target=False):
-    """``y (log y - x)``, of log-probabilities x and probabilities y; ``e^y (y - x)`` where log_target: Kullback-Leibler divergence.
+    """``y (log y - x)``, of log-probabilities x and probabilities y; ``e^y (y - x)`` where log_target: Kullback-Leibler
+    divergence.
 
-    input: log-probabilities, target: probabilities, or log-probabilities where log_target; floating, any shapes that broadcast.
-    Where the target is 0 so is the loss, even at ``x = -inf``, and its gradient to the target, where torch has nan. reduction:
-    "batchmean" divides the sum by input's first size and is the divergence; "mean" divides by the number of elements, with
-    torch's warning; "sum", "none"; size_average and reduce are torch's older spelling of it. As ``torch.nn.functional.kl_div``.
-    Kullback and Leibler 1951, doi:10.1214/aoms/1177729694.
+    input: log-probabilities, target: probabilities, or log-probabilities where log_target; floating, any shapes that
+    broadcast. Where the target is 0 so is the loss, even at ``x = -inf``, and its gradient to the target, where torch
+    has nan. reduction: "batchmean" divides the sum by input's first size and is the divergence; "mean" divides by the
+    number of elements, with torch's warning; "sum", "none"; size_average and reduce are torch's older spelling of it.
+    As ``torch.nn.functional.kl_div``. Kullback and Leibler 1951, doi:10.1214/aoms/1177729694.
 
     >>> kl_div(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]), reduction="batchmean")
     tensor(0.6931)
@@ -58,20 +59,31 @@ def kl_div(input, target, size_average=None, reduce=None, reduction="mean", log_
 
 
 def distillation_loss(
-    student_logits, teacher_logits, temperature=1.0, direction="forward", beta=0.5, reduction="mean",
-    *, labels=None, ignore_index=-100, temperature_squared=False, out_dtype=None,
-):  # fmt: skip
-    """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(teacher / T)``, ``q = softmax(student / T)``: what a student has yet to learn.
+    student_logits,
+    teacher_logits,
+    temperature=1.0,
+    direction="forward",
+    beta=0.5,
+    reduction="mean",
+    *,
+    labels=None,
+    ignore_index=-100,
+    temperature_squared=False,
+    out_dtype=None,
+):
+    """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(teacher / T)``, ``q = softmax(student / T)``: what a student has yet to
+    learn.
 
-    direction: "forward" KL(p‖q), as above, covers all that the teacher says; "reverse" KL(q‖p) keeps to what it says most; "jsd"
-    ``β KL(p‖m) + (1-β) KL(q‖m)`` with ``m = β p + (1-β) q``, the generalised Jensen-Shannon divergence of GKD; "tv"
-    ``½ Σ_j |p_j - q_j|``, with gradient 0 where they are equal. beta: of "jsd" alone, 0 < β < 1, else ValueError (divided by β
-    it tends to the forward divergence as β → 0, by 1-β to the reverse one as β → 1: choose those by name).
-    student_logits, teacher_logits: (..., C), floating; gradients reach the teacher too if it requires them. temperature: T > 0,
-    else ValueError. temperature_squared: multiply by T², which keeps gradients as large as at T = 1 (Hinton et al. do, language
-    models' trainers do not). labels: (...), integers; rows with ignore_index cost nothing, other values do not matter.
-    reduction: "mean" over the rows that count (nan when there are none), "sum", "none": (...). out_dtype: of the result.
-    Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
+    direction: "forward" KL(p‖q), as above, covers all that the teacher says; "reverse" KL(q‖p) keeps to what it says
+    most; "jsd" ``β KL(p‖m) + (1-β) KL(q‖m)`` with ``m = β p + (1-β) q``, the generalised Jensen-Shannon divergence of
+    GKD; "tv" ``½ Σ_j |p_j - q_j|``, with gradient 0 where they are equal. beta: of "jsd" alone, 0 < β < 1, else
+    ValueError (divided by β it tends to the forward divergence as β → 0, by 1-β to the reverse one as β → 1: choose
+    those by name). student_logits, teacher_logits: (..., C), floating; gradients reach the teacher too if it requires
+    them. temperature: T > 0, else ValueError. temperature_squared: multiply by T², which keeps gradients as large as at
+    T = 1 (Hinton et al. do, language models' trainers do not). labels: (...), integers; rows with ignore_index cost
+    nothing, other values do not matter. reduction: "mean" over the rows that count (nan when there are none), "sum",
+    "none": (...). out_dtype: of the result. Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023,
+    arXiv:2306.13649.
 
     >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
     tensor(0.3278)
@@ -81,7 +93,9 @@ def distillation_loss(
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a Tensor, got {value!r}")
         if value.dtype not in DTYPES or not value.dim():
-            raise ValueError(f"{name} must be one of {DTYPES}, with a dimension of classes; got {value.dtype} {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must be one of {DTYPES}, with a dimension of classes; got {value.dtype} {tuple(value.shape)}"
+            )
     if student_logits.shape != teacher_logits.shape:
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         raise ValueError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
@@ -101,7 +115,16 @@ def distillation_loss(
     if direction == "reverse":
         p, q = q, p
     losses = distribution_rows(
-        chosen, p, q, scalars, temperature=temperature, one_read=one_read, labels=labels, ignore_index=int(ignore_index),
-        reduction=reduction, factor=temperature**2 if temperature_squared else 1.0, out_dtype=out_dtype,
-    )  # fmt: skip
+        chosen,
+        p,
+        q,
+        scalars,
+        temperature=temperature,
+        one_read=one_read,
+        labels=labels,
+        ignore_index=int(ignore_index),
+        reduction=reduction,
+        factor=temperature**2 if temperature_squared else 1.0,
+        out_dtype=out_dtype,
+    )
     return losses.view(student_logits.shape[:-1]) if reduction == "none" else losses

@@ -1,6 +1,15 @@
 """The formulas of a logit and a chance, which themes share: binary losses, and what stands beside Dice."""
 
-from triton_losses.core.device_math import at_least_tiny, less_product, log1p_exp_minus_abs, power, quotient, relu, sigmoid, softplus
+from triton_losses.core.device_math import (
+    at_least_tiny,
+    less_product,
+    log1p_exp_minus_abs,
+    power,
+    quotient,
+    relu,
+    sigmoid,
+    softplus,
+)
 from triton_losses.core.formula import formula
 
 
@@ -20,7 +29,9 @@ def weighted_logistic(x, y, positive):
 
 
 def class_balance(alpha):
-    """The formula's two scalars: α of y = 1 and 1 - α of y = 0, as a value at 0 and a slope; 1 of both where alpha is None."""
+    """The formula's two scalars: α of y = 1 and 1 - α of y = 0, as a value at 0 and a slope; 1 of both where alpha is
+    None.
+    """
     return (1.0, 0.0) if alpha is None else (1.0 - alpha, 2.0 * alpha - 1.0)
 
 

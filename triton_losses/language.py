@@ -1,4 +1,6 @@
-"""The language model's head: losses of hidden states and the weight they are multiplied with, whose logits are never whole."""
+"""The language model's head: losses of hidden states and the weight they are multiplied with, whose logits are never
+whole.
+"""
 
 from typing import NamedTuple
 
@@ -23,23 +25,34 @@ def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "l
     """Shapes and dtypes, in the words of the caller's parameters."""
     check_product(hidden, weight, bias, names)
     if target.dtype not in (torch.int64, torch.uint8):
-        raise NotImplementedError(f"target must hold class indices, int64 or uint8, got {target.dtype}: no class probabilities here")
+        raise NotImplementedError(
+            f"target must hold class indices, int64 or uint8, got {target.dtype}: no class probabilities here"
+        )
     if target.shape != hidden.shape[:-1]:
-        raise ValueError(f"target must have {names[0]}'s shape without features, {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
+        raise ValueError(
+            f"target must have {names[0]}'s shape without features, "
+            f"{tuple(hidden.shape[:-1])}, got {tuple(target.shape)}"
+        )
     check_devices(hidden, target)
 
 
 def check_product(hidden, weight, bias, names):
-    """Of hidden states, weight and bias, whose names in the caller's signature are these; what does not fit is torch's RuntimeError."""
+    """Of hidden states, weight and bias, whose names in the caller's signature are these; what does not fit is torch's
+    RuntimeError.
+    """
     if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise NotImplementedError(f"{names[0]} and {names[1]} must be floating-point, got {hidden.dtype} and {weight.dtype}")
+        raise NotImplementedError(
+            f"{names[0]} and {names[1]} must be floating-point, got {hidden.dtype} and {weight.dtype}"
+        )
     if weight.dim() < 2:
         raise RuntimeError(f"expected {names[1]} with dimensionality at least 2, got {weight.dim()}")
     if weight.dim() != 2:
         raise NotImplementedError(f"{names[1]} must have shape (classes, features), got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         features = f"{hidden.shape[-1] if hidden.dim() else 'no dimension'} and {weight.shape[1]}"
-        raise RuntimeError(f"expected equal {names[0]} and {names[1]} last dimensions (in_features), got {features}, respectively")
+        raise RuntimeError(
+            f"expected equal {names[0]} and {names[1]} last dimensions (in_features), got {features}, respectively"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"expected {names[2]} shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_devices(hidden, weight, bias)
@@ -48,7 +61,9 @@ def check_product(hidden, weight, bias, names):
 def check_devices(hidden, *tensors):
     for tensor in tensors:
         if tensor is not None and tensor.device != hidden.device:
-            raise RuntimeError(f"expected all tensors to be on the same device, but found {hidden.device} and {tensor.device}")
+            raise RuntimeError(
+                f"expected all tensors to be on the same device, but found {hidden.device} and {tensor.device}"
+            )
 
 
 def next_tokens(target, ignore_index):
@@ -66,24 +81,42 @@ def mean_of(total, weight):
 
 
 def linear_cross_entropy(
-    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None, label_smoothing=0.0,
-    options=None, softcap=0.0, temperature=1.0, z_loss=0.0, token_weights=None, shift=False, chunk_bytes=0, kept_tokens=0,
-    out_dtype=None, return_stats=False,
-):  # fmt: skip
-    """``cross_entropy(softcap · tanh((x Wᵀ + b) / softcap) / T, target)``, whose logits and their gradient are never whole.
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    weight=None,
+    reduction="mean",
+    ignore_index=None,
+    label_smoothing=0.0,
+    options=None,
+    softcap=0.0,
+    temperature=1.0,
+    z_loss=0.0,
+    token_weights=None,
+    shift=False,
+    chunk_bytes=0,
+    kept_tokens=0,
+    out_dtype=None,
+    return_stats=False,
+):
+    """``cross_entropy(softcap · tanh((x Wᵀ + b) / softcap) / T, target)``, whose logits and their gradient are never
+    whole.
 
-    input: hidden states x, (..., features), floating. linear_weight: W, (classes, features). linear_bias: b, (classes,).
-    target: (...), class indices, int64 or uint8; those equal to ignore_index (None: -100) cost nothing and are left out of
-    the products. weight, label_smoothing, z_loss, reduction: as in ``cross_entropy``. softcap: 0 for none. temperature: T.
-    token_weights: (...), factors of the tokens' losses; the mean divides by Σ weight · token weight. shift: position i
-    predicts target i + 1, in the last dimension, without a copy of the hidden states. chunk_bytes: of the logits that exist
-    at a time; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens: an upper bound, known on the host, of how many targets are not
-    ignore_index: a GPU, which does not ask how many there are, then leaves the others out too. out_dtype: of the result; None:
-    float32, float64 for float64. return_stats: return the loss and TokenStats, of each token, from the same products.
-    options: torch's, for its chunked path; only None.
-    As ``torch.nn.functional.linear_cross_entropy``. The weight's gradient is summed in float32. Three products where the loss
-    is reduced, four where it is not. Features or a bias that do not fit raise RuntimeError, bad options
-    ValueError, class probabilities NotImplementedError, labels outside [0, classes) IndexError (a device assertion on a GPU).
+    input: hidden states x, (..., features), floating. linear_weight: W, (classes, features). linear_bias: b,
+    (classes,). target: (...), class indices, int64 or uint8; those equal to ignore_index (None: -100) cost nothing and
+    are left out of the products. weight, label_smoothing, z_loss, reduction: as in ``cross_entropy``. softcap: 0 for
+    none. temperature: T. token_weights: (...), factors of the tokens' losses; the mean divides by Σ weight · token
+    weight. shift: position i predicts target i + 1, in the last dimension, without a copy of the hidden states.
+    chunk_bytes: of the logits that exist at a time; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens: an upper bound,
+    known on the host, of how many targets are not ignore_index: a GPU, which does not ask how many there are, then
+    leaves the others out too. out_dtype: of the result; None: float32, float64 for float64. return_stats: return the
+    loss and TokenStats, of each token, from the same products. options: torch's, for its chunked path; only None.
+    As ``torch.nn.functional.linear_cross_entropy``. The weight's gradient is summed in float32. Three products where
+    the loss is reduced, four where it is not. Features or a bias that do not fit raise RuntimeError, bad options
+    ValueError, class probabilities NotImplementedError, labels outside [0, classes) IndexError (a device assertion on a
+    GPU).
 
     >>> linear_cross_entropy(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor(1.1269)
@@ -91,19 +124,31 @@ def linear_cross_entropy(
     reduction = reduction_of(reduction)
     ignore_index = -100 if ignore_index is None else ignore_index
     if options is not None:
-        raise TypeError(f"options must be None: torch's chunking does not apply here, chunk_bytes does; got {options!r}")
+        raise TypeError(
+            f"options must be None: torch's chunking does not apply here, chunk_bytes does; got {options!r}"
+        )
     check_head(input, linear_weight, target, linear_bias)
     check_shape_of_logits(temperature, softcap)
     formula, scalars = cross_entropy_formula(label_smoothing, z_loss)
     if weight is not None and (weight.shape != linear_weight.shape[:1] or weight.requires_grad):
-        raise RuntimeError(f"weight must have shape ({linear_weight.shape[0]},) and no gradient, got {tuple(weight.shape)}")
+        raise RuntimeError(
+            f"weight must have shape ({linear_weight.shape[0]},) and no gradient, got {tuple(weight.shape)}"
+        )
     if token_weights is not None and token_weights.shape != target.shape:
-        raise ValueError(f"token_weights must have target's shape, {tuple(target.shape)}, got {tuple(token_weights.shape)}")
+        raise ValueError(
+            f"token_weights must have target's shape, {tuple(target.shape)}, got {tuple(token_weights.shape)}"
+        )
     if shift:
         target = next_tokens(target, ignore_index)
     dtype = out_dtype or compute_dtype(input.dtype)
     factors = None if token_weights is None else token_weights.reshape(-1).to(compute_dtype(input.dtype))
-    given = {"bias": linear_bias, "class_weights": weight, "scalars": scalars, "ignore_index": ignore_index, "softcap": softcap}
+    given = {
+        "bias": linear_bias,
+        "class_weights": weight,
+        "scalars": scalars,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+    }
     given |= {"temperature": temperature, "chunk_bytes": chunk_bytes, "kept_tokens": kept_tokens}
     rows = input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1).long()  # a byte has no room for -100
     found = linear_rows(formula, *rows, upstream=factors, total=reduction != "none", stats=return_stats, **given)
@@ -119,8 +164,8 @@ def linear_cross_entropy(
 class TokenStats(NamedTuple):
     """Of each token, without gradient: what training logs. All 0, and predicted -1, where the target is ignored.
 
-    loss: before token weights. log_sum_exp and entropy: of the logits after softcap and temperature. predicted: the likeliest
-    class. correct: whether that is the target.
+    loss: before token weights. log_sum_exp and entropy: of the logits after softcap and temperature. predicted: the
+    likeliest class. correct: whether that is the target.
     """
 
     loss: torch.Tensor
@@ -132,22 +177,34 @@ class TokenStats(NamedTuple):
 
 def stats_of(found, target):
     counts = found.likeliest >= 0
-    log_sum_exp, entropy = torch.where(counts, found.saved[0] + found.saved[1], 0), torch.where(counts, found.saved[3], 0)
+    log_sum_exp, entropy = (
+        torch.where(counts, found.saved[0] + found.saved[1], 0),
+        torch.where(counts, found.saved[3], 0),
+    )
     stats = found.losses.detach(), log_sum_exp, entropy, found.likeliest, found.likeliest == target.reshape(-1)
     return TokenStats(*(value.view(target.shape) for value in stats))
 
 
 def linear_log_probs(
-    input, linear_weight, target, *, linear_bias=None, temperature=1.0, softcap=0.0, return_entropy=False, ignore_index=-100,
-    chunk_bytes=0, kept_tokens=0,
-):  # fmt: skip
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    temperature=1.0,
+    softcap=0.0,
+    return_entropy=False,
+    ignore_index=-100,
+    chunk_bytes=0,
+    kept_tokens=0,
+):
     """``log softmax(softcap · tanh((x Wᵀ + b) / softcap) / T)[target]`` of each token, whose logits are never whole.
 
-    input: hidden states x, (..., features). linear_weight: W, (classes, features). linear_bias: b, (classes,). target: (...),
-    class indices; 0 comes back where it equals ignore_index. temperature: T > 0. softcap: 0 for none. chunk_bytes,
-    kept_tokens: as in ``linear_cross_entropy``. Returns float32 (float64 for float64), target's shape, for any upstream
-    gradient: what preference and policy losses are made of; with return_entropy a pair, the second the entropy of each
-    token's distribution, differentiable too, from the same products.
+    input: hidden states x, (..., features). linear_weight: W, (classes, features). linear_bias: b, (classes,). target:
+    (...), class indices; 0 comes back where it equals ignore_index. temperature: T > 0. softcap: 0 for none.
+    chunk_bytes, kept_tokens: as in ``linear_cross_entropy``. Returns float32 (float64 for float64), target's shape, for
+    any upstream gradient: what preference and policy losses are made of; with return_entropy a pair, the second the
+    entropy of each token's distribution, differentiable too, from the same products.
 
     >>> linear_log_probs(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor([-0.1269, -2.1269])
@@ -155,10 +212,17 @@ def linear_log_probs(
     check_head(input, linear_weight, target, linear_bias)
     check_shape_of_logits(temperature, softcap)
     found = linear_rows(
-        log_p_beside_entropy if return_entropy else chosen_log_p, input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1).long(),
-        bias=linear_bias, ignore_index=ignore_index, softcap=softcap, temperature=temperature, chunk_bytes=chunk_bytes,
+        log_p_beside_entropy if return_entropy else chosen_log_p,
+        input.reshape(-1, input.shape[-1]),
+        linear_weight,
+        target.reshape(-1).long(),
+        bias=linear_bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        temperature=temperature,
+        chunk_bytes=chunk_bytes,
         kept_tokens=kept_tokens,
-    )  # fmt: skip
+    )
     log_p = found.losses.view(target.shape)
     return (log_p, found.entropy.view(target.shape)) if return_entropy else log_p
 
@@ -166,9 +230,9 @@ def linear_log_probs(
 def log_probs(logits, target, *, temperature=1.0, softcap=0.0, return_entropy=False, ignore_index=-100):
     """``log softmax(softcap · tanh(x / softcap) / T)[target]`` of each token, straight from logits.
 
-    logits: x, (..., classes), floating. target: (...), class indices; 0 comes back where it equals ignore_index. temperature:
-    T > 0. softcap: 0 for none. Returns float32 (float64 for float64), target's shape; with return_entropy a pair, the second
-    the entropy of each token's distribution, differentiable too.
+    logits: x, (..., classes), floating. target: (...), class indices; 0 comes back where it equals ignore_index.
+    temperature: T > 0. softcap: 0 for none. Returns float32 (float64 for float64), target's shape; with return_entropy
+    a pair, the second the entropy of each token's distribution, differentiable too.
 
     >>> log_probs(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor([-0.1269, -2.1269])
@@ -177,7 +241,9 @@ def log_probs(logits, target, *, temperature=1.0, softcap=0.0, return_entropy=Fa
     if not logits.is_floating_point():
         raise NotImplementedError(f"logits must be floating-point, got {logits.dtype}")
     if logits.dim() == 0 or target.shape != logits.shape[:-1]:
-        raise ValueError(f"target must have logits' shape without classes, {tuple(logits.shape[:-1])}, got {tuple(target.shape)}")
+        raise ValueError(
+            f"target must have logits' shape without classes, {tuple(logits.shape[:-1])}, got {tuple(target.shape)}"
+        )
     if target.dtype not in (torch.int64, torch.uint8):
         raise NotImplementedError(f"target must hold class indices, int64 or uint8, got {target.dtype}")
     rows = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).long()
@@ -197,11 +263,18 @@ TEACHERS = {  # how a teacher comes, and the tensors that it comes as
 
 
 def teacher_of(where, classes, device_of, **given):
-    """In which of the ways the teacher comes, and its tensors, rows flattened; logits as they are, for a copy would be large."""
+    """In which of the ways the teacher comes, and its tensors, rows flattened; logits as they are, for a copy would be
+    large.
+    """
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    kind = next((kind for kind, names in TEACHERS.items() if given.keys() - {"teacher_bias"} == set(names) - {"teacher_bias"}), None)
+    kind = next(
+        (kind for kind, names in TEACHERS.items() if given.keys() - {"teacher_bias"} == set(names) - {"teacher_bias"}),
+        None,
+    )
     if kind is None or not given.keys() <= set(TEACHERS[kind]):
-        ways = "teacher_hidden and teacher_weight (and teacher_bias), teacher_logits, or teacher_ids and teacher_log_probs"
+        ways = (
+            "teacher_hidden and teacher_weight (and teacher_bias), teacher_logits, or teacher_ids and teacher_log_probs"
+        )
         raise TypeError(f"the teacher is given by {ways}; got {', '.join(given) or 'none of them'}")
     for name, tensor in given.items():
         if tensor.requires_grad and torch.is_grad_enabled():
@@ -225,37 +298,60 @@ def teacher_of(where, classes, device_of, **given):
     ids, log_p = tensors
     if ids.shape != log_p.shape or not 1 <= ids.shape[-1] <= classes:
         rule = f"the same shape and 1 to {classes} entries a token"
-        raise ValueError(f"teacher_ids and teacher_log_probs must have {rule}, got {tuple(ids.shape)} and {tuple(log_p.shape)}")
+        raise ValueError(
+            f"teacher_ids and teacher_log_probs must have {rule}, got {tuple(ids.shape)} and {tuple(log_p.shape)}"
+        )
     return kind, [t.reshape(-1, t.shape[-1]) for t in tensors]
 
 
 def check_classes(students, teachers):
     if students != teachers:
-        raise ValueError(f"student and teacher must have the same classes, got {students} and {teachers}: pass those they share")
+        raise ValueError(
+            f"student and teacher must have the same classes, got {students} and {teachers}: pass those they share"
+        )
 
 
 def linear_distillation_loss(
-    student_hidden, student_weight, teacher_hidden=None, teacher_weight=None, *, temperature=1.0, direction="forward", beta=0.5,
-    labels=None, ignore_index=-100, student_bias=None, teacher_bias=None, teacher_logits=None, teacher_ids=None, teacher_log_probs=None,
-    tail=True, reduction="mean", temperature_squared=False, chunk_bytes=0, kept_tokens=0, out_dtype=None,
-):  # fmt: skip
-    """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(y / T)``, ``q = softmax((x Wᵀ + b) / T)``: distillation without either's logits whole.
+    student_hidden,
+    student_weight,
+    teacher_hidden=None,
+    teacher_weight=None,
+    *,
+    temperature=1.0,
+    direction="forward",
+    beta=0.5,
+    labels=None,
+    ignore_index=-100,
+    student_bias=None,
+    teacher_bias=None,
+    teacher_logits=None,
+    teacher_ids=None,
+    teacher_log_probs=None,
+    tail=True,
+    reduction="mean",
+    temperature_squared=False,
+    chunk_bytes=0,
+    kept_tokens=0,
+    out_dtype=None,
+):
+    """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(y / T)``, ``q = softmax((x Wᵀ + b) / T)``: distillation without
+    either's logits whole.
 
-    student_hidden: x, (..., features), floating. student_weight: W, (classes, features). student_bias: b, (classes,). The teacher,
-    which takes no gradient (a tensor of its that requires one is refused), comes in one of three ways:
-    teacher_hidden (..., any features), teacher_weight (classes, those), teacher_bias: y is their product, a chunk at a time.
-    teacher_logits: y, (..., classes), stored; read where they lie, a chunk at a time.
-    teacher_ids, teacher_log_probs: (..., k), log p of the teacher's likeliest classes, at the temperature of the loss, in any
-    order, each class at most once; an entry of log p = -inf does not exist, whatever its id. tail: compare k + 1 bins, the last
-    with all the mass that the others leave, of teacher and student alike: never more than the divergence of the whole
-    distributions, and 0 when they agree. Where log p of the k sum to 1, "forward" is their Σ p log(p / q). False: compare both
-    as if there were no other class, each renormalised over the k: the student's other logits get no gradient.
-    direction, beta, temperature T, temperature_squared, labels (...), ignore_index, reduction: as in ``distillation_loss``. Rows
-    with ignore_index are left out of the products. chunk_bytes: of the student's logits that exist at a time, and as much again
-    where the teacher's are made; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens: as in ``linear_cross_entropy``. out_dtype: of the
-    result; None: float32, float64 for float64. The weight's gradient is summed in float32. Three products of the student's where
-    the loss is reduced, four where it is not. Bad options and repeated ids raise ValueError, ids outside [0, classes) IndexError
-    (device assertions on a GPU).
+    student_hidden: x, (..., features), floating. student_weight: W, (classes, features). student_bias: b, (classes,).
+    The teacher, which takes no gradient (a tensor of its that requires one is refused), comes in one of three ways:
+    teacher_hidden (..., any features), teacher_weight (classes, those), teacher_bias: y is their product, a chunk at a
+    time. teacher_logits: y, (..., classes), stored; read where they lie, a chunk at a time.
+    teacher_ids, teacher_log_probs: (..., k), log p of the teacher's likeliest classes, at the temperature of the loss,
+    in any order, each class at most once; an entry of log p = -inf does not exist, whatever its id. tail: compare k + 1
+    bins, the last with all the mass that the others leave, of teacher and student alike: never more than the divergence
+    of the whole distributions, and 0 when they agree. Where log p of the k sum to 1, "forward" is their Σ p log(p / q).
+    False: compare both as if there were no other class, each renormalised over the k: the student's other logits get no
+    gradient. direction, beta, temperature T, temperature_squared, labels (...), ignore_index, reduction: as in
+    ``distillation_loss``. Rows with ignore_index are left out of the products. chunk_bytes: of the student's logits
+    that exist at a time, and as much again where the teacher's are made; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens:
+    as in ``linear_cross_entropy``. out_dtype: of the result; None: float32, float64 for float64. The weight's gradient
+    is summed in float32. Three products of the student's where the loss is reduced, four where it is not. Bad options
+    and repeated ids raise ValueError, ids outside [0, classes) IndexError (device assertions on a GPU).
     Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
 
     >>> linear_distillation_loss(torch.zeros(1, 2), torch.eye(2), torch.tensor([[2.0, 0.0]]), torch.eye(2))
@@ -267,20 +363,42 @@ def linear_distillation_loss(
     check_shape_of_logits(temperature, 0.0)
     where = student_hidden.shape[:-1]
     kind, teacher = teacher_of(
-        where, len(student_weight), student_hidden, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias, teacher_logits=teacher_logits, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs,
-    )  # fmt: skip
+        where,
+        len(student_weight),
+        student_hidden,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        teacher_logits=teacher_logits,
+        teacher_ids=teacher_ids,
+        teacher_log_probs=teacher_log_probs,
+    )
     check_counting(labels, where, ignore_index, out_dtype)
     if labels is not None:
         check_devices(student_hidden, labels)
         labels = labels.reshape(-1).long()
     found = linear_distribution_rows(
-        formula, student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, kind, teacher, bias=student_bias, labels=labels,
-        scalars=scalars, student_first=direction == "reverse", one_read=one_read, tail=tail, temperature=temperature,
-        ignore_index=int(ignore_index), total=reduction != "none", chunk_bytes=chunk_bytes, kept_tokens=kept_tokens,
-    )  # fmt: skip
+        formula,
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        student_weight,
+        kind,
+        teacher,
+        bias=student_bias,
+        labels=labels,
+        scalars=scalars,
+        student_first=direction == "reverse",
+        one_read=one_read,
+        tail=tail,
+        temperature=temperature,
+        ignore_index=int(ignore_index),
+        total=reduction != "none",
+        chunk_bytes=chunk_bytes,
+        kept_tokens=kept_tokens,
+    )
     if reduction == "mean":
-        counted = found.new_full((), where.numel()) if labels is None else (labels != ignore_index).sum().to(found.dtype)
+        counted = (
+            found.new_full((), where.numel()) if labels is None else (labels != ignore_index).sum().to(found.dtype)
+        )
         found = mean_of(found, counted)
     if temperature_squared:
         found = found * temperature**2

@@ -1,4 +1,6 @@
-"""Lovász losses: the Jaccard loss, made convex in the pixels' errors. Sorting is torch's: plain PyTorch from end to end."""
+"""Lovász losses: the Jaccard loss, made convex in the pixels' errors. Sorting is torch's: plain PyTorch from end to
+end.
+"""
 
 import math
 
@@ -31,7 +33,8 @@ def of_hinge(x, target, groups, ignore_index):
     if readable(t) and ((t != 0) & (t != 1) & kept).any():
         raise ValueError(f'every target must be 0 or 1 for mode="hinge", got {t[(t != 0) & (t != 1) & kept][0].item()}')
     wanted = (t == 1) & kept
-    errors = torch.where(kept, 1 - x * (2 * t.to(x.dtype) - 1), -float("inf"))  # those sort to the end, and count nothing
+    # those sort to the end, and count nothing
+    errors = torch.where(kept, 1 - x * (2 * t.to(x.dtype) - 1), -float("inf"))
     size = x[:1].numel() * (len(x) // max(groups, 1))
     return extension(errors.reshape(groups, size), wanted.reshape(groups, size).long())[0]
 
@@ -39,12 +42,16 @@ def of_hinge(x, target, groups, ignore_index):
 def of_softmax(x, target, groups, ignore_index, classes):
     images, count, *space = x.shape
     if target.shape == x.shape or count == 1:
-        raise ValueError(f'target must be labels of more than 1 class for mode="softmax", got {tuple(target.shape)} for {tuple(x.shape)}')
+        raise ValueError(
+            'target must be labels of more than 1 class for mode="softmax", '
+            f"got {tuple(target.shape)} for {tuple(x.shape)}"
+        )
     labels = target.reshape(images, 1, *space)
     kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     check_class_labels(labels, kept, count)
     wanted = (labels == torch.arange(count, device=x.device).view(-1, *[1] * len(space))) & kept
-    errors = torch.where(kept, (wanted.to(x.dtype) - torch.where(kept, x, 0).softmax(1)).abs(), 0)  # last, and they count nothing
+    # last, and they count nothing
+    errors = torch.where(kept, (wanted.to(x.dtype) - torch.where(kept, x, 0).softmax(1)).abs(), 0)
     if not isinstance(classes, str):
         errors, wanted = (torch.stack([v[:, c] for c in classes], 1) for v in (errors, wanted))
     elif classes not in ("present", "all"):
@@ -62,19 +69,24 @@ def check_class_labels(labels, kept, classes):
     if readable(labels):
         wrong = labels[~valid]
         if wrong.numel():
-            raise IndexError(f"Target {wrong[0].item()} is out of bounds: it must be in [0, {classes}), or ignore_index")
+            raise IndexError(
+                f"Target {wrong[0].item()} is out of bounds: it must be in [0, {classes}), or ignore_index"
+            )
     elif labels.is_cuda:
         torch._assert_async(valid.all())
 
 
-def lovasz_loss(input, target, mode="softmax", per_image=False, ignore_index=None, reduction="mean", *, classes="present"):
-    """``Δ̄_J(m)``, the Lovász extension of the Jaccard loss: of ``m = |t - softmax(x)|`` per class, or ``m = 1 - (2t - 1) x``.
+def lovasz_loss(
+    input, target, mode="softmax", per_image=False, ignore_index=None, reduction="mean", *, classes="present"
+):
+    """``Δ̄_J(m)``, the Lovász extension of the Jaccard loss: of ``m = |t - softmax(x)|`` per class, or ``m = 1 - (2t -
+    1) x``.
 
-    input: logits (B, C, *), floating. mode: "softmax", where target is labels (B, *) or (B, 1, *), and each class's loss is
-    averaged over classes, "present" in the target, "all", or a list of indices; "hinge", where target is a map of the input's
-    shape, of 0 and 1, and all its numbers are one set of pixels (of one class, (B, *) will do). per_image: the loss of each
-    image, then reduction "mean", "sum" or "none": (B,); else of the batch, (1,) for "none". ignore_index: pixels that count
-    nowhere; where none counts the loss is 0. Berman et al. 2018, arXiv:1705.08790.
+    input: logits (B, C, *), floating. mode: "softmax", where target is labels (B, *) or (B, 1, *), and each class's
+    loss is averaged over classes, "present" in the target, "all", or a list of indices; "hinge", where target is a map
+    of the input's shape, of 0 and 1, and all its numbers are one set of pixels (of one class, (B, *) will do).
+    per_image: the loss of each image, then reduction "mean", "sum" or "none": (B,); else of the batch, (1,) for "none".
+    ignore_index: pixels that count nowhere; where none counts the loss is 0. Berman et al. 2018, arXiv:1705.08790.
 
     >>> lovasz_loss(torch.tensor([[[4.0, -4.0]]]), torch.tensor([[[1, 1]]]), mode="hinge")
     tensor(2.5000)

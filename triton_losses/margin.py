@@ -45,7 +45,9 @@ def check_scores(input, target):
 
 def check_device(input, name, tensor):
     if tensor.device != input.device:
-        raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, {name} on {tensor.device}")
+        raise RuntimeError(
+            f"expected all tensors to be on the same device, but input is on {input.device}, {name} on {tensor.device}"
+        )
 
 
 def check_range(target, low, classes):
@@ -53,7 +55,9 @@ def check_range(target, low, classes):
     if readable(target) and target.numel():
         least, most = (int(v) for v in target.aminmax())
         if least < low or most >= classes:
-            raise RuntimeError(f"target out of range: it must be in [{low}, {classes}), got {least if least < low else most}")
+            raise RuntimeError(
+                f"target out of range: it must be in [{low}, {classes}), got {least if least < low else most}"
+            )
 
 
 def check_power_and_weight(p, weight):
@@ -71,10 +75,11 @@ def by_margin(formula, x, labels, weight, margin, reduction, low):
 
 
 def by_aten(formula, input, target, weight, margin, reduction):
-    """The loss by ATen, of few numbers on a CPU: all else takes longer there. None where it is ours, or where ATen refuses.
+    """The loss by ATen, of few numbers on a CPU: all else takes longer there. None where it is ours, or where ATen
+    refuses.
 
-    ATen refuses what the checks would refuse, but it does not say which label was wrong. The loss is ours in a graph that is
-    being recorded, under torch.func, and of 16-bit numbers.
+    ATen refuses what the checks would refuse, but it does not say which label was wrong. The loss is ours in a graph
+    that is being recorded, under torch.func, and of 16-bit numbers.
     """
     if not threads.ATEN or INTERPRET or is_watched(input, target, weight):
         return None
@@ -100,10 +105,11 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
     """``1/C Σ_{j≠t} w_t max(0, m - x_t + x_j)^p``: the multi-class hinge loss of class t against every other.
 
     input: scores, (N, C) or (C), floating, C > 0. target: class indices, int64, (N) or (); outside [0, C) they raise
-    RuntimeError (a device assertion on a GPU). p: 1 or 2, else ValueError. margin: m, in units of ``input``; exactly there the
-    gradient is 0, unlike a binary hinge's. weight: (C), of the input's dtype. reduction: "mean" over N, "sum", "none";
-    size_average and reduce are torch's older spelling of it. As ``torch.nn.functional.multi_margin_loss``, and for float16 and
-    bfloat16 too. Crammer and Singer 2001, jmlr.org/papers/v2/crammer01a.html.
+    RuntimeError (a device assertion on a GPU). p: 1 or 2, else ValueError. margin: m, in units of ``input``; exactly
+    there the gradient is 0, unlike a binary hinge's. weight: (C), of the input's dtype. reduction: "mean" over N,
+    "sum", "none"; size_average and reduce are torch's older spelling of it. As
+    ``torch.nn.functional.multi_margin_loss``, and for float16 and bfloat16 too. Crammer and Singer 2001,
+    jmlr.org/papers/v2/crammer01a.html.
 
     >>> multi_margin_loss(torch.tensor([[2.0, 1.5, 0.0], [1.0, 3.0, 0.0]]), torch.tensor([0, 1]), reduction="none")
     tensor([0.1667, 0.0000])
@@ -122,9 +128,13 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
     if weight is not None:
         check_device(input, "weight", weight)
         if weight.numel() != classes or weight.dtype != input.dtype:
-            raise RuntimeError(f"weight must be {input.dtype} of size {classes}, got {weight.dtype} of size {weight.numel()}")
+            raise RuntimeError(
+                f"weight must be {input.dtype} of size {classes}, got {weight.dtype} of size {weight.numel()}"
+            )
         if weight.requires_grad:
-            raise RuntimeError("multi_margin_loss is not differentiable with respect to weight: it must not require grad")
+            raise RuntimeError(
+                "multi_margin_loss is not differentiable with respect to weight: it must not require grad"
+            )
     x = input if input.dim() == 2 else input.reshape(rows, classes)
     labels = target if target.dim() else target.reshape(1)
     losses = by_margin(formula, x, labels, weight, margin, reduction, low=0)
@@ -132,12 +142,13 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
 
 
 def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
-    """``1/C Σ_{t∈T} Σ_{j∉T} max(0, 1 - x_t + x_j)``: the hinge loss of every class of a set T against every other class.
+    """``1/C Σ_{t∈T} Σ_{j∉T} max(0, 1 - x_t + x_j)``: the hinge loss of every class of a set T against every other
+    class.
 
-    input: scores, (N, C) or (C), floating, C > 0. target: class indices, int64, the input's shape; T are those before the
-    row's first -1, one that stands there twice counts twice; outside [-1, C) they raise RuntimeError (a device assertion on a
-    GPU, for those in T). reduction, size_average, reduce: as in ``multi_margin_loss``, exactly at the margin too. As
-    ``torch.nn.functional.multilabel_margin_loss``, and for float16 and bfloat16 too.
+    input: scores, (N, C) or (C), floating, C > 0. target: class indices, int64, the input's shape; T are those before
+    the row's first -1, one that stands there twice counts twice; outside [-1, C) they raise RuntimeError (a device
+    assertion on a GPU, for those in T). reduction, size_average, reduce: as in ``multi_margin_loss``, exactly at the
+    margin too. As ``torch.nn.functional.multilabel_margin_loss``, and for float16 and bfloat16 too.
 
     >>> multilabel_margin_loss(torch.tensor([0.1, 0.2, 0.4, 0.8]), torch.tensor([3, 0, -1, 1]))
     tensor(0.8500)

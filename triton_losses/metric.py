@@ -1,4 +1,4 @@
-"""Ranking and metric losses: which of two scores is to be the larger, and how near to one another vectors are to lie."""
+"""Ranking and metric losses: which of two scores is to be the larger, and how near vectors are to lie."""
 
 import functools
 import math
@@ -14,7 +14,8 @@ from triton_losses.core.threads import aten_is_best
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.pairs import pairs
 
-FEW = 1 << 19  # numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
+# numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
+FEW = 1 << 19
 
 # of one coordinate of each of two vectors
 
@@ -57,7 +58,12 @@ def triplet_swapped(near, far, beyond, margin, p):  # and positive and negative
     slack = margin + root(near, p) - root(tl.where(far > beyond, beyond, far), p)
     nearer = 0.5 - 0.5 * sign(far - beyond)  # the gradient goes to the nearer, half to each of two equals
     active = step(slack)
-    return relu(slack), active * root_slope(near, p), -active * nearer * root_slope(far, p), active * (nearer - 1.0) * root_slope(beyond, p)
+    return (
+        relu(slack),
+        active * root_slope(near, p),
+        -active * nearer * root_slope(far, p),
+        active * (nearer - 1.0) * root_slope(beyond, p),
+    )
 
 
 @formula
@@ -118,12 +124,13 @@ def promoted(*tensors):
 def margin_ranking_loss(input1, input2, target, margin=0, size_average=None, reduce=None, reduction="mean"):
     """``max(0, m - y (x₁ - x₂))``: the first score is to be the larger where ``y = 1``, the second where ``y = -1``.
 
-    input1, input2: scores, floating, shapes that broadcast and have as many dimensions (else RuntimeError). target: labels -1
-    or +1 (other numbers are multiplied in all the same), likewise. margin: m, in units of the scores; exactly there the gradient
-    is that inside it. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older spelling of it.
-    As ``torch.nn.functional.margin_ranking_loss``.
+    input1, input2: scores, floating, shapes that broadcast and have as many dimensions (else RuntimeError). target:
+    labels -1 or +1 (other numbers are multiplied in all the same), likewise. margin: m, in units of the scores; exactly
+    there the gradient is that inside it. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older
+    spelling of it. As ``torch.nn.functional.margin_ranking_loss``.
 
-    >>> margin_ranking_loss(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0]), reduction="none")
+    >>> first, second, target = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])
+    >>> margin_ranking_loss(first, second, target, reduction="none")
     tensor([0., 1.])
     """
     reduction = reduction_of(reduction, size_average, reduce)
@@ -132,7 +139,9 @@ def margin_ranking_loss(input1, input2, target, margin=0, size_average=None, red
         raise RuntimeError(f"margin_ranking_loss: all tensors must have as many dimensions, got {sizes}")
     if not are_real(input1, input2):
         return torch.nn.functional.margin_ranking_loss(input1, input2, target, margin, reduction=reduction)
-    return elementwise(margin_ranking, (input1, input2, target), (margin,), reduction, None, promoted(input1, input2, target))
+    return elementwise(
+        margin_ranking, (input1, input2, target), (margin,), reduction, None, promoted(input1, input2, target)
+    )
 
 
 def check_margin(margin):
@@ -144,7 +153,8 @@ def check_triplet(anchor, positive, negative):
     if not anchor.dim() == positive.dim() == negative.dim():
         found = f"anchor {anchor.dim()}D, positive {positive.dim()}D, and negative {negative.dim()}D inputs"
         raise RuntimeError(
-            f"The anchor, positive, and negative tensors are expected to have the same number of dimensions, but got: {found}"
+            "The anchor, positive, and negative tensors are expected to have the same number of dimensions, "
+            f"but got: {found}"
         )
 
 
@@ -155,15 +165,17 @@ SWAPPED = *TRIPLET, (1, 2)
 
 def triplet_margin_loss(
     anchor, positive, negative, margin=1.0, p=2, eps=1e-6, swap=False, size_average=None, reduce=None, reduction="mean"
-):  # fmt: skip
-    """``max(0, m + ‖a - b‖ - ‖a - c‖)``: an anchor a is to lie nearer to a positive b than to a negative c, by the margin m.
+):
+    """``max(0, m + ‖a - b‖ - ‖a - c‖)``: an anchor a is to lie nearer to a positive b than to a negative c, by the
+    margin m.
 
-    anchor, positive, negative: (..., D), floating, shapes that broadcast and have as many dimensions (else RuntimeError);
-    reduction="none" gives (...). margin: > 0, else ValueError. p: the norm's, ``(Σ_j |d_j|^p)^(1/p)``; for one that is not >= 1
-    or infinite PyTorch's own function computes the loss. eps: is added to every difference, so that two equal vectors are no kink.
-    swap: where the positive lies nearer to the negative than the anchor does, take their distance for the last; the gradient
-    of two equal distances goes to both in halves. reduction, size_average, reduce: as in ``margin_ranking_loss``.
-    As ``torch.nn.functional.triplet_margin_loss``. Balntas et al. 2016, doi:10.5244/C.30.119.
+    anchor, positive, negative: (..., D), floating, shapes that broadcast and have as many dimensions (else
+    RuntimeError); reduction="none" gives (...). margin: > 0, else ValueError. p: the norm's, ``(Σ_j |d_j|^p)^(1/p)``;
+    for one that is not >= 1 or infinite PyTorch's own function computes the loss. eps: is added to every difference, so
+    that two equal vectors are no kink. swap: where the positive lies nearer to the negative than the anchor does, take
+    their distance for the last; the gradient of two equal distances goes to both in halves. reduction, size_average,
+    reduce: as in ``margin_ranking_loss``. As ``torch.nn.functional.triplet_margin_loss``. Balntas et al. 2016,
+    doi:10.5244/C.30.119.
 
     >>> anchor, near, far = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.5]])
     >>> triplet_margin_loss(anchor, near, far)
@@ -173,22 +185,33 @@ def triplet_margin_loss(
     check_margin(margin)
     check_triplet(anchor, positive, negative)
     vectors = anchor, positive, negative
-    ours = are_real(*vectors) and 1 <= p < math.inf and anchor.dim() and anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]
-    if not ours or are_atens(*vectors):  # a last dimension that broadcasts counts in one distance once, in another often
+    ours = (
+        are_real(*vectors)
+        and 1 <= p < math.inf
+        and anchor.dim()
+        and anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]
+    )
+    # a last dimension that broadcasts counts in one distance once, in another often
+    if not ours or are_atens(*vectors):
         return torch.nn.functional.triplet_margin_loss(*vectors, margin, p, eps, swap, reduction=reduction)
     distance, of_distance = POWERS.get(p, power_of_difference), (eps,) if p in POWERS else (eps, p)
     formula, of = (triplet_swapped, SWAPPED) if swap else (triplet, TRIPLET)
-    options = {"scalars": (margin, p), "coordinate_scalars": of_distance, "reduction": reduction, "dtype": promoted(*vectors)}
+    options = {
+        "scalars": (margin, p),
+        "coordinate_scalars": of_distance,
+        "reduction": reduction,
+        "dtype": promoted(*vectors),
+    }
     return pairs(formula, distance, vectors, of, **options)
 
 
 def triplet_margin_with_distance_loss(
     anchor, positive, negative, *, distance_function=None, margin=1.0, swap=False, reduction="mean"
-):  # fmt: skip
+):
     """``max(0, m + d(a, b) - d(a, c))``: the triplet margin loss of any distance d.
 
-    distance_function: takes two tensors such as anchor and positive and returns their distances; whatever it is, PyTorch
-    computes the loss from them. None: the Euclidean one, as in ``triplet_margin_loss``.
+    distance_function: takes two tensors such as anchor and positive and returns their distances; whatever it is,
+    PyTorch computes the loss from them. None: the Euclidean one, as in ``triplet_margin_loss``.
     The rest as there. As ``torch.nn.functional.triplet_margin_with_distance_loss``.
 
     >>> anchor, near, far = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 5.5]])
@@ -211,12 +234,13 @@ COSINE = (0, 1), (0, 0), (1, 1)
 
 
 def cosine_embedding_loss(input1, input2, target, margin=0, size_average=None, reduce=None, reduction="mean"):
-    """``1 - cos(a, b)`` where ``y = 1``, ``max(0, cos(a, b) - m)`` where ``y = -1``: vectors that point alike, or do not.
+    """``1 - cos(a, b)`` where ``y = 1``, ``max(0, cos(a, b) - m)`` where ``y = -1``: vectors that point alike, or do
+    not.
 
-    ``cos(a, b) = a·b / √((a·a + 1e-12) (b·b + 1e-12))``. input1, input2: (N, D), or (D,) each, floating. target: (N,), or ()
-    for (D,) (else RuntimeError): 1 or -1; any other number costs nothing, as in torch, and the target gets no gradient. margin:
-    m, in [-1, 1] to mean anything; exactly there the gradient is that beyond it. reduction, size_average, reduce: as in
-    ``margin_ranking_loss``. As ``torch.nn.functional.cosine_embedding_loss``.
+    ``cos(a, b) = a·b / √((a·a + 1e-12) (b·b + 1e-12))``. input1, input2: (N, D), or (D,) each, floating. target: (N,),
+    or () for (D,) (else RuntimeError): 1 or -1; any other number costs nothing, as in torch, and the target gets no
+    gradient. margin: m, in [-1, 1] to mean anything; exactly there the gradient is that beyond it. reduction,
+    size_average, reduce: as in ``margin_ranking_loss``. As ``torch.nn.functional.cosine_embedding_loss``.
 
     >>> a, b = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])
     >>> cosine_embedding_loss(a, b, torch.tensor([1, -1]), margin=0.25, reduction="none")
@@ -233,17 +257,21 @@ def cosine_embedding_loss(input1, input2, target, margin=0, size_average=None, r
 def check_pairs(input1, input2, target):
     for name, tensor in (("input1", input1), ("input2", input2)):
         if tensor.dtype not in DTYPES or not tensor.dim():
-            raise ValueError(f"{name} must be one of {DTYPES}, with a last dimension; got {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be one of {DTYPES}, with a last dimension; got {tensor.dtype} {tuple(tensor.shape)}"
+            )
     if input1.shape != input2.shape or target.shape != input1.shape[:-1]:
         shapes = f"{tuple(input1.shape)}, {tuple(input2.shape)} and {tuple(target.shape)}"
-        raise ValueError(f"input1 and input2 must have one shape, and target that shape less its last dimension; got {shapes}")
+        raise ValueError(
+            f"input1 and input2 must have one shape, and target that shape less its last dimension; got {shapes}"
+        )
 
 
 def cosine_similarity_loss(input1, input2, target, reduction="mean", eps=1e-8):
     """``(cos(a, b) - y)²``: how alike two vectors are is to be y.
 
-    ``cos(a, b) = a·b / (max(‖a‖, ε) max(‖b‖, ε))``. input1, input2: (..., D), floating, one shape. target: (...), floating or
-    integers: the cosine wanted (else ValueError). eps: ε. reduction: "mean", "sum" or "none": (...).
+    ``cos(a, b) = a·b / (max(‖a‖, ε) max(‖b‖, ε))``. input1, input2: (..., D), floating, one shape. target: (...),
+    floating or integers: the cosine wanted (else ValueError). eps: ε. reduction: "mean", "sum" or "none": (...).
     Sentence-BERT: Reimers and Gurevych 2019, arXiv:1908.10084.
 
     >>> a, b = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])
@@ -259,10 +287,11 @@ def cosine_similarity_loss(input1, input2, target, reduction="mean", eps=1e-8):
 def contrastive_loss(input1, input2, target, margin=1.0, reduction="mean"):
     """``y d² + (1 - y) max(0, m - d)²``, ``d = ‖a - b‖``: similar vectors (y = 1) are to meet, others to lie m apart.
 
-    target 1 means similar, 0 dissimilar, as in Keras; in the paper it is the other way round, and everything halved. input1,
-    input2: (..., D), floating, one shape. target: (...), floating or integers, in [0, 1] (else ValueError, for CPU tensors).
-    margin: m >= 0 (else ValueError), in units of the inputs. Two dissimilar vectors that are equal get gradient 0: no direction
-    leads apart. reduction: "mean", "sum" or "none": (...). Hadsell, Chopra and LeCun 2006, doi:10.1109/CVPR.2006.100.
+    target 1 means similar, 0 dissimilar, as in Keras; in the paper it is the other way round, and everything halved.
+    input1, input2: (..., D), floating, one shape. target: (...), floating or integers, in [0, 1] (else ValueError, for
+    CPU tensors). margin: m >= 0 (else ValueError), in units of the inputs. Two dissimilar vectors that are equal get
+    gradient 0: no direction leads apart. reduction: "mean", "sum" or "none": (...). Hadsell, Chopra and LeCun 2006,
+    doi:10.1109/CVPR.2006.100.
 
     >>> a, b = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.3, 0.4], [0.3, 0.4]])
     >>> contrastive_loss(a, b, torch.tensor([1, 0]), margin=2.0, reduction="none")
@@ -276,5 +305,10 @@ def contrastive_loss(input1, input2, target, margin=1.0, reduction="mean"):
         low, high = target.detach().aminmax()
         if not (low >= 0 and high <= 1):
             raise ValueError(f"every target must be in [0, 1], got {low.item()} to {high.item()}")
-    options = {"scalars": (margin,), "coordinate_scalars": (0.0,), "reduction": reduction, "dtype": promoted(input1, input2)}
+    options = {
+        "scalars": (margin,),
+        "coordinate_scalars": (0.0,),
+        "reduction": reduction,
+        "dtype": promoted(input1, input2),
+    }
     return pairs(contrastive, squared_difference, (input1, input2), ((0, 1),), target, **options)

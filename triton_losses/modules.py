@@ -16,12 +16,16 @@ LEGACY = ("size_average", "reduce")
 
 
 class Loss(torch.nn.Module):
-    """A module made from a loss function: what the function takes beside ``inputs`` is an option, given when it is made."""
+    """A module made from a loss function: what the function takes beside ``inputs`` is an option, given when it is
+    made.
+    """
 
-    def __init_subclass__(cls, function=None, inputs=2, without=(), reductions=(), keyword_only=False, check=None, **more):
+    def __init_subclass__(
+        cls, function=None, inputs=2, without=(), reductions=(), keyword_only=False, check=None, **more
+    ):
         """function: the loss. inputs: how many of its first parameters ``forward`` takes. without: parameters left out.
-        reductions: those it takes beside none, sum and mean. keyword_only: whether options go by their names alone. check: refuses
-        options of its parameters' names, where torch does so when the module is made."""
+        reductions: those it takes beside none, sum and mean. keyword_only: whether options go by their names alone.
+        check: refuses options of its parameters' names, where torch does so when the module is made."""
         super().__init_subclass__(**more)
         if function is None:  # a user's subclass
             return
@@ -40,7 +44,9 @@ class Loss(torch.nn.Module):
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             values = bound.arguments
-            values["reduction"] = reduction_of(values["reduction"], values.get("size_average"), values.get("reduce"), reductions)
+            values["reduction"] = reduction_of(
+                values["reduction"], values.get("size_average"), values.get("reduce"), reductions
+            )
             if check is not None:
                 check(**{name: values[name] for name in inspect.signature(check).parameters})
             for name in cls.options:
@@ -160,7 +166,9 @@ class MarginRankingLoss(Loss, function=F.margin_ranking_loss, inputs=3): ...
 class TripletMarginLoss(Loss, function=F.triplet_margin_loss, inputs=3, check=check_margin): ...
 
 
-class TripletMarginWithDistanceLoss(Loss, function=F.triplet_margin_with_distance_loss, inputs=3, check=check_margin): ...
+class TripletMarginWithDistanceLoss(
+    Loss, function=F.triplet_margin_with_distance_loss, inputs=3, check=check_margin
+): ...
 
 
 class CosineEmbeddingLoss(Loss, function=F.cosine_embedding_loss, inputs=3): ...
@@ -193,24 +201,31 @@ class CTCLoss(OptionsOfCTC):
         return f"{super().extra_repr()}, from_logits={self.from_logits!r}"
 
 
-class LinearCrossEntropyLoss(Loss, function=F.linear_cross_entropy, inputs=4, without=("token_weights", "kept_tokens", "options")):
+class LinearCrossEntropyLoss(
+    Loss, function=F.linear_cross_entropy, inputs=4, without=("token_weights", "kept_tokens", "options")
+):
     def forward(self, input, linear_weight, target, linear_bias=None, *, token_weights=None, kept_tokens=0):
         of_the_call = {"linear_bias": linear_bias, "token_weights": token_weights, "kept_tokens": kept_tokens}
         return self.function(input, linear_weight, target, **of_the_call, **self.given())
 
 
 class LinearCrossEntropyHead(LinearCrossEntropyLoss):
-    """``LinearCrossEntropyLoss`` that owns its weight: a drop-in for ``torch.nn.LinearCrossEntropyLoss``, state_dict and all.
+    """``LinearCrossEntropyLoss`` that owns its weight: a drop-in for ``torch.nn.LinearCrossEntropyLoss``, state_dict
+    and all.
 
-    in_features, num_classes, bias, device, dtype: of ``linear``, a torch.nn.Linear. out_features: only (), one label a token.
-    options: torch's, for its chunked path; only None. loss: the options of ``LinearCrossEntropyLoss``.
+    in_features, num_classes, bias, device, dtype: of ``linear``, a torch.nn.Linear. out_features: only (), one label a
+    token. options: torch's, for its chunked path; only None. loss: the options of ``LinearCrossEntropyLoss``.
     """
 
-    def __init__(self, in_features, num_classes, *, out_features=(), bias=False, device=None, dtype=None, options=None, **loss):
+    def __init__(
+        self, in_features, num_classes, *, out_features=(), bias=False, device=None, dtype=None, options=None, **loss
+    ):
         if tuple(out_features):
             raise NotImplementedError(f"out_features must be (): one label a token, got {out_features}")
         if options is not None:
-            raise TypeError(f"options must be None: torch's chunking does not apply here, chunk_bytes does; got {options!r}")
+            raise TypeError(
+                f"options must be None: torch's chunking does not apply here, chunk_bytes does; got {options!r}"
+            )
         super().__init__(**loss)
         self.num_classes = num_classes
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
@@ -220,7 +235,15 @@ class LinearCrossEntropyHead(LinearCrossEntropyLoss):
         return super().forward(input, self.linear.weight, target, self.linear.bias, **of_the_call)
 
 
-OF_THE_CALL = ("student_bias", "teacher_bias", "teacher_logits", "teacher_ids", "teacher_log_probs", "labels", "kept_tokens")
+OF_THE_CALL = (
+    "student_bias",
+    "teacher_bias",
+    "teacher_logits",
+    "teacher_ids",
+    "teacher_log_probs",
+    "labels",
+    "kept_tokens",
+)
 
 
 class LinearDistillationLoss(Loss, function=F.linear_distillation_loss, inputs=4, without=OF_THE_CALL): ...

@@ -64,7 +64,9 @@ class Named(torch.nn.Module):
         check_names("weights", weights, losses)
         for name, weight in weights.items():
             check_weight(name, weight)
-        self.losses = torch.nn.ModuleDict({k: v if isinstance(v, torch.nn.Module) else Function(v) for k, v in losses.items()})
+        self.losses = torch.nn.ModuleDict(
+            {k: v if isinstance(v, torch.nn.Module) else Function(v) for k, v in losses.items()}
+        )
         self.weights = weights
 
     def total(self, parts, return_parts):
@@ -81,10 +83,11 @@ class Named(torch.nn.Module):
 class WeightedSum(Named):
     """``Σ_k w_k L_k(x, y, …)``: several losses of the same input as one.
 
-    losses: by name, modules or functions; weights: by name, numbers or scalar tensors, 1 for those not named (ValueError for a
-    name that no loss has). They may be changed at any time; inside torch.compile a number that changes compiles anew, a tensor
-    that changes does not. Calling it passes everything to every loss; return_parts=True returns the losses by name, too, as
-    they were before they were weighted. The losses must return tensors of one shape (else ValueError).
+    losses: by name, modules or functions; weights: by name, numbers or scalar tensors, 1 for those not named
+    (ValueError for a name that no loss has). They may be changed at any time; inside torch.compile a number that
+    changes compiles anew, a tensor that changes does not. Calling it passes everything to every loss; return_parts=True
+    returns the losses by name, too, as they were before they were weighted. The losses must return tensors of one shape
+    (else ValueError).
 
     >>> from triton_losses import L1Loss, MSELoss
     >>> loss = WeightedSum({"square": MSELoss(), "absolute": L1Loss()}, weights={"absolute": 0.5})
@@ -99,8 +102,9 @@ class WeightedSum(Named):
 class MultiOutputLoss(Named):
     """``Σ_h w_h L_h(x_h, y_h)``: the losses of a model with several heads, each of its own output and target.
 
-    losses, weights: by the heads' names, as in ``WeightedSum``. Called with two dicts, of the outputs and of the targets by
-    head; a head that is missing or unknown in either raises a ValueError that names it. return_parts as there.
+    losses, weights: by the heads' names, as in ``WeightedSum``. Called with two dicts, of the outputs and of the
+    targets by head; a head that is missing or unknown in either raises a ValueError that names it. return_parts as
+    there.
 
     >>> from triton_losses import CrossEntropyLoss, MSELoss
     >>> loss = MultiOutputLoss({"kind": CrossEntropyLoss(), "size": MSELoss()}, weights={"size": 0.1})
@@ -112,18 +116,23 @@ class MultiOutputLoss(Named):
     def forward(self, outputs, targets, *, return_parts=False):
         for what, given in (("outputs", outputs), ("targets", targets)):
             if not isinstance(given, Mapping):
-                raise TypeError(f"{what} must be a dict by the heads' names {list(self.losses)}, got {type(given).__name__}")
+                raise TypeError(
+                    f"{what} must be a dict by the heads' names {list(self.losses)}, got {type(given).__name__}"
+                )
             check_names(what, given, self.losses)
-        return self.total({name: loss(outputs[name], targets[name]) for name, loss in self.losses.items()}, return_parts)
+        return self.total(
+            {name: loss(outputs[name], targets[name]) for name, loss in self.losses.items()}, return_parts
+        )
 
 
 class ParameterPenalty(torch.nn.Module):
-    """``λ₁ Σ|θ| + λ₂ Σθ²``: what large parameters cost; λ₁ alone is the lasso, λ₂ alone ridge regression, both the elastic net.
+    """``λ₁ Σ|θ| + λ₂ Σθ²``: what large parameters cost; λ₁ alone is the lasso, λ₂ alone ridge regression, both the
+    elastic net.
 
-    parameters: a module, all of whose parameters count as they are at each call, or tensors (else TypeError; ValueError where
-    there are none). They stay the model's: this module's own ``parameters()`` and ``state_dict()`` are empty. l1, l2: λ₁ and λ₂,
-    >= 0 (else ValueError); the gradient is ``λ₁ sign(θ) + 2 λ₂ θ``, 0 for θ = 0. Computed in float32 or wider. Whatever it is
-    called with is passed over, so that it can stand among the losses of a ``WeightedSum``:
+    parameters: a module, all of whose parameters count as they are at each call, or tensors (else TypeError; ValueError
+    where there are none). They stay the model's: this module's own ``parameters()`` and ``state_dict()`` are empty. l1,
+    l2: λ₁ and λ₂, >= 0 (else ValueError); the gradient is ``λ₁ sign(θ) + 2 λ₂ θ``, 0 for θ = 0. Computed in float32 or
+    wider. Whatever it is called with is passed over, so that it can stand among the losses of a ``WeightedSum``:
 
     >>> from triton_losses import MSELoss
     >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -1,15 +1,16 @@
 """Preference and policy losses: which of two answers is better, or how good was this one?
 
-All are plain torch over log-probabilities of answers. A model's head gives one per token, (batch, length), with a mask of the tokens
-that count: the answer's, neither the prompt's nor the padding. `grpo_loss` takes those. All others take one number per sequence, which
-`sequence_log_probs` makes of them: the sum or the mean, each says which.
+All are plain torch over log-probabilities of answers. A model's head gives one per token, (batch, length), with a mask
+of the tokens that count: the answer's, neither the prompt's nor the padding. `grpo_loss` takes those. All others take
+one number per sequence, which `sequence_log_probs` makes of them: the sum or the mean, each says which.
 
     token_log_probs = linear_log_probs(hidden, weight, target)  # chosen answers, then rejected ones: (2 batch, length)
     chosen, rejected = sequence_log_probs(token_log_probs, target != -100).chunk(2)
     loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected)
 
-16-bit log-probabilities are widened first: losses and rewards are float32 (float64 for float64). What a reference model, the policy that
-sampled, or a critic said is a constant: no gradient flows into it. Rewards are detached, one per sequence whatever the reduction.
+16-bit log-probabilities are widened first: losses and rewards are float32 (float64 for float64). What a reference
+model, the policy that sampled, or a critic said is a constant: no gradient flows into it. Rewards are detached, one per
+sequence whatever the reduction.
 """
 
 import math
@@ -43,7 +44,9 @@ def check_shape(name, x, other, shape):
 
 
 def masked(log_probs, mask):
-    """log_probs with 0 where the mask forbids (before any exp: inf · 0 would be NaN, in the backward too), and the mask as bool."""
+    """log_probs with 0 where the mask forbids (before any exp: inf · 0 would be NaN, in the backward too), and the mask
+    as bool.
+    """
     if mask is None:
         return log_probs, torch.ones_like(log_probs, dtype=torch.bool)
     check_shape("mask", mask, "token_log_probs", log_probs.shape)
@@ -59,7 +62,12 @@ def per_sequence(**log_probs):
     """The tensors, widened; each is one number per sequence, and all have one shape."""
     first = next(iter(log_probs))
     for name, x in log_probs.items():
-        check(name, "(batch,), one number per sequence: sequence_log_probs makes it of one per token", x.dim() < 2, tuple(x.shape))
+        check(
+            name,
+            "(batch,), one number per sequence: sequence_log_probs makes it of one per token",
+            x.dim() < 2,
+            tuple(x.shape),
+        )
         check_shape(name, x, first, log_probs[first].shape)
     return [widened(name, x) for name, x in log_probs.items()]
 
@@ -75,7 +83,12 @@ def of_margin(margin, beta, loss_type, label_smoothing):
     check("beta", "> 0", beta > 0, beta)
     check("loss_type", f"one of {PREFERENCES}", loss_type in PREFERENCES, loss_type)
     limit = 0.5 if loss_type == "sigmoid" else 0
-    check("label_smoothing", f"in [0, {limit}] where loss_type is {loss_type!r}", 0 <= label_smoothing <= limit, label_smoothing)
+    check(
+        "label_smoothing",
+        f"in [0, {limit}] where loss_type is {loss_type!r}",
+        0 <= label_smoothing <= limit,
+        label_smoothing,
+    )
     if loss_type == "ipo":
         return (margin - 1 / (2 * beta)).square()
     margin = beta * margin
@@ -95,11 +108,13 @@ def supervised(nll, chosen):
 
 
 def sequence_log_probs(token_log_probs, mask=None, average=False):
-    """``Σ_t m_t log p_t``, or its mean over the tokens that count: log-probabilities of sequences from those of their tokens.
+    """``Σ_t m_t log p_t``, or its mean over the tokens that count: log-probabilities of sequences from those of their
+    tokens.
 
-    token_log_probs: floating, (..., length). mask: the same shape, bool or numbers of which all but 0 count; None counts all. What a
-    masked token holds, be it -inf or NaN, matters nowhere. Returns (...), summed in float32 (float64 for float64). A sequence of which
-    no token counts gives 0, averaged too, and no gradient. A mask of another shape raises ValueError.
+    token_log_probs: floating, (..., length). mask: the same shape, bool or numbers of which all but 0 count; None
+    counts all. What a masked token holds, be it -inf or NaN, matters nowhere. Returns (...), summed in float32 (float64
+    for float64). A sequence of which no token counts gives 0, averaged too, and no gradient. A mask of another shape
+    raises ValueError.
 
     >>> sequence_log_probs(torch.tensor([[-1.0, -3.0, -5.0]]), torch.tensor([[1, 1, 0]]), average=True)
     tensor([-2.])
@@ -112,18 +127,29 @@ def sequence_log_probs(token_log_probs, mask=None, average=False):
 
 
 def dpo_loss(
-    chosen_log_probs, rejected_log_probs, reference_chosen_log_probs=None, reference_rejected_log_probs=None, *, beta=0.1,
-    loss_type="sigmoid", label_smoothing=0.0, reference_free=False, reduction="mean", return_rewards=False,
-):  # fmt: skip
-    """``-(1 - ε) log σ(β h) - ε log σ(-β h)``, with ``h = log π(y₊)/π_ref(y₊) - log π(y₋)/π_ref(y₋)``: direct preference optimisation.
+    chosen_log_probs,
+    rejected_log_probs,
+    reference_chosen_log_probs=None,
+    reference_rejected_log_probs=None,
+    *,
+    beta=0.1,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    reference_free=False,
+    reduction="mean",
+    return_rewards=False,
+):
+    """``-(1 - ε) log σ(β h) - ε log σ(-β h)``, with ``h = log π(y₊)/π_ref(y₊) - log π(y₋)/π_ref(y₋)``: direct
+    preference optimisation.
 
-    Log-probabilities: (batch,), summed over tokens. beta: > 0, how dearly the policy pays for leaving the reference. loss_type:
-    "sigmoid"; "ipo" is ``(h - 1/(2β))²``, as a rule of log-probabilities averaged over tokens, so that β does not depend on length;
-    "hinge" is ``max(0, 1 - β h)``. label_smoothing: ε in [0, ½], the chance that a pair is labelled the wrong way round ("sigmoid" alone).
-    reference_free: the reference finds every answer equally likely; without it both reference log-probabilities are needed. reduction:
-    "mean", "sum" or "none". return_rewards: (loss, β log π(y₊)/π_ref(y₊), β log π(y₋)/π_ref(y₋)). Other values and shapes raise
-    ValueError. Rafailov et al. 2023, arXiv:2305.18290; IPO: Azar et al. 2023, arXiv:2310.12036; smoothing: Mitchell 2023,
-    ericmitchell.ai/cdpo.pdf; hinge: Liu et al. 2023, arXiv:2309.06657.
+    Log-probabilities: (batch,), summed over tokens. beta: > 0, how dearly the policy pays for leaving the reference.
+    loss_type: "sigmoid"; "ipo" is ``(h - 1/(2β))²``, as a rule of log-probabilities averaged over tokens, so that β
+    does not depend on length; "hinge" is ``max(0, 1 - β h)``. label_smoothing: ε in [0, ½], the chance that a pair is
+    labelled the wrong way round ("sigmoid" alone). reference_free: the reference finds every answer equally likely;
+    without it both reference log-probabilities are needed. reduction: "mean", "sum" or "none". return_rewards: (loss, β
+    log π(y₊)/π_ref(y₊), β log π(y₋)/π_ref(y₋)). Other values and shapes raise ValueError. Rafailov et al. 2023,
+    arXiv:2305.18290; IPO: Azar et al. 2023, arXiv:2310.12036; smoothing: Mitchell 2023, ericmitchell.ai/cdpo.pdf;
+    hinge: Liu et al. 2023, arXiv:2309.06657.
 
     >>> dpo_loss(torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0]), torch.tensor([-11.0]), beta=0.5)
     tensor(0.3133)
@@ -131,9 +157,16 @@ def dpo_loss(
     chosen, rejected = per_sequence(chosen_log_probs=chosen_log_probs, rejected_log_probs=rejected_log_probs)
     if not reference_free:
         if reference_chosen_log_probs is None or reference_rejected_log_probs is None:
-            raise ValueError("dpo_loss needs both reference_chosen_log_probs and reference_rejected_log_probs, or reference_free=True")
-        chosen = chosen - constant("reference_chosen_log_probs", reference_chosen_log_probs, "chosen_log_probs", chosen.shape)
-        rejected = rejected - constant("reference_rejected_log_probs", reference_rejected_log_probs, "chosen_log_probs", chosen.shape)
+            raise ValueError(
+                "dpo_loss needs both reference_chosen_log_probs and reference_rejected_log_probs, "
+                "or reference_free=True"
+            )
+        chosen = chosen - constant(
+            "reference_chosen_log_probs", reference_chosen_log_probs, "chosen_log_probs", chosen.shape
+        )
+        rejected = rejected - constant(
+            "reference_rejected_log_probs", reference_rejected_log_probs, "chosen_log_probs", chosen.shape
+        )
     losses = of_margin(chosen - rejected, beta, loss_type, label_smoothing)
     return answer(losses, reduction, (beta * chosen, beta * rejected), return_rewards)
 
@@ -141,9 +174,9 @@ def dpo_loss(
 def simpo_loss(chosen_log_probs, rejected_log_probs, *, beta=2.0, gamma=0.5, reduction="mean", return_rewards=False):
     """``-log σ(β (log π(y₊)/|y₊| - log π(y₋)/|y₋|) - γ)``: simple preference optimisation, without a reference model.
 
-    Log-probabilities: (batch,), averaged over tokens. beta: > 0. gamma: >= 0, the target margin between rewards (the paper tunes γ/β).
-    reduction: "mean", "sum" or "none". return_rewards: (loss, β log π(y₊)/|y₊|, β log π(y₋)/|y₋|). Other values and shapes raise
-    ValueError. Meng et al. 2024, arXiv:2405.14734.
+    Log-probabilities: (batch,), averaged over tokens. beta: > 0. gamma: >= 0, the target margin between rewards (the
+    paper tunes γ/β). reduction: "mean", "sum" or "none". return_rewards: (loss, β log π(y₊)/|y₊|, β log π(y₋)/|y₋|).
+    Other values and shapes raise ValueError. Meng et al. 2024, arXiv:2405.14734.
 
     >>> simpo_loss(torch.tensor([-0.5]), torch.tensor([-0.75]), beta=2.0, gamma=0.5)
     tensor(0.6931)
@@ -161,12 +194,13 @@ def log_odds(log_p):
 
 
 def orpo_loss(chosen_log_probs, rejected_log_probs, *, beta=0.1, nll=None, reduction="mean", return_rewards=False):
-    """``-log p₊ - λ log σ(log p₊/(1 - p₊) - log p₋/(1 - p₋))``, with ``log p = log π(y)/|y|``: odds ratio preference optimisation.
+    """``-log p₊ - λ log σ(log p₊/(1 - p₊) - log p₋/(1 - p₋))``, with ``log p = log π(y)/|y|``: odds ratio preference
+    optimisation.
 
-    Log-probabilities: (batch,), averaged over tokens. beta: λ >= 0. nll: (batch,) or a scalar tensor in place of -log p₊, for example the
-    mean over all tokens of all chosen answers. p = 1 (by rounding, or where no token of a sequence counts) has log-odds of 85, and finite
-    gradients. reduction: "mean", "sum" or "none". return_rewards: (loss, λ log p₊, λ log p₋). Other values and shapes raise ValueError.
-    Hong et al. 2024, arXiv:2403.07691.
+    Log-probabilities: (batch,), averaged over tokens. beta: λ >= 0. nll: (batch,) or a scalar tensor in place of -log
+    p₊, for example the mean over all tokens of all chosen answers. p = 1 (by rounding, or where no token of a sequence
+    counts) has log-odds of 85, and finite gradients. reduction: "mean", "sum" or "none". return_rewards: (loss, λ log
+    p₊, λ log p₋). Other values and shapes raise ValueError. Hong et al. 2024, arXiv:2403.07691.
 
     >>> orpo_loss(torch.tensor([-0.5]), torch.tensor([-0.5]), beta=1.0)
     tensor(1.1931)
@@ -178,15 +212,25 @@ def orpo_loss(chosen_log_probs, rejected_log_probs, *, beta=0.1, nll=None, reduc
 
 
 def cpo_loss(
-    chosen_log_probs, rejected_log_probs, *, beta=0.1, alpha=1.0, loss_type="sigmoid", label_smoothing=0.0, nll=None, reduction="mean",
+    chosen_log_probs,
+    rejected_log_probs,
+    *,
+    beta=0.1,
+    alpha=1.0,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    nll=None,
+    reduction="mean",
     return_rewards=False,
-):  # fmt: skip
-    """``-log σ(β (log π(y₊) - log π(y₋))) - α log π(y₊)``: contrastive preference optimisation, without a reference model.
+):
+    """``-log σ(β (log π(y₊) - log π(y₋))) - α log π(y₊)``: contrastive preference optimisation, without a reference
+    model.
 
-    Log-probabilities: (batch,), summed over tokens. beta: > 0. alpha: >= 0, weight of the second term. nll: (batch,) or a scalar tensor
-    in place of that term's -log π(y₊), often the mean over all tokens of all chosen answers, which does not grow with length. loss_type,
-    label_smoothing: of the first term, as in ``dpo_loss``. reduction: "mean", "sum" or "none". return_rewards: (loss, β log π(y₊),
-    β log π(y₋)). Other values and shapes raise ValueError. Xu et al. 2024, arXiv:2401.08417.
+    Log-probabilities: (batch,), summed over tokens. beta: > 0. alpha: >= 0, weight of the second term. nll: (batch,) or
+    a scalar tensor in place of that term's -log π(y₊), often the mean over all tokens of all chosen answers, which does
+    not grow with length. loss_type, label_smoothing: of the first term, as in ``dpo_loss``. reduction: "mean", "sum" or
+    "none". return_rewards: (loss, β log π(y₊), β log π(y₋)). Other values and shapes raise ValueError. Xu et al. 2024,
+    arXiv:2401.08417.
 
     >>> cpo_loss(torch.tensor([-3.0]), torch.tensor([-3.0]), nll=torch.tensor(0.5))
     tensor(1.1931)
@@ -198,18 +242,29 @@ def cpo_loss(
 
 
 def kto_loss(
-    log_probs, reference_log_probs, labels, kl, *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, reduction="mean",
+    log_probs,
+    reference_log_probs,
+    labels,
+    kl,
+    *,
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+    reduction="mean",
     return_rewards=False,
-):  # fmt: skip
-    """``λ₊ (1 - σ(β (r - z)))`` where an answer is good, ``λ₋ (1 - σ(β (z - r)))`` where not, ``r = log π(y)/π_ref(y)``: KTO.
+):
+    """``λ₊ (1 - σ(β (r - z)))`` where an answer is good, ``λ₋ (1 - σ(β (z - r)))`` where not, ``r = log
+    π(y)/π_ref(y)``: KTO.
 
-    For answers that were judged one by one. Log-probabilities: (batch,), summed over tokens. labels: (batch,), bool, True for a good
-    answer. kl: log π(y')/π_ref(y') of answers paired with the wrong prompts, a tensor of any shape, or a number (0.0 does without); z is
-    its mean, at least 0, and a constant: average over ranks before. beta: > 0. desirable_weight (λ₊), undesirable_weight (λ₋): >= 0; the
-    mean divides by batch all the same. reduction: "mean", "sum" or "none". return_rewards: (loss, β r). Other values and shapes raise
-    ValueError. Ethayarajh et al. 2024, arXiv:2402.01306.
+    For answers that were judged one by one. Log-probabilities: (batch,), summed over tokens. labels: (batch,), bool,
+    True for a good answer. kl: log π(y')/π_ref(y') of answers paired with the wrong prompts, a tensor of any shape, or
+    a number (0.0 does without); z is its mean, at least 0, and a constant: average over ranks before. beta: > 0.
+    desirable_weight (λ₊), undesirable_weight (λ₋): >= 0; the mean divides by batch all the same. reduction: "mean",
+    "sum" or "none". return_rewards: (loss, β r). Other values and shapes raise ValueError. Ethayarajh et al. 2024,
+    arXiv:2402.01306.
 
-    >>> kto_loss(torch.tensor([-9.0, -9.0]), torch.tensor([-9.0, -9.0]), torch.tensor([True, False]), kl=torch.tensor([0.5, -0.5]))
+    >>> log_probs, desirable = torch.tensor([-9.0, -9.0]), torch.tensor([True, False])
+    >>> kto_loss(log_probs, log_probs, desirable, kl=torch.tensor([0.5, -0.5]))
     tensor(0.5000)
     """
     check("beta", "> 0", beta > 0, beta)
@@ -227,22 +282,36 @@ def kto_loss(
 
 
 def grpo_loss(
-    token_log_probs, advantages, mask=None, old_token_log_probs=None, reference_token_log_probs=None, *, beta=0.0, epsilon_low=0.2,
-    epsilon_high=None, loss_type="grpo", importance_sampling_level="token", max_completion_length=None, num_items_in_batch=None,
+    token_log_probs,
+    advantages,
+    mask=None,
+    old_token_log_probs=None,
+    reference_token_log_probs=None,
+    *,
+    beta=0.0,
+    epsilon_low=0.2,
+    epsilon_high=None,
+    loss_type="grpo",
+    importance_sampling_level="token",
+    max_completion_length=None,
+    num_items_in_batch=None,
     reduction="mean",
-):  # fmt: skip
-    """``-min(ρ A, clip(ρ, 1 - ε₋, 1 + ε₊) A) + β (e^d - d - 1)``, ``ρ = π/π_old``, ``d = log π_ref/π``, per token: GRPO.
+):
+    """``-min(ρ A, clip(ρ, 1 - ε₋, 1 + ε₊) A) + β (e^d - d - 1)``, ``ρ = π/π_old``, ``d = log π_ref/π``, per token:
+    GRPO.
 
-    token_log_probs, and those of the policy that sampled (old; None: this one, so ρ = 1) and of the reference: (batch, length).
-    advantages: (batch,), or (batch, length). mask: (batch, length), bool or numbers of which all but 0 count; None counts all. What a
-    masked token holds, be it -inf or NaN, matters nowhere. beta: >= 0; above 0 it needs the reference (the paper has 0.04). epsilon_low,
-    epsilon_high: ε₋ in [0, 1] and ε₊ >= 0, which is ε₋ unless given (DAPO: 0.28). importance_sampling_level: "token", or "sequence":
-    ρ is then the geometric mean over the sequence's tokens, with far smaller ε (GSPO: 3e-4 and 4e-4). reduction: "none" gives
-    (batch, length), 0 where masked; "sum" their sum; "mean" divides by what loss_type says. "grpo": by each sequence's own tokens, then by
-    batch. "bnpo": by all tokens that count. "dapo": so too, or by num_items_in_batch (an int or a scalar tensor), their number in all the
-    batches of one step. "dr_grpo": by batch · max_completion_length, a constant. A sequence of which no token counts gives 0 and no
-    gradient, and so does a batch of such. Other values and shapes raise ValueError. Shao et al. 2024, arXiv:2402.03300; DAPO: Yu et al.
-    2025, arXiv:2503.14476; Dr. GRPO: Liu et al. 2025, arXiv:2503.20783; GSPO: Zheng et al. 2025, arXiv:2507.18071.
+    token_log_probs, and those of the policy that sampled (old; None: this one, so ρ = 1) and of the reference: (batch,
+    length). advantages: (batch,), or (batch, length). mask: (batch, length), bool or numbers of which all but 0 count;
+    None counts all. What a masked token holds, be it -inf or NaN, matters nowhere. beta: >= 0; above 0 it needs the
+    reference (the paper has 0.04). epsilon_low, epsilon_high: ε₋ in [0, 1] and ε₊ >= 0, which is ε₋ unless given (DAPO:
+    0.28). importance_sampling_level: "token", or "sequence": ρ is then the geometric mean over the sequence's tokens,
+    with far smaller ε (GSPO: 3e-4 and 4e-4). reduction: "none" gives (batch, length), 0 where masked; "sum" their sum;
+    "mean" divides by what loss_type says. "grpo": by each sequence's own tokens, then by batch. "bnpo": by all tokens
+    that count. "dapo": so too, or by num_items_in_batch (an int or a scalar tensor), their number in all the batches of
+    one step. "dr_grpo": by batch · max_completion_length, a constant. A sequence of which no token counts gives 0 and
+    no gradient, and so does a batch of such. Other values and shapes raise ValueError. Shao et al. 2024,
+    arXiv:2402.03300; DAPO: Yu et al. 2025, arXiv:2503.14476; Dr. GRPO: Liu et al. 2025, arXiv:2503.20783; GSPO: Zheng
+    et al. 2025, arXiv:2507.18071.
 
     >>> grpo_loss(torch.tensor([[-1.0, -2.0], [-1.0, -3.0]]), torch.tensor([1.0, -2.0]), torch.tensor([[1, 1], [1, 0]]))
     tensor(0.5000)
@@ -252,10 +321,17 @@ def grpo_loss(
     check("epsilon_low", "in [0, 1]", 0 <= epsilon_low <= 1, epsilon_low)
     check("epsilon_high", ">= 0", epsilon_high >= 0, epsilon_high)
     check("loss_type", f"one of {NORMALISERS}", loss_type in NORMALISERS, loss_type)
-    check("importance_sampling_level", f"one of {LEVELS}", importance_sampling_level in LEVELS, importance_sampling_level)
+    check(
+        "importance_sampling_level", f"one of {LEVELS}", importance_sampling_level in LEVELS, importance_sampling_level
+    )
     reduction = reduction_of(reduction)
     if loss_type == "dr_grpo":
-        check("max_completion_length", '> 0 for loss_type "dr_grpo"', (max_completion_length or 0) > 0, max_completion_length)
+        check(
+            "max_completion_length",
+            '> 0 for loss_type "dr_grpo"',
+            (max_completion_length or 0) > 0,
+            max_completion_length,
+        )
     check("beta", "0 without reference_token_log_probs", beta == 0 or reference_token_log_probs is not None, beta)
     check("token_log_probs", "(batch, length)", token_log_probs.dim() == 2, tuple(token_log_probs.shape))
 
@@ -265,7 +341,9 @@ def grpo_loss(
     log_probs, counted = masked(widened("token_log_probs", token_log_probs), mask)
     old = log_probs.detach() if old_token_log_probs is None else per_token("old_token_log_probs", old_token_log_probs)
     if advantages.dim() == 1:
-        advantages = constant("advantages", advantages, "a column of token_log_probs", token_log_probs.shape[:1]).unsqueeze(-1)
+        advantages = constant(
+            "advantages", advantages, "a column of token_log_probs", token_log_probs.shape[:1]
+        ).unsqueeze(-1)
     else:
         advantages = per_token("advantages", advantages)
 

@@ -1,4 +1,4 @@
-"""The losses of regions as modules, with what other libraries call them; and a wrapper for outputs at several scales."""
+"""The losses of regions as modules, with what other libraries call them; and one for outputs at several scales."""
 
 import torch
 
@@ -20,26 +20,41 @@ def smp_options(mode, classes, log_loss, from_logits, smooth, ignore_index, clas
     if mode not in SMP_MODES:
         raise ValueError(f"mode must be one of {tuple(SMP_MODES)}, got {mode!r}")
     if mode == "binary" and (classes is not None or class_weights is not None):
-        raise ValueError(f'classes and class_weights are not supported with mode="binary", got {classes} and {class_weights}')
+        raise ValueError(
+            f'classes and class_weights are not supported with mode="binary", got {classes} and {class_weights}'
+        )
     if class_weights is not None:  # a mean by weight, for a factor of each class
         weights = torch.as_tensor(class_weights, dtype=torch.float32)
         weights = weights if classes is None else weights[list(classes)]
         class_weights = weights * (len(weights) / weights.sum())
     activation = SMP_MODES[mode] if from_logits else {}
     return activation | {
-        "batch": True, "empty": "zero", "soft_label": mode != "multiclass", "classes": classes, "log_loss": log_loss,
-        "smooth_nr": smooth, "smooth_dr": smooth, "ignore_index": ignore_index, "weight": class_weights,
-    }  # fmt: skip
+        "batch": True,
+        "empty": "zero",
+        "soft_label": mode != "multiclass",
+        "classes": classes,
+        "log_loss": log_loss,
+        "smooth_nr": smooth,
+        "smooth_dr": smooth,
+        "ignore_index": ignore_index,
+        "weight": class_weights,
+    }
 
 
 class DiceLoss(RegionLoss, function=F.dice_loss):
     @classmethod
-    def from_smp(cls, mode, *, classes=None, log_loss=False, from_logits=True, smooth=0.0, ignore_index=None, class_weights=None):
-        """segmentation-models-pytorch's ``DiceLoss``, same value and gradient. mode: "binary", "multilabel" or "multiclass"."""
+    def from_smp(
+        cls, mode, *, classes=None, log_loss=False, from_logits=True, smooth=0.0, ignore_index=None, class_weights=None
+    ):
+        """segmentation-models-pytorch's ``DiceLoss``, same value and gradient. mode: "binary", "multilabel" or
+        "multiclass".
+        """
         return cls(**smp_options(mode, classes, log_loss, from_logits, 2 * smooth, ignore_index, class_weights))
 
     @classmethod
-    def from_nnunet(cls, *, apply_nonlin="softmax", batch_dice=False, do_bg=True, smooth=1.0, ignore_label=None, process_group=None):
+    def from_nnunet(
+        cls, *, apply_nonlin="softmax", batch_dice=False, do_bg=True, smooth=1.0, ignore_label=None, process_group=None
+    ):
         """nnU-Net's ``MemoryEfficientSoftDiceLoss``: minus Dice. apply_nonlin: "softmax", "sigmoid" or None."""
         if apply_nonlin not in ("softmax", "sigmoid", None):
             raise ValueError(f'apply_nonlin must be "softmax", "sigmoid" or None, got {apply_nonlin!r}')
@@ -51,8 +66,16 @@ class DiceLoss(RegionLoss, function=F.dice_loss):
     def from_kornia(cls, *, average="micro", eps=1e-8, weight=None, ignore_index=-100):
         """kornia's ``DiceLoss``, of logits and labels; a weight beside average="macro" alone."""
         if weight is not None and average == "micro":
-            raise ValueError('weight needs average="macro": kornia\'s "micro" multiplies probabilities by it, which is no Dice')
-        options = {"average": average, "smooth_nr": 0.0, "smooth_dr": eps, "weight": weight, "ignore_index": ignore_index}
+            raise ValueError(
+                'weight needs average="macro": kornia\'s "micro" multiplies probabilities by it, which is no Dice'
+            )
+        options = {
+            "average": average,
+            "smooth_nr": 0.0,
+            "smooth_dr": eps,
+            "weight": weight,
+            "ignore_index": ignore_index,
+        }
         return cls(softmax=True, empty="smooth" if average == "micro" else "exclude", **options)
 
     @classmethod
@@ -70,7 +93,9 @@ class MinusDiceLoss(DiceLoss):
 
 class JaccardLoss(RegionLoss, function=F.jaccard_loss):
     @classmethod
-    def from_smp(cls, mode, *, classes=None, log_loss=False, from_logits=True, smooth=0.0, ignore_index=None, class_weights=None):
+    def from_smp(
+        cls, mode, *, classes=None, log_loss=False, from_logits=True, smooth=0.0, ignore_index=None, class_weights=None
+    ):
         """segmentation-models-pytorch's ``JaccardLoss``, same value and gradient. mode: as in ``DiceLoss.from_smp``."""
         return cls(**smp_options(mode, classes, log_loss, from_logits, smooth, ignore_index, class_weights))
 
@@ -78,12 +103,26 @@ class JaccardLoss(RegionLoss, function=F.jaccard_loss):
 class TverskyLoss(RegionLoss, function=F.tversky_loss):
     @classmethod
     def from_smp(
-        cls, mode, *, classes=None, log_loss=False, from_logits=True, smooth=0.0, ignore_index=None, alpha=0.5, beta=0.5, gamma=1.0,
+        cls,
+        mode,
+        *,
+        classes=None,
+        log_loss=False,
+        from_logits=True,
+        smooth=0.0,
+        ignore_index=None,
+        alpha=0.5,
+        beta=0.5,
+        gamma=1.0,
         class_weights=None,
-    ):  # fmt: skip
-        """segmentation-models-pytorch's ``TverskyLoss``: gamma is the mean's power. mode: as in ``DiceLoss.from_smp``."""
+    ):
+        """segmentation-models-pytorch's ``TverskyLoss``: gamma is the mean's power. mode: see ``DiceLoss.from_smp``."""
         options = smp_options(mode, classes, log_loss, from_logits, smooth, ignore_index, class_weights)
-        return cls(alpha=alpha, beta=beta, **options) if gamma == 1 else PowerOfTverskyLoss(gamma, alpha=alpha, beta=beta, **options)
+        return (
+            cls(alpha=alpha, beta=beta, **options)
+            if gamma == 1
+            else PowerOfTverskyLoss(gamma, alpha=alpha, beta=beta, **options)
+        )
 
 
 class PowerOfTverskyLoss(TverskyLoss):
@@ -118,9 +157,10 @@ class LovaszLoss(RegionLoss, function=F.lovasz_loss): ...
 class DeepSupervisionLoss(torch.nn.Module):
     """``Σ_i w_i loss(output_i, target_i)``: a loss of a network's outputs at several scales, the finest first.
 
-    loss: a module of an output and a target. weights: one for each output; None: 1, ½, ¼, ... and at least 1/16, as MONAI's. An
-    output of weight 0 costs nothing, not even time. forward takes a list of outputs and one target, which is then sampled at each
-    output's pixels (the nearest one, as torch's "nearest-exact"), or a list of targets; of one output not in a list, its loss.
+    loss: a module of an output and a target. weights: one for each output; None: 1, ½, ¼, ... and at least 1/16, as
+    MONAI's. An output of weight 0 costs nothing, not even time. forward takes a list of outputs and one target, which
+    is then sampled at each output's pixels (the nearest one, as torch's "nearest-exact"), or a list of targets; of one
+    output not in a list, its loss.
     """
 
     def __init__(self, loss, weights=None):
@@ -133,7 +173,10 @@ class DeepSupervisionLoss(torch.nn.Module):
         weights = [max(0.5**i, 0.0625) for i in range(len(outputs))] if self.weights is None else self.weights
         targets = [targets] * len(outputs) if isinstance(targets, torch.Tensor) else targets
         if not len(weights) == len(outputs) == len(targets) > 0:
-            raise ValueError(f"each output needs a weight and a target: got {len(outputs)}, {len(weights)} and {len(targets)} of them")
+            raise ValueError(
+                "each output needs a weight and a target: "
+                f"got {len(outputs)}, {len(weights)} and {len(targets)} of them"
+            )
         parts = [(w, x, y) for w, x, y in zip(weights, outputs, targets) if w]
         return sum(w * self.loss(x, nearest(y, x.shape[2:])) for w, x, y in parts)
 

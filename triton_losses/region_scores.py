@@ -133,7 +133,9 @@ def activation_of(input, sigmoid, softmax, other_act=None):
     if other_act is not None and not callable(other_act):
         raise TypeError(f"other_act must be None or callable, got a {type(other_act).__name__}")
     if bool(sigmoid) + bool(softmax) + (other_act is not None) > 1:
-        raise ValueError(f"at most one of sigmoid, softmax and other_act may be given, got {sigmoid=}, {softmax=}, {other_act=}")
+        raise ValueError(
+            f"at most one of sigmoid, softmax and other_act may be given, got {sigmoid=}, {softmax=}, {other_act=}"
+        )
     if softmax and input.shape[1] == 1:
         raise ValueError("softmax over 1 class is 1 everywhere: sigmoid=True is meant for one class")
     return "softmax" if softmax else "sigmoid" if sigmoid else "none"
@@ -148,7 +150,9 @@ def check_image(input, target, to_onehot_y):
     if input.dim() < 2 or not input.shape[1]:
         raise ValueError(f"input must have shape (B, C, *) with at least one class, got {tuple(input.shape)}")
     if target.device != input.device:
-        raise RuntimeError(f"expected all tensors to be on the same device, but input is on {input.device}, target on {target.device}")
+        raise RuntimeError(
+            f"expected all tensors to be on the same device, but input is on {input.device}, target on {target.device}"
+        )
     if target.requires_grad:
         raise RuntimeError("the loss is not differentiable with respect to target: it must not require grad")
     if target.is_complex():
@@ -164,7 +168,9 @@ def check_image(input, target, to_onehot_y):
 
 
 def ignorable(ignore_index, target):
-    """None where the target's type cannot hold it: a comparison would take it for another number, -100 for 156 among bytes."""
+    """None where the target's type cannot hold it: a comparison would take it for another number, -100 for 156 among
+    bytes.
+    """
     if ignore_index is None:
         return None
     if not isinstance(ignore_index, numbers.Integral):  # NumPy's integers too
@@ -231,7 +237,9 @@ def flat_image(input, target):
     images, classes, *space = input.shape
     pixels = math.prod(space)
     whole = target.shape == input.shape or classes == 1
-    return input.reshape(images, classes, pixels), target.reshape((images, classes, pixels) if whole else (images, pixels))
+    return input.reshape(images, classes, pixels), target.reshape(
+        (images, classes, pixels) if whole else (images, pixels)
+    )
 
 
 def check_ignored(problem, target):
@@ -279,7 +287,7 @@ def problem_of(of_sums, input, options, score, of_classes, lambdas=(), means_of_
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum over the processes of a group, of values and of gradients: DistributedDataParallel's mean is then exact."""
+    """The sum over the processes of a group, of gradients too: DistributedDataParallel's mean is then right."""
 
     @staticmethod
     def forward(ctx, x, group):

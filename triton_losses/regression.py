@@ -102,16 +102,18 @@ HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 
 def in_one_shape(input, target, weight=None):
-    """input and target broadcast, with torch's warning, before their dtypes meet: a scalar's counts like any other's."""
+    """input and target broadcast, with torch's warning, before their dtypes meet: a scalar's counts too."""
     if weight is not None and weight.size() != input.size():
-        raise ValueError(f"weight and input must have the same size, got {tuple(weight.size())} and {tuple(input.size())}")
+        raise ValueError(
+            f"weight and input must have the same size, got {tuple(weight.size())} and {tuple(input.size())}"
+        )
     if input.is_complex() or target.is_complex():
         raise NotImplementedError(f"a loss takes real tensors, got {input.dtype} and {target.dtype}")
     if target.size() == input.size():
         return input, target
     warnings.warn(
-        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). This will likely lead to "
-        "incorrect results due to broadcasting. Please ensure they have the same size.",
+        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+        "This will likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
         stacklevel=3,
     )
     return torch.broadcast_tensors(input, target)
@@ -131,9 +133,9 @@ def mean_by_weight(formula, input, target, reduction, weight):
 def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
     """``(x - y)²``: mean squared error.
 
-    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). weight: the input's size; the
-    mean then divides by its sum. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older spelling of it.
-    As ``torch.nn.functional.mse_loss``.
+    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). weight: the input's
+    size; the mean then divides by its sum. reduction: "mean", "sum" or "none"; size_average and reduce are torch's
+    older spelling of it. As ``torch.nn.functional.mse_loss``.
 
     >>> mse_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
     tensor(2.)
@@ -148,9 +150,9 @@ def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", we
 def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
     """``|x - y|``: mean absolute error; its gradient at 0 is 0.
 
-    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). weight: the input's size; the
-    mean then divides by its sum. reduction: "mean", "sum" or "none"; size_average and reduce are torch's older spelling of it.
-    As ``torch.nn.functional.l1_loss``.
+    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). weight: the input's
+    size; the mean then divides by its sum. reduction: "mean", "sum" or "none"; size_average and reduce are torch's
+    older spelling of it. As ``torch.nn.functional.l1_loss``.
 
     >>> l1_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), reduction="sum")
     tensor(2.)
@@ -165,8 +167,8 @@ def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", wei
 def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mean", beta=1.0):
     """``d²/(2β)`` where ``|d| < β``, else ``|d| - β/2``, with ``d = x - y``: smooth L1.
 
-    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). beta: in units of ``input``;
-    0 is the L1 loss, negative raises RuntimeError. reduction, size_average, reduce: as in ``mse_loss``.
+    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). beta: in units of
+    ``input``; 0 is the L1 loss, negative raises RuntimeError. reduction, size_average, reduce: as in ``mse_loss``.
     As ``torch.nn.functional.smooth_l1_loss``. Girshick 2015, arXiv:1504.08083.
 
     >>> smooth_l1_loss(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]), reduction="none")
@@ -187,9 +189,10 @@ def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mea
 def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     """``d²/2`` where ``|d| <= δ``, else ``δ(|d| - δ/2)``, with ``d = x - y``: the Huber loss.
 
-    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). delta: in units of ``input``;
-    delta <= 0 raises RuntimeError. weight: the input's size; the mean divides by the number of elements all the same.
-    reduction: "mean", "sum" or "none". As ``torch.nn.functional.huber_loss``. Huber 1964, doi:10.1214/aoms/1177703732.
+    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). delta: in units of
+    ``input``; delta <= 0 raises RuntimeError. weight: the input's size; the mean divides by the number of elements all
+    the same. reduction: "mean", "sum" or "none". As ``torch.nn.functional.huber_loss``. Huber 1964,
+    doi:10.1214/aoms/1177703732.
 
     >>> huber_loss(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]), reduction="none")
     tensor([0.1250, 2.5000])
@@ -198,17 +201,19 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta: delta must be > 0, got {delta}")
     reduction = reduction_of(reduction)
-    if weight is None and aten_is_best(input, target, most=math.inf):  # no slower than blocks, and without their scratch
+    # no slower than blocks, and without their scratch
+    if weight is None and aten_is_best(input, target, most=math.inf):
         return torch.nn.functional.huber_loss(input, target, reduction=reduction, delta=delta)
-    dtype = input.dtype if weight is None else torch.promote_types(input.dtype, weight.dtype)  # torch asks nothing of the target
+    # torch asks nothing of the target
+    dtype = input.dtype if weight is None else torch.promote_types(input.dtype, weight.dtype)
     return elementwise(huber, (input, target), (delta,), reduction, weight, dtype)
 
 
 def log_cosh_loss(input, target, reduction="mean"):
     """``log cosh(x - y)``: about ``d²/2`` near 0 and ``|d| - log 2`` far from it, smooth everywhere.
 
-    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). reduction: "mean", "sum" or
-    "none". The loss Keras calls LogCosh.
+    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). reduction: "mean",
+    "sum" or "none". The loss Keras calls LogCosh.
 
     >>> log_cosh_loss(torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0]), reduction="none")
     tensor([0.0000, 0.4338])
@@ -231,18 +236,21 @@ def variance_of(input, var):
         return var.unsqueeze(-1)
     if var.dim() == input.dim() and sum(v for v, i in zip(var.size(), input.size()) if v != i) == 1:
         return var
-    raise ValueError(f"var must be of size {tuple(input.size())}, 1 in one dimension or without the last, got {tuple(var.size())}")
+    raise ValueError(
+        f"var must be of size {tuple(input.size())}, 1 in one dimension or without the last, got {tuple(var.size())}"
+    )
 
 
 def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"):
     """``(log v + (x - y)²/v)/2``: negative log likelihood of a normal distribution with mean x and variance v.
 
-    input, target: floating, shapes that broadcast. var: >= 0 (else ValueError; looked at for CPU tensors only), a number or a
-    tensor of the input's size, or 1 in one dimension, or without the last one. eps: v is at least this; its gradient passes
-    through that bound unchanged, as in torch. full: add ``log(2π)/2``. reduction: "mean", "sum" or "none".
-    As ``torch.nn.functional.gaussian_nll_loss``.
+    input, target: floating, shapes that broadcast. var: >= 0 (else ValueError; looked at for CPU tensors only), a
+    number or a tensor of the input's size, or 1 in one dimension, or without the last one. eps: v is at least this; its
+    gradient passes through that bound unchanged, as in torch. full: add ``log(2π)/2``. reduction: "mean", "sum" or
+    "none". As ``torch.nn.functional.gaussian_nll_loss``.
 
-    >>> gaussian_nll_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]), reduction="none")
+    >>> mean, target, variance = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])
+    >>> gaussian_nll_loss(mean, target, variance, reduction="none")
     tensor([0.0000, 1.3466])
     """
     variance, dtype = variance_of(input, var), promoted(input, target)
@@ -254,12 +262,15 @@ def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"
     return elementwise(gaussian, operands, (eps, HALF_LOG_TAU if full else 0.0), reduction_of(reduction), None, dtype)
 
 
-def poisson_nll_loss(input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None, reduction="mean"):
+def poisson_nll_loss(
+    input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None, reduction="mean"
+):
     """``exp(x) - y x``: negative log likelihood of a count y that is Poisson distributed with the rate exp(x).
 
-    input: floating: the logarithm of the rate, or with log_input=False the rate itself, then ``x - y log(x + eps)``. target:
-    counts, floating or integers; broadcasts with input. full: add Stirling's ``log y!`` = ``y log y - y + log(2πy)/2``, where
-    y > 1. reduction, size_average, reduce: as in ``mse_loss``. As ``torch.nn.functional.poisson_nll_loss``.
+    input: floating: the logarithm of the rate, or with log_input=False the rate itself, then ``x - y log(x + eps)``.
+    target: counts, floating or integers; broadcasts with input. full: add Stirling's ``log y!`` = ``y log y - y +
+    log(2πy)/2``, where y > 1. reduction, size_average, reduce: as in ``mse_loss``. As
+    ``torch.nn.functional.poisson_nll_loss``.
 
     >>> poisson_nll_loss(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 2.0]), reduction="none")
     tensor([1.0000, 0.7183])
@@ -278,9 +289,10 @@ def check_quantile(quantile):
 def quantile_loss(input, target, quantile=0.5, reduction="mean"):
     """``max(q d, (q - 1) d)`` with ``d = y - x``: the pinball loss, least where x is the q-quantile of y.
 
-    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). quantile: in [0, 1] (else
-    ValueError), or a sequence of them, as in ``multi_quantile_loss``. By x the gradient at d = 0 is ``½ - q``, midway between
-    those on either side. reduction: "mean", "sum" or "none". Koenker and Bassett 1978, doi:10.2307/1913643.
+    input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). quantile: in [0, 1]
+    (else ValueError), or a sequence of them, as in ``multi_quantile_loss``. By x the gradient at d = 0 is ``½ - q``,
+    midway between those on either side. reduction: "mean", "sum" or "none". Koenker and Bassett 1978,
+    doi:10.2307/1913643.
 
     >>> quantile_loss(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]), quantile=0.9, reduction="none")
     tensor([0.9000, 0.1000])
@@ -295,8 +307,8 @@ def quantile_loss(input, target, quantile=0.5, reduction="mean"):
 def multi_quantile_loss(input, target, quantiles=(0.1, 0.5, 0.9), reduction="mean"):
     """``max(q_k d_k, (q_k - 1) d_k)`` with ``d_k = y - x_k``: the pinball loss of several quantiles at once.
 
-    input: (..., K), floating, its last dimension the K quantiles in their order; target: (...) (else ValueError). quantiles:
-    each in [0, 1] (else ValueError). reduction: "mean" (over all K as well), "sum" or "none", which keeps K.
+    input: (..., K), floating, its last dimension the K quantiles in their order; target: (...) (else ValueError).
+    quantiles: each in [0, 1] (else ValueError). reduction: "mean" (over all K as well), "sum" or "none", which keeps K.
     Gradient and source as in ``quantile_loss``.
 
     >>> multi_quantile_loss(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([3.0]), reduction="none")
@@ -306,6 +318,11 @@ def multi_quantile_loss(input, target, quantiles=(0.1, 0.5, 0.9), reduction="mea
         check_quantile(quantile)
     if input.shape != (*target.shape, len(quantiles)):
         shapes = f"{tuple(input.shape)} and {tuple(target.shape)}"
-        raise ValueError(f"input must be of the target's shape and {len(quantiles)} quantiles in a last dimension, got {shapes}")
-    q = torch.cat([input.new_full((1,), q, dtype=compute_dtype(input.dtype)) for q in quantiles])  # without a copy from the host
-    return elementwise(pinball_of_each, (input, target.unsqueeze(-1), q), (), reduction_of(reduction), None, promoted(input, target))
+        raise ValueError(
+            f"input must be of the target's shape and {len(quantiles)} quantiles in a last dimension, got {shapes}"
+        )
+    # without a copy from the host
+    q = torch.cat([input.new_full((1,), q, dtype=compute_dtype(input.dtype)) for q in quantiles])
+    return elementwise(
+        pinball_of_each, (input, target.unsqueeze(-1), q), (), reduction_of(reduction), None, promoted(input, target)
+    )

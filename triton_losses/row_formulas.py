@@ -1,12 +1,22 @@
-"""The formulas of a row of logits and a label, and of two rows of logits, which themes share: classification and divergence
-from logits, language from hidden states."""
+"""The formulas of a row of logits and a label, and of two rows of logits, which themes share: classification and
+divergence from logits, language from hidden states."""
 
 import numbers
 
 import torch
 
 from triton_losses.core.compiler import tl
-from triton_losses.core.device_math import at_least_tiny, exact_exp, exp, expm1, log1p_negative, negative_part, power, relu, sign
+from triton_losses.core.device_math import (
+    at_least_tiny,
+    exact_exp,
+    exp,
+    expm1,
+    log1p_negative,
+    negative_part,
+    power,
+    relu,
+    sign,
+)
 from triton_losses.core.formula import formula
 from triton_losses.core.reduction import DTYPES
 
@@ -126,7 +136,8 @@ def jensen_shannon(log_p, log_q, beta, rest):
     p, q = exp(log_p), exp(log_q)
     d = log_q - log_p
     q_above, p_above = relu(d), negative_part(d)
-    log_mean = log1p_negative(beta * (exp(-q_above) - 1.0) + rest * (exp(-p_above) - 1.0))  # log m, less the larger of log p and log q
+    # log m, less the larger of log p and log q
+    log_mean = log1p_negative(beta * (exp(-q_above) - 1.0) + rest * (exp(-p_above) - 1.0))
     d_p = tl.where(p == 0.0, p, -beta * p * (log_mean + q_above))
     d_q = tl.where(q == 0.0, q, -rest * q * (log_mean + p_above))
     return d_p + d_q, d_p, d_q

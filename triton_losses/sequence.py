@@ -27,7 +27,9 @@ def lengths_of(name, value, samples, most):
         raise RuntimeError(f"{name} must be of size batch_size, {samples}, got {tuple(value.shape)}")
     for length in known or ():
         if not 0 <= length <= most:
-            raise RuntimeError(f"Expected {name} to have values of at least 0 and at most {most}, but got value {length}")
+            raise RuntimeError(
+                f"Expected {name} to have values of at least 0 and at most {most}, but got value {length}"
+            )
     return value.reshape(-1).contiguous(), None if known is None else max([*known, 0])
 
 
@@ -43,7 +45,9 @@ def check_labels(targets, target_lengths, longest, classes):
                 raise IndexError(f"label {int(wrong[0])} is out of bounds: it must be in [0, {classes})")
 
 
-def over_alignments(name, inputs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity, **convention):
+def over_alignments(
+    name, inputs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity, **convention
+):
     """Both losses, of (T, N, C) or (T, C) ``inputs``, which the caller calls ``name``."""
     reduction = reduction_of(reduction)
     for word, value in ((name, inputs), ("targets", targets)):
@@ -55,7 +59,9 @@ def over_alignments(name, inputs, targets, input_lengths, target_lengths, blank,
     if inputs.dim() not in (2, 3):
         raise RuntimeError(f"Expected {name} of shape (T, N, C), or (T, C) unbatched, got {tuple(inputs.shape)}")
     if targets.dim() not in (1, 2) or targets.is_complex():
-        raise RuntimeError(f"Expected targets of 1 or 2 dimensions, concatenated or padded, got {targets.dtype} {tuple(targets.shape)}")
+        raise RuntimeError(
+            f"Expected targets of 1 or 2 dimensions, concatenated or padded, got {targets.dtype} {tuple(targets.shape)}"
+        )
     batch = inputs if inputs.dim() == 3 else inputs[:, None]
     steps, samples, classes = batch.shape
     if not 0 <= blank < classes:
@@ -68,7 +74,9 @@ def over_alignments(name, inputs, targets, input_lengths, target_lengths, blank,
     target_lengths, longest = lengths_of("target_lengths", target_lengths, samples, room)
     if readable(targets, target_lengths):
         if targets.dim() == 1 and target_lengths.sum() != room:
-            raise RuntimeError(f"Expected concatenated targets of the target lengths' sum, {int(target_lengths.sum())}, got {room}")
+            raise RuntimeError(
+                f"Expected concatenated targets of the target lengths' sum, {int(target_lengths.sum())}, got {room}"
+            )
         check_labels(targets, target_lengths, longest, classes)
     if longest is not None:
         width = longest + 1
@@ -76,7 +84,9 @@ def over_alignments(name, inputs, targets, input_lengths, target_lengths, blank,
         width = room + 1
     else:  # nobody knows; but a target of more labels than there are steps has no alignment, however many more
         width = min(room, steps + 1) + 1
-    targets, input_lengths, target_lengths = (t.to(inputs.device, non_blocking=True) for t in (targets, input_lengths, target_lengths))
+    targets, input_lengths, target_lengths = (
+        t.to(inputs.device, non_blocking=True) for t in (targets, input_lengths, target_lengths)
+    )
     loss = ctc(
         batch,
         targets,
@@ -93,19 +103,29 @@ def over_alignments(name, inputs, targets, input_lengths, target_lengths, blank,
 
 
 def ctc_loss(
-    log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False, *, exact_gradient=False
-):  # fmt: skip
-    """``-log Σ_a Π_t p_t(a_t)``, over all alignments a of the target: connectionist temporal classification, of log-probabilities log p.
+    log_probs,
+    targets,
+    input_lengths,
+    target_lengths,
+    blank=0,
+    reduction="mean",
+    zero_infinity=False,
+    *,
+    exact_gradient=False,
+):
+    """``-log Σ_a Π_t p_t(a_t)``, over all alignments a of the target: connectionist temporal classification, of
+    log-probabilities log p.
 
     An alignment names a class at each step, and reads as the target once runs of a class are one and blanks are gone.
-    log_probs: (T, N, C), or (T, C) unbatched, floating, as log_softmax makes them. targets: integers in [0, C), else IndexError;
-    (N, S) padded with anything, or (sum(target_lengths)) concatenated. input_lengths in [0, T] and target_lengths in [0, S],
-    else RuntimeError: (N) integers, as a Tensor, tuple or list. (All of these are device assertions on a GPU, unless they come
-    from the CPU.) blank: the class of blanks. reduction: "mean" divides each loss by its target's length, or 1, and averages
-    them; "sum", "none". zero_infinity: a loss that is infinite, for there is no alignment, and its gradient, nan, become 0.
-    The gradient is PyTorch's, ``p - γ`` with the posterior γ: not the derivative, ``-γ``, but log_softmax in front makes no difference
-    of them. exact_gradient: that derivative. Deterministic. As ``torch.nn.functional.ctc_loss``, and of any precision.
-    Graves et al. 2006, doi:10.1145/1143844.1143891.
+    log_probs: (T, N, C), or (T, C) unbatched, floating, as log_softmax makes them. targets: integers in [0, C), else
+    IndexError; (N, S) padded with anything, or (sum(target_lengths)) concatenated. input_lengths in [0, T] and
+    target_lengths in [0, S], else RuntimeError: (N) integers, as a Tensor, tuple or list. (All of these are device
+    assertions on a GPU, unless they come from the CPU.) blank: the class of blanks. reduction: "mean" divides each loss
+    by its target's length, or 1, and averages them; "sum", "none". zero_infinity: a loss that is infinite, for there is
+    no alignment, and its gradient, nan, become 0. The gradient is PyTorch's, ``p - γ`` with the posterior γ: not the
+    derivative, ``-γ``, but log_softmax in front makes no difference of them. exact_gradient: that derivative.
+    Deterministic. As ``torch.nn.functional.ctc_loss``, and of any precision. Graves et al. 2006,
+    doi:10.1145/1143844.1143891.
 
     >>> ctc_loss(torch.full((2, 1, 2), 0.5).log(), torch.tensor([[1]]), (2,), (1,))  # 1 1, 1 -, and - 1, of four
     tensor(0.2877)
@@ -114,11 +134,13 @@ def ctc_loss(
     return over_alignments("log_probs", *arguments, from_logits=False, exact=bool(exact_gradient))
 
 
-def ctc_loss_with_logits(logits, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False):
+def ctc_loss_with_logits(
+    logits, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
+):
     """``-log Σ_a Π_t p_t(a_t)``, ``p_t = softmax(x_t)``: ``ctc_loss``, of logits x.
 
-    logits: (T, N, C), or (T, C) unbatched, floating; they are read once forward, and once backward. All else is as in ``ctc_loss``.
-    Graves et al. 2006, doi:10.1145/1143844.1143891.
+    logits: (T, N, C), or (T, C) unbatched, floating; they are read once forward, and once backward. All else is as in
+    ``ctc_loss``. Graves et al. 2006, doi:10.1145/1143844.1143891.
 
     >>> ctc_loss_with_logits(torch.zeros(2, 1, 2), torch.tensor([[1]]), (2,), (1,))
     tensor(0.2877)

@@ -15,13 +15,16 @@ class Case:
     options: Mapping = field(default_factory=dict)
     note: str = ""  # what is hard, or special, about the inputs
     differentiable: int = 1  # how many of the leading tensors take a gradient
-    shapes: tuple = ((7, 130), (1, 1), (3, 5, 4), (3, 3001))  # for tests: ragged, one element, more dimensions, more than a block
+    # for tests: ragged, one element, more dimensions, more than a block
+    shapes: tuple = ((7, 130), (1, 1), (3, 5, 4), (3, 3001))
     bench: Mapping = field(default_factory=dict)  # preset -> shapes; none: not timed
     headline: bool = False  # the quick preset compiles these alone
-    features: int = 0  # of a head's hidden states: its shapes are (rows, features, classes), its tensors hidden states, weight, target
+    # of a head's hidden states: its shapes are (rows, features, classes), its tensors hidden states, weight, target
+    features: int = 0
     steps: int = 0  # of a sequence: its shapes are (steps, rows, classes)
     reduces: bool = True  # whether it takes a reduction
-    baseline: Callable | None = None  # what the bench compares with, where the reference is written to be right and not fast
+    # what the bench compares with, where the reference is written to be right and not fast
+    baseline: Callable | None = None
     classes: int = 0  # of an image's pixels: its shapes are (images, classes, pixels)
 
     def __str__(self):
@@ -49,8 +52,10 @@ TIMED = {"quick": ((64, 10), (1 << 24,)), "full": ((64, 10), (1 << 20,), (1 << 2
 TIMED_LESS = {"quick": ((1 << 22,),), "full": TIMED["full"]}  # quick is three minutes in all
 TIMED_ROWS = {"quick": ((64, 10), (1024, 32000)), "full": ((64, 10), (8192, 1000), (1024, 32000), (8192, 128256))}
 TIMED_PAIRS = {"quick": ((64, 10), (1024, 32000)), "full": ((64, 10), (1024, 32000), (4096, 128256))}
-ROWS = ((7, 130), (5, 1), (1, 33), (6,), (2, 3, 4, 5), (3, 2071))  # ragged, one class, one row, unbatched, more dimensions, many blocks
+# ragged, one class, one row, unbatched, more dimensions, many blocks
+ROWS = ((7, 130), (5, 1), (1, 33), (6,), (2, 3, 4, 5), (3, 2071))
 HARD = ((9, 70),)
-IMAGES = ((2, 3, 4, 8), (1, 19, 5, 7), (1, 35, 2, 3, 4), (1, 2, 1480))  # few classes and many, ragged pixels, volumes, more than a block
+# few classes and many, ragged pixels, volumes, more than a block
+IMAGES = ((2, 3, 4, 8), (1, 19, 5, 7), (1, 35, 2, 3, 4), (1, 2, 1480))
 HARD_IMAGES = ((3, 4, 3, 4),)
 TIMED_IMAGES = {"quick": ((4, 19, 256, 256),), "full": ((8, 19, 256, 512), (2, 4, 96, 96, 96))}

@@ -60,7 +60,9 @@ CASES = [
     rows("categorical_cross_entropy", (), chances_and_probabilities, bench=TIMED),
     rows("categorical_cross_entropy", {"label_smoothing": 0.1}, chances_and_soft_labels, differentiable=2, shapes=FEW),
     rows("categorical_cross_entropy", {"dim": -1, "label_smoothing": 0.3}, chances_and_soft_labels, shapes=FEW),
-    rows("categorical_cross_entropy", {"from_logits": True, "label_smoothing": 0.1}, logits_and_probabilities, shapes=FEW),
+    rows(
+        "categorical_cross_entropy", {"from_logits": True, "label_smoothing": 0.1}, logits_and_probabilities, shapes=FEW
+    ),
     hard_rows("categorical_cross_entropy", certain_and_impossible),
     hard_rows("categorical_cross_entropy", certain_and_impossible, {"label_smoothing": 0.1}),
     hard_rows("categorical_cross_entropy", no_chances),

@@ -96,7 +96,14 @@ def per_class(input):
     return torch.rand(input.shape[min(input.dim() - 1, 1)], dtype=input.dtype).to(input.device) + 0.5
 
 
-SHAPED = {"softcap": 2.0, "temperature": 1.5, "z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class, "ignore_index": 0}
+SHAPED = {
+    "softcap": 2.0,
+    "temperature": 1.5,
+    "z_loss": 1e-2,
+    "label_smoothing": 0.2,
+    "weight": per_class,
+    "ignore_index": 0,
+}
 
 CASES = [
     rows("nll_loss", (), log_probabilities_and_labels, bench=TIMED_ROWS),
@@ -107,17 +114,34 @@ CASES = [
     rows("cross_entropy", {"label_smoothing": 0.1}, bench=TIMED_ROWS),
     rows("cross_entropy", {"label_smoothing": 0.1, "weight": per_class}),
     rows("cross_entropy", {"z_loss": 1e-2}),
-    rows("cross_entropy", {"z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class, "ignore_index": 0}, logits_and_all_labels),
+    rows(
+        "cross_entropy",
+        {"z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class, "ignore_index": 0},
+        logits_and_all_labels,
+    ),
     rows("cross_entropy", {"softcap": 3.0, "temperature": 0.7}),
     rows("cross_entropy", SHAPED, logits_and_all_labels),
     rows("cross_entropy", {"label_smoothing": 0.2, "weight": per_class}, logits_and_probabilities),
-    rows("cross_entropy", {"softcap": 3.0, "temperature": 0.5, "z_loss": 1e-2}, logits_and_probabilities, differentiable=2),
+    rows(
+        "cross_entropy",
+        {"softcap": 3.0, "temperature": 0.5, "z_loss": 1e-2},
+        logits_and_probabilities,
+        differentiable=2,
+    ),
     rows("cross_entropy", {"z_loss": 1e-2}, logits_and_probabilities, bench={"full": ((1024, 32000),)}),
     rows("cross_entropy", {"label_smoothing": 0.1, "weight": per_class}, logits_and_soft_labels, differentiable=2),
     rows("cross_entropy", {"z_loss": 1e-2}, logits_and_soft_labels, differentiable=2),
     *(
         hard_rows("cross_entropy", draw)
-        for draw in (masked_vocabulary, masked_label, lowest_logits, offset_logits, huge_logits, a_nan_logit, all_ignored)
+        for draw in (
+            masked_vocabulary,
+            masked_label,
+            lowest_logits,
+            offset_logits,
+            huge_logits,
+            a_nan_logit,
+            all_ignored,
+        )
     ),
     hard_rows("cross_entropy", offset_logits, {"label_smoothing": 0.1, "weight": per_class}),
     hard_rows("cross_entropy", all_ignored, {"label_smoothing": 0.1}),
@@ -127,7 +151,10 @@ CASES = [
     rows("focal_loss", {"gamma": 0.0, "weight": per_class, "ignore_index": 0}, logits_and_all_labels),
     rows("focal_loss", {"gamma": 0.5, "alpha": 0.25, "weight": per_class}),
     rows("focal_loss", {"alpha": None}),
-    *(hard_rows("focal_loss", draw, {"gamma": 0.5}) for draw in (certain, masked_vocabulary, masked_label, huge_logits, all_ignored)),
+    *(
+        hard_rows("focal_loss", draw, {"gamma": 0.5})
+        for draw in (certain, masked_vocabulary, masked_label, huge_logits, all_ignored)
+    ),
     images("nll_loss", {"weight": per_class}, log_probabilities_and_labels),
     images("cross_entropy", bench=TIMED_IMAGES),
     images("cross_entropy", {"weight": per_class, "ignore_index": 0}, logits_and_all_labels),

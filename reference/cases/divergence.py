@@ -88,7 +88,15 @@ def every_one_ignored(input):
 
 
 DIRECTIONS = ("forward", "reverse", "jsd", "tv")
-HARD_PAIRS = (masked_in_both, masked_in_the_teacher, masked_in_the_student, equal_logits, one_hot_teacher, offset_pairs, a_nan_in_a_pair)
+HARD_PAIRS = (
+    masked_in_both,
+    masked_in_the_teacher,
+    masked_in_the_student,
+    equal_logits,
+    one_hot_teacher,
+    offset_pairs,
+    a_nan_in_a_pair,
+)
 HINTON = {"temperature": 2.0, "temperature_squared": True, "labels": some_ignored}
 
 
@@ -98,12 +106,30 @@ CASES = [
     Case("kl_div", no_probability, note="no probability", differentiable=2, shapes=HARD),
     Case("kl_div", no_log_probability, {"log_target": True}, note="no log probability", shapes=HARD),
     rows("distillation_loss", (), numbers, differentiable=2, bench=TIMED_PAIRS, headline=True),
-    rows("distillation_loss", {"direction": "reverse", "temperature": 2.0}, numbers, differentiable=2, bench={"full": ((1024, 32000),)}),
-    rows("distillation_loss", {"direction": "jsd", "beta": 0.3}, numbers, differentiable=2, bench={"full": ((1024, 32000),)}),
+    rows(
+        "distillation_loss",
+        {"direction": "reverse", "temperature": 2.0},
+        numbers,
+        differentiable=2,
+        bench={"full": ((1024, 32000),)},
+    ),
+    rows(
+        "distillation_loss",
+        {"direction": "jsd", "beta": 0.3},
+        numbers,
+        differentiable=2,
+        bench={"full": ((1024, 32000),)},
+    ),
     rows("distillation_loss", {"direction": "tv"}, numbers, differentiable=2, bench={"full": ((1024, 32000),)}),
     rows("distillation_loss", HINTON, numbers, differentiable=2, shapes=ROWS[::2]),
-    rows("distillation_loss", {"direction": "jsd", "temperature": 2.0, "labels": some_ignored}, numbers, differentiable=2),
-    *(hard_rows("distillation_loss", draw, {"direction": direction}) for direction in DIRECTIONS for draw in HARD_PAIRS),
+    rows(
+        "distillation_loss", {"direction": "jsd", "temperature": 2.0, "labels": some_ignored}, numbers, differentiable=2
+    ),
+    *(
+        hard_rows("distillation_loss", draw, {"direction": direction})
+        for direction in DIRECTIONS
+        for draw in HARD_PAIRS
+    ),
     # not in reverse: its gradient is q (log q - log p - KL), a difference of numbers of 1e4 or 1e38
     *(hard_rows("distillation_loss", far_logits, {"direction": direction}) for direction in ("forward", "jsd", "tv")),
     hard_rows("distillation_loss", numbers, {"labels": every_one_ignored}),

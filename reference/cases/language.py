@@ -15,7 +15,9 @@ def logits_of_tokens(shape, dtype):
 
 
 def hidden_states(shape, dtype):
-    """For (..., features, classes): hidden states (..., features), weight, labels (...), every third of which is ignored."""
+    """For (..., features, classes): hidden states (..., features), weight, labels (...), every third of which is
+    ignored.
+    """
     *where, features, classes = shape
     labels = torch.randint(classes, where)
     labels.view(-1)[2::3] = IGNORED
@@ -33,7 +35,9 @@ def per_token(input):
 
 
 def hidden_states_of_two(shape, dtype):
-    """Of a student and a teacher, for (..., features, classes): hidden states and weight of each; the teacher has three features more."""
+    """Of a student and a teacher, for (..., features, classes): hidden states and weight of each; the teacher has three
+    features more.
+    """
     *where, features, classes = shape
     made = []
     for size in (features, features + 3):
@@ -85,11 +89,24 @@ CASES = [
     head("linear_log_probs", {"linear_bias": per_column, "softcap": 3.0, "temperature": 0.7}, reduces=False),
     head("linear_cross_entropy", bench=TIMED_HEADS),
     head("linear_cross_entropy", WEIGHED, hidden_states_and_all_labels),
-    head("linear_cross_entropy", {"softcap": 3.0, "temperature": 0.7, "z_loss": 1e-2, "token_weights": per_token, "shift": True}),
+    head(
+        "linear_cross_entropy",
+        {"softcap": 3.0, "temperature": 0.7, "z_loss": 1e-2, "token_weights": per_token, "shift": True},
+    ),
     head("linear_distillation_loss", (), hidden_states_of_two, bench={"full": ((2048, 256, 50257),)}),
     head("linear_distillation_loss", BIASED_JSD, hidden_states_of_two, shapes=HEADS[:3]),
     head("linear_distillation_loss", STORED_REVERSE, hidden_states_of_a_student, shapes=HEADS[:3]),
     head("linear_distillation_loss", TOP_K, hidden_states_of_a_student, bench={"full": ((2048, 256, 50257),)}),
-    head("linear_distillation_loss", {"direction": "reverse", **TOP_K, **HINTON}, hidden_states_of_a_student, shapes=HEADS[:3]),
-    head("linear_distillation_loss", {"direction": "jsd", "tail": False, **TOP_K}, hidden_states_of_a_student, shapes=HEADS[:3]),
+    head(
+        "linear_distillation_loss",
+        {"direction": "reverse", **TOP_K, **HINTON},
+        hidden_states_of_a_student,
+        shapes=HEADS[:3],
+    ),
+    head(
+        "linear_distillation_loss",
+        {"direction": "jsd", "tail": False, **TOP_K},
+        hidden_states_of_a_student,
+        shapes=HEADS[:3],
+    ),
 ]

@@ -1,4 +1,6 @@
-"""The multi-class margin losses of the table. They take rows, or one, and no more dimensions: larger shapes are drawn as rows."""
+"""The multi-class margin losses of the table. They take rows, or one, and no more dimensions: larger shapes are drawn
+as rows.
+"""
 
 import math
 
@@ -52,7 +54,8 @@ def infinite_scores_and_sets(shape, dtype):
     return infinite_scores(shape, dtype)[0], scores_and_sets(shape, dtype)[1]
 
 
-SHAPES = ((7, 39), (5, 1), (1, 33), (6,), (3, 2071))  # not much wider first: PyTorch sums one after another, even in float64
+# not much wider first: PyTorch sums one after another, even in float64
+SHAPES = ((7, 39), (5, 1), (1, 33), (6,), (3, 2071))
 
 
 def margin(name, options=(), draw=scores_and_labels, **more):
@@ -64,12 +67,19 @@ def hard(name, draw, options=()):
 
 
 CASES = [
-    margin("multi_margin_loss", bench={"quick": ((64, 10), (1024, 8000)), "full": ((64, 10), (8192, 1000), (1024, 32000))}),
+    margin(
+        "multi_margin_loss", bench={"quick": ((64, 10), (1024, 8000)), "full": ((64, 10), (8192, 1000), (1024, 32000))}
+    ),
     margin("multi_margin_loss", {"p": 2, "margin": 0.3}, bench={"full": ((1024, 32000),)}),
     margin("multi_margin_loss", {"p": 2, "weight": per_class}, shapes=SHAPES[::3]),
     margin("multi_margin_loss", {"margin": -0.5, "weight": per_class}, shapes=SHAPES[::3]),
     *(hard("multi_margin_loss", draw, {"p": p}) for draw in (at_the_margin, infinite_scores) for p in (1, 2)),
-    margin("multilabel_margin_loss", (), scores_and_sets, bench={"quick": ((64, 10), (1024, 1000)), "full": ((64, 10), (8192, 1000))}),
+    margin(
+        "multilabel_margin_loss",
+        (),
+        scores_and_sets,
+        bench={"quick": ((64, 10), (1024, 1000)), "full": ((64, 10), (8192, 1000))},
+    ),
     margin("multilabel_margin_loss", (), scores_and_full_sets, shapes=((3, 9), (2, 1))),
     *(hard("multilabel_margin_loss", draw) for draw in (sets_at_the_margin, infinite_scores_and_sets)),
 ]

@@ -68,7 +68,12 @@ def hard_triplets(shape, dtype):
     """Negatives as near as the positive, too, and positives that are the anchor or the negative."""
     vectors = anchor, positive, negative = three_vectors(shape, dtype)
     hard_vectors(*vectors)
-    anchor[7, 3], negative[0, 1], negative[1], negative[2] = float("inf"), float("nan"), positive[1], 2 * anchor[2] - positive[2]
+    anchor[7, 3], negative[0, 1], negative[1], negative[2] = (
+        float("inf"),
+        float("nan"),
+        positive[1],
+        2 * anchor[2] - positive[2],
+    )
     return vectors
 
 
@@ -105,7 +110,14 @@ def cosine_distance(like):
 CASES = [
     Case("margin_ranking_loss", two_scores_and_signs, bench=TIMED_LESS, differentiable=3),
     Case("margin_ranking_loss", two_scores_and_signs, {"margin": 0.5}, differentiable=2),
-    Case("margin_ranking_loss", scores_at_the_margin, {"margin": 0.5}, "at the margin", differentiable=3, shapes=((9, 7),)),
+    Case(
+        "margin_ranking_loss",
+        scores_at_the_margin,
+        {"margin": 0.5},
+        "at the margin",
+        differentiable=3,
+        shapes=((9, 7),),
+    ),
     triplets(bench=TIMED_VECTORS, headline=True),
     triplets({"swap": True, "margin": 0.3}, bench={"full": ((4096, 1024),)}),
     triplets({"p": 1.0, "eps": 0.01, "margin": 9.0}, bench={"full": ((4096, 1024),)}, shapes=((7, 130),)),
@@ -126,7 +138,14 @@ CASES = [
     Case("cosine_embedding_loss", two_vectors_and_signs, {"margin": 0.05}, differentiable=2, shapes=((7, 130),)),
     Case("cosine_embedding_loss", hard_embeddings, note="hard embeddings", differentiable=2, shapes=HARD),
     Case("cosine_similarity_loss", two_vectors_and_cosines, differentiable=3, bench=TIMED_VECTORS),
-    Case("cosine_similarity_loss", two_vectors_and_cosines, {"eps": 1.0}, "some shorter than eps", differentiable=2, shapes=HARD),
+    Case(
+        "cosine_similarity_loss",
+        two_vectors_and_cosines,
+        {"eps": 1.0},
+        "some shorter than eps",
+        differentiable=2,
+        shapes=HARD,
+    ),
     Case("cosine_similarity_loss", hard_cosines, note="hard cosines", differentiable=3, shapes=HARD),
     Case("contrastive_loss", near_vectors_and_bits, differentiable=2, bench=TIMED_VECTORS),
     Case("contrastive_loss", near_vectors_and_chances, {"margin": 1.5}, differentiable=3),

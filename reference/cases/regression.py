@@ -25,7 +25,12 @@ def numbers_and_variances(shape, dtype):
 def small_variances(shape, dtype):
     """Some of 0, some below any eps, some numbers nan and infinite."""
     input, target, var = numbers_and_variances(shape, dtype)
-    var.view(-1)[::3], var.view(-1)[1::4], input.view(-1)[5::7], input.view(-1)[6::11] = 0, 1e-7, float("nan"), float("inf")
+    var.view(-1)[::3], var.view(-1)[1::4], input.view(-1)[5::7], input.view(-1)[6::11] = (
+        0,
+        1e-7,
+        float("nan"),
+        float("inf"),
+    )
     return input, target, var
 
 
@@ -80,7 +85,14 @@ CASES = [
     Case("gaussian_nll_loss", numbers_and_variances, {"full": True, "eps": 0.05}, differentiable=3),
     Case("gaussian_nll_loss", numbers, {"var": 0.7}, differentiable=2),
     Case("gaussian_nll_loss", numbers, {"var": per_row}, differentiable=2),
-    Case("gaussian_nll_loss", small_variances, {"eps": 2**-10}, note="small variances", differentiable=3, shapes=((9, 7),)),
+    Case(
+        "gaussian_nll_loss",
+        small_variances,
+        {"eps": 2**-10},
+        note="small variances",
+        differentiable=3,
+        shapes=((9, 7),),
+    ),
     regression("poisson_nll_loss", bench=TIMED_LESS),
     Case("poisson_nll_loss", rates_and_counts, {"full": True}),
     Case("poisson_nll_loss", rates_and_counts, {"log_input": False}, differentiable=2),
@@ -89,7 +101,10 @@ CASES = [
     Case("poisson_nll_loss", with_nan, {"full": True}, note="with nan", shapes=((9, 7),)),
     regression("quantile_loss", {"quantile": 0.9}, bench=TIMED_LESS),
     regression("quantile_loss"),
-    *(Case("quantile_loss", draw, {"quantile": 0.3}, draw.__name__, differentiable=2, shapes=((9, 7),)) for draw in (kinks, infinite)),
+    *(
+        Case("quantile_loss", draw, {"quantile": 0.3}, draw.__name__, differentiable=2, shapes=((9, 7),))
+        for draw in (kinks, infinite)
+    ),
     Case("multi_quantile_loss", numbers_of_three_and_numbers, differentiable=2, bench=TIMED_LESS),
     Case("multi_quantile_loss", numbers_of_three_and_numbers, {"quantiles": (0.0, 0.25, 1.0)}, differentiable=2),
     Case("multi_quantile_loss", three_kinks, note="three kinks", differentiable=2, shapes=((9, 7),)),

@@ -4,11 +4,16 @@ import torch
 
 from reference.cases.case import IGNORED, Case
 
-IMAGES = ((2, 5, 70), (1, 2, 1), (3, 4, 6, 5), (2, 3, 2, 3, 4), (2, 19, 3, 8), (1, 40, 8))  # ragged, one pixel, 2-D, 3-D, more classes
+# ragged, one pixel, 2-D, 3-D, more classes
+IMAGES = ((2, 5, 70), (1, 2, 1), (3, 4, 6, 5), (2, 3, 2, 3, 4), (2, 19, 3, 8), (1, 40, 8))
 IMAGE = IMAGES[:1]
 MAPS, VOLUMES_AND_STREETS = ((16, 1, 512, 512),), ((2, 4, 96, 96, 96), (8, 19, 256, 512))
 TIMED_MAPS = {"quick": ((4, 1, 256, 256),), "peers": MAPS, "full": MAPS}
-TIMED_IMAGES = {"quick": ((1, 4, 48, 48, 48), (2, 19, 128, 256)), "peers": VOLUMES_AND_STREETS, "full": VOLUMES_AND_STREETS}
+TIMED_IMAGES = {
+    "quick": ((1, 4, 48, 48, 48), (2, 19, 128, 256)),
+    "peers": VOLUMES_AND_STREETS,
+    "full": VOLUMES_AND_STREETS,
+}
 
 
 def chances_and_bits(shape, dtype):
@@ -93,13 +98,20 @@ CASES = [
     regions("dice_loss", {}, chances_and_bits),
     regions("dice_loss", SOFTMAX, shapes=IMAGES, bench=TIMED_IMAGES),
     regions("dice_loss", SIGMOID, logits_and_bits, bench=TIMED_MAPS),
-    more("dice_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_foreground}, logits_and_image_with_void),
+    more(
+        "dice_loss",
+        {**SOFTMAX, **VOID, "include_background": False, "weight": of_foreground},
+        logits_and_image_with_void,
+    ),
     more("dice_loss", {**SIGMOID, "batch": True, "squared_pred": True, "jaccard": True}, logits_and_bits),
     more("dice_loss", {**SIGMOID, "soft_label": True, "log_loss": True}, logits_and_soft_maps),
     more("dice_loss", {**SOFTMAX, "average": "micro", "squared_pred": True}, logits_and_soft_maps),
     more("dice_loss", {**SOFTMAX, "empty": "exclude", "smooth_nr": 0, "smooth_dr": 0, "classes": (0, 1)}),
     more("dice_loss", {**SIGMOID, "empty": "zero", "smooth_nr": 0}, logits_and_bits),
-    *(hard("dice_loss", {**SOFTMAX, **VOID}, draw) for draw in (huge_logits_in_an_image, nan_where_ignored, masked_classes, all_void)),
+    *(
+        hard("dice_loss", {**SOFTMAX, **VOID}, draw)
+        for draw in (huge_logits_in_an_image, nan_where_ignored, masked_classes, all_void)
+    ),
     regions("jaccard_loss", SIGMOID, logits_and_bits),
     more("jaccard_loss", {**SOFTMAX, "weight": of_classes, "batch": True}),
     regions("tversky_loss", SIGMOID, logits_and_bits),
@@ -108,14 +120,30 @@ CASES = [
     regions("generalized_dice_loss", SOFTMAX),
     more("generalized_dice_loss", {**SIGMOID, "w_type": "simple", "batch": True}, logits_and_bits),
     regions("dice_ce_loss", SOFTMAX, shapes=IMAGES, bench=TIMED_IMAGES, headline=True),
-    regions("dice_ce_loss", {**SOFTMAX, **VOID, "weight": of_classes, "label_smoothing": 0.1}, logits_and_image_with_void, shapes=IMAGES),
-    more("dice_ce_loss", {**SOFTMAX, **VOID, "include_background": False, "weight": of_classes}, logits_and_image_with_void),
+    regions(
+        "dice_ce_loss",
+        {**SOFTMAX, **VOID, "weight": of_classes, "label_smoothing": 0.1},
+        logits_and_image_with_void,
+        shapes=IMAGES,
+    ),
+    more(
+        "dice_ce_loss",
+        {**SOFTMAX, **VOID, "include_background": False, "weight": of_classes},
+        logits_and_image_with_void,
+    ),
     more("dice_ce_loss", {**SOFTMAX, "weight": of_classes, "squared_pred": True}, logits_and_soft_maps),
     more("dice_ce_loss", {**SIGMOID, **VOID, "weight": of_classes, "lambda_ce": 0.3}, logits_and_image_with_void),
     regions("dice_ce_loss", SIGMOID, logits_and_bits, bench=TIMED_MAPS),
-    *(hard("dice_ce_loss", {**SOFTMAX, **VOID}, draw) for draw in (huge_logits_in_an_image, nan_where_ignored, masked_classes, all_void)),
+    *(
+        hard("dice_ce_loss", {**SOFTMAX, **VOID}, draw)
+        for draw in (huge_logits_in_an_image, nan_where_ignored, masked_classes, all_void)
+    ),
     regions("dice_focal_loss", {**SIGMOID, "alpha": 0.25}, logits_and_bits),
-    regions("dice_focal_loss", {**SOFTMAX, **VOID, "use_softmax": True, "gamma": 1.5, "weight": of_classes}, logits_and_image_with_void),
+    regions(
+        "dice_focal_loss",
+        {**SOFTMAX, **VOID, "use_softmax": True, "gamma": 1.5, "weight": of_classes},
+        logits_and_image_with_void,
+    ),
     more("dice_focal_loss", {**SIGMOID, **VOID, "include_background": False}, logits_and_image_with_void),
     regions("lovasz_loss", {}, shapes=IMAGES),
     more("lovasz_loss", {**VOID, "per_image": True, "classes": "all"}, logits_and_image_with_void),

@@ -8,7 +8,9 @@ from reference.cases.case import Case
 
 
 def numbers_and_targets(shape, dtype, blank=0):
-    """For (T, N, C), or (T, C): numbers, padded targets without blanks, and lengths of both, some of them 0, none too long."""
+    """For (T, N, C), or (T, C): numbers, padded targets without blanks, and lengths of both, some of them 0, none too
+    long.
+    """
     steps, *samples, classes = shape
     targets = torch.randint(max(classes - 1, 1), (*samples, math.isqrt(10 * steps)))
     input_lengths = torch.randint(steps // 2, steps + 1, samples)
@@ -48,7 +50,12 @@ def masked_classes(shape, dtype):
     """-inf: of a label at some steps, of all labels, of blanks, of classes no target has."""
     input, targets, *_ = numbers_and_targets(shape, dtype)
     targets = 1 + targets % 3
-    input[:, :, 4], input[1:3, 0, 1], input[:, 1, 1:], input[::2, 2, 0] = -float("inf"), -float("inf"), -float("inf"), -float("inf")
+    input[:, :, 4], input[1:3, 0, 1], input[:, 1, 1:], input[::2, 2, 0] = (
+        -float("inf"),
+        -float("inf"),
+        -float("inf"),
+        -float("inf"),
+    )
     return input, targets, torch.full(shape[1:2], shape[0]), torch.tensor([2, 1, 3])
 
 
@@ -113,7 +120,15 @@ CASES = [
     hard_sequence("ctc_loss", some_nan),
     *(
         hard_sequence("ctc_loss_with_logits", draw)
-        for draw in (repeated_labels, few_alignments, masked_classes, offset_steps, huge_steps, confident_blanks, some_nan)
+        for draw in (
+            repeated_labels,
+            few_alignments,
+            masked_classes,
+            offset_steps,
+            huge_steps,
+            confident_blanks,
+            some_nan,
+        )
     ),
     hard_sequence("ctc_loss_with_logits", few_alignments, {"zero_infinity": True}),
 ]

@@ -16,7 +16,9 @@ def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=
     return reduced(-(target * log_p).sum(dim), reduction)
 
 
-def sparse_categorical_cross_entropy(input, target, from_logits=False, ignore_index=None, reduction="mean", *, dim=None):
+def sparse_categorical_cross_entropy(
+    input, target, from_logits=False, ignore_index=None, reduction="mean", *, dim=None
+):
     dim = min(input.dim() - 1, 1) if dim is None else dim
     kept = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     label = torch.where(kept, target, 0).long().unsqueeze(dim)

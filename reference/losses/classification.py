@@ -7,9 +7,20 @@ from reference.losses.shared import power, reduced, shaped
 
 
 def cross_entropy(
-    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0,
-    *, z_loss=0.0, softcap=0.0, temperature=1.0, out_dtype=None,
-):  # fmt: skip
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+    *,
+    z_loss=0.0,
+    softcap=0.0,
+    temperature=1.0,
+    out_dtype=None,
+):
     input = shaped(input, softcap, temperature)
     losses = torch_cross_entropy(input, target, weight, None, ignore_index, None, "none", label_smoothing)
     dim = min(input.dim() - 1, 1)

@@ -18,11 +18,21 @@ def relative_entropy(log_p, log_q):
 
 
 def distillation_loss(
-    student_logits, teacher_logits, temperature=1.0, direction="forward", beta=0.5, reduction="mean",
-    *, labels=None, ignore_index=-100, temperature_squared=False, out_dtype=None,
-):  # fmt: skip
+    student_logits,
+    teacher_logits,
+    temperature=1.0,
+    direction="forward",
+    beta=0.5,
+    reduction="mean",
+    *,
+    labels=None,
+    ignore_index=-100,
+    temperature_squared=False,
+    out_dtype=None,
+):
     kept = torch.ones_like(student_logits[..., 0], dtype=torch.bool) if labels is None else labels != ignore_index
-    logits = (x.where(kept[..., None], 0) / temperature for x in (teacher_logits, student_logits))  # ignored rows: 0, whatever is there
+    # ignored rows: 0, whatever is there
+    logits = (x.where(kept[..., None], 0) / temperature for x in (teacher_logits, student_logits))
     log_p, log_q = (x.log_softmax(-1) for x in logits)
     if direction == "forward":
         losses = relative_entropy(log_p, log_q)

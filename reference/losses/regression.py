@@ -8,7 +8,9 @@ from reference.losses.shared import reduced
 
 def log_cosh_loss(input, target, reduction="mean"):
     d = (input - target).abs()
-    return reduced(d + softplus(-2 * d, threshold=50) - torch.tensor(2.0, dtype=torch.float64).log().to(d.dtype), reduction)
+    return reduced(
+        d + softplus(-2 * d, threshold=50) - torch.tensor(2.0, dtype=torch.float64).log().to(d.dtype), reduction
+    )
 
 
 def quantile_loss(input, target, quantile=0.5, reduction="mean"):

@@ -65,10 +65,30 @@ def reduced(score, wanted, dims, batch, weight, log_loss, empty, reduction, gamm
 
 
 def dice_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, squared_pred=False,
-    jaccard=False, reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, weight=None, soft_label=False, ignore_index=None,
-    *, log_loss=False, classes=None, average="macro", empty="smooth", process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    squared_pred=False,
+    jaccard=False,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    weight=None,
+    soft_label=False,
+    ignore_index=None,
+    *,
+    log_loss=False,
+    classes=None,
+    average="macro",
+    empty="smooth",
+    process_group=None,
+    return_stats=False,
+):
     of_images = sums_of(*image(input, target, sigmoid, softmax, other_act, ignore_index), squared_pred, soft_label)
     sums, share = chosen(of_images, include_background, batch, classes, average), 1.0 if jaccard else 0.5
     score = score_of(sums, share, share, smooth_nr / 2, smooth_dr / 2)
@@ -77,10 +97,28 @@ def dice_loss(
 
 
 def jaccard_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, reduction="mean",
-    smooth_nr=1e-5, smooth_dr=1e-5, batch=False, weight=None, soft_label=False, ignore_index=None,
-    *, log_loss=False, classes=None, average="macro", empty="smooth", process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    weight=None,
+    soft_label=False,
+    ignore_index=None,
+    *,
+    log_loss=False,
+    classes=None,
+    average="macro",
+    empty="smooth",
+    process_group=None,
+    return_stats=False,
+):
     of_images = sums_of(*image(input, target, sigmoid, softmax, other_act, ignore_index), False, soft_label)
     sums = chosen(of_images, include_background, batch, classes, average)
     score = score_of(sums, 1, 1, smooth_nr, smooth_dr)
@@ -89,10 +127,31 @@ def jaccard_loss(
 
 
 def focal_tversky_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, alpha=0.3, beta=0.7,
-    gamma=0.75, reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, soft_label=False, ignore_index=None,
-    *, weight=None, log_loss=False, classes=None, average="macro", empty="smooth", process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    alpha=0.3,
+    beta=0.7,
+    gamma=0.75,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    soft_label=False,
+    ignore_index=None,
+    *,
+    weight=None,
+    log_loss=False,
+    classes=None,
+    average="macro",
+    empty="smooth",
+    process_group=None,
+    return_stats=False,
+):
     of_images = sums_of(*image(input, target, sigmoid, softmax, other_act, ignore_index), False, soft_label)
     sums = chosen(of_images, include_background, batch, classes, average)
     score = score_of(sums, alpha, beta, smooth_nr, smooth_dr)
@@ -101,21 +160,77 @@ def focal_tversky_loss(
 
 
 def tversky_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, alpha=0.5, beta=0.5,
-    reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, soft_label=False, ignore_index=None,
-    *, weight=None, log_loss=False, classes=None, average="macro", empty="smooth", process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    alpha=0.5,
+    beta=0.5,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    soft_label=False,
+    ignore_index=None,
+    *,
+    weight=None,
+    log_loss=False,
+    classes=None,
+    average="macro",
+    empty="smooth",
+    process_group=None,
+    return_stats=False,
+):
     return focal_tversky_loss(
-        input, target, include_background, to_onehot_y, sigmoid, softmax, other_act, alpha, beta, 1, reduction, smooth_nr, smooth_dr, batch,
-        soft_label, ignore_index, weight=weight, log_loss=log_loss, classes=classes, average=average, empty=empty, return_stats=return_stats,
-    )  # fmt: skip
+        input,
+        target,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        alpha,
+        beta,
+        1,
+        reduction,
+        smooth_nr,
+        smooth_dr,
+        batch,
+        soft_label,
+        ignore_index,
+        weight=weight,
+        log_loss=log_loss,
+        classes=classes,
+        average=average,
+        empty=empty,
+        return_stats=return_stats,
+    )
 
 
 def generalized_dice_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, w_type="square",
-    reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, soft_label=False, ignore_index=None,
-    *, log_loss=False, classes=None, process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    w_type="square",
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    soft_label=False,
+    ignore_index=None,
+    *,
+    log_loss=False,
+    classes=None,
+    process_group=None,
+    return_stats=False,
+):
     of_images = sums_of(*image(input, target, sigmoid, softmax, other_act, ignore_index), False, soft_label)
     overlap, predicted, wanted = chosen(of_images, include_background, batch, classes)
     w = {"square": 1 / wanted**2, "simple": 1 / wanted, "uniform": torch.ones_like(wanted)}[w_type]
@@ -124,7 +239,9 @@ def generalized_dice_loss(
     if w.numel():
         w = torch.where(infinite, w.max(1, keepdim=True)[0], w)
     bottom = ((predicted + wanted) * w).sum(1) + smooth_dr
-    score = torch.where(bottom == 0, 1, (2 * (overlap * w).sum(1) + smooth_nr) / bottom.masked_fill(bottom == 0, 1))[:, None]
+    score = torch.where(bottom == 0, 1, (2 * (overlap * w).sum(1) + smooth_nr) / bottom.masked_fill(bottom == 0, 1))[
+        :, None
+    ]
     loss = reduced(score, score, input.dim(), batch, None, log_loss, "smooth", reduction)
     return (loss, of_images) if return_stats else loss
 
@@ -158,41 +275,115 @@ def by_rows(x, t, kept, weight, smoothing, of_labels, of_log_p):
 
 
 def dice_ce_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, squared_pred=False,
-    jaccard=False, reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, weight=None, lambda_dice=1.0, lambda_ce=1.0,
-    label_smoothing=0.0, *, ignore_index=None, process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    squared_pred=False,
+    jaccard=False,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    weight=None,
+    lambda_dice=1.0,
+    lambda_ce=1.0,
+    label_smoothing=0.0,
+    *,
+    ignore_index=None,
+    process_group=None,
+    return_stats=False,
+):
     of_dice = weight[1:] if isinstance(weight, torch.Tensor) and not include_background else weight
     dice, stats = dice_loss(
-        input, target, include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr, smooth_dr,
-        batch, of_dice, ignore_index=ignore_index, return_stats=True,
-    )  # fmt: skip
+        input,
+        target,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        squared_pred,
+        jaccard,
+        reduction,
+        smooth_nr,
+        smooth_dr,
+        batch,
+        of_dice,
+        ignore_index=ignore_index,
+        return_stats=True,
+    )
     x, _, t, kept = image(input, target, sigmoid, softmax, other_act, ignore_index)
     if sigmoid or input.shape[1] == 1:
         positive = None if weight is None else each_class(weight, input)[:, None]
         losses = binary_cross_entropy_with_logits(x, t, pos_weight=positive, reduction="none")
         losses, weights = losses.masked_fill(~kept, 0), kept.to(t.dtype)
     else:
-        losses, weights = by_rows(x, t, kept, each_class(weight, input), label_smoothing, target.shape != input.shape, lambda log_p: -log_p)
+        losses, weights = by_rows(
+            x, t, kept, each_class(weight, input), label_smoothing, target.shape != input.shape, lambda log_p: -log_p
+        )
     loss = joined(dice, losses, weights, (lambda_dice, lambda_ce), reduction)
     return (loss, stats) if return_stats else loss
 
 
 def dice_focal_loss(
-    input, target, include_background=True, to_onehot_y=False, sigmoid=False, softmax=False, other_act=None, squared_pred=False,
-    jaccard=False, reduction="mean", smooth_nr=1e-5, smooth_dr=1e-5, batch=False, gamma=2.0, weight=None, lambda_dice=1.0,
-    lambda_focal=1.0, alpha=None, *, use_softmax=False, ignore_index=None, process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    include_background=True,
+    to_onehot_y=False,
+    sigmoid=False,
+    softmax=False,
+    other_act=None,
+    squared_pred=False,
+    jaccard=False,
+    reduction="mean",
+    smooth_nr=1e-5,
+    smooth_dr=1e-5,
+    batch=False,
+    gamma=2.0,
+    weight=None,
+    lambda_dice=1.0,
+    lambda_focal=1.0,
+    alpha=None,
+    *,
+    use_softmax=False,
+    ignore_index=None,
+    process_group=None,
+    return_stats=False,
+):
     dice, stats = dice_loss(
-        input, target, include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr, smooth_dr,
-        batch, weight, ignore_index=ignore_index, return_stats=True,
-    )  # fmt: skip
+        input,
+        target,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        squared_pred,
+        jaccard,
+        reduction,
+        smooth_nr,
+        smooth_dr,
+        batch,
+        weight,
+        ignore_index=ignore_index,
+        return_stats=True,
+    )
     x, _, t, kept = image(input, target, sigmoid, softmax, other_act, ignore_index)
     background = include_background or input.shape[1] == 1
     factors, space = each_class(weight, input, background), kept.to(t.dtype).sum(2).mean(1)
     if use_softmax:
         losses, weights = by_rows(
-            x, t, kept, factors, 0.0, target.shape != input.shape, lambda log_p: -power(-torch.expm1(log_p), gamma) * log_p
+            x,
+            t,
+            kept,
+            factors,
+            0.0,
+            target.shape != input.shape,
+            lambda log_p: -power(-torch.expm1(log_p), gamma) * log_p,
         )
     else:
         losses = (1 - t) * power(x.sigmoid(), gamma) * -logsigmoid(-x) * (1 if alpha is None else 1 - alpha)
@@ -203,13 +394,33 @@ def dice_focal_loss(
 
 
 def combo_loss(
-    input, target, dice_weight=0.5, bce_weight=0.5, reduction="mean", smooth=1e-6,
-    *, batch=False, weight=None, ignore_index=None, process_group=None, return_stats=False,
-):  # fmt: skip
+    input,
+    target,
+    dice_weight=0.5,
+    bce_weight=0.5,
+    reduction="mean",
+    smooth=1e-6,
+    *,
+    batch=False,
+    weight=None,
+    ignore_index=None,
+    process_group=None,
+    return_stats=False,
+):
     return dice_ce_loss(
-        input, target, sigmoid=True, reduction=reduction, smooth_nr=smooth, smooth_dr=smooth, batch=batch, weight=weight,
-        lambda_dice=dice_weight, lambda_ce=bce_weight, ignore_index=ignore_index, return_stats=return_stats,
-    )  # fmt: skip
+        input,
+        target,
+        sigmoid=True,
+        reduction=reduction,
+        smooth_nr=smooth,
+        smooth_dr=smooth,
+        batch=batch,
+        weight=weight,
+        lambda_dice=dice_weight,
+        lambda_ce=bce_weight,
+        ignore_index=ignore_index,
+        return_stats=return_stats,
+    )
 
 
 def lovasz_gradient(wanted):
@@ -224,7 +435,9 @@ def lovasz_of(errors, wanted):
     return errors[order].clamp(min=0) @ lovasz_gradient(wanted[order])
 
 
-def lovasz_loss(input, target, mode="softmax", per_image=False, ignore_index=None, reduction="mean", *, classes="present"):
+def lovasz_loss(
+    input, target, mode="softmax", per_image=False, ignore_index=None, reduction="mean", *, classes="present"
+):
     images = zip(input.split(1), target.split(1)) if per_image else [(input, target)]
     losses = []
     for x, y in images if len(input) else []:

@@ -16,10 +16,12 @@ def padded(targets, target_lengths, blank):
 
 
 def alignments(log_probs, labels, input_lengths, target_lengths, blank):
-    """-log Σ over all alignments of their probability (N,), inf where there is none; of log_probs (T, N, C) and labels (N, S).
+    """-log Σ over all alignments of their probability (N,), inf where there is none; of log_probs (T, N, C) and labels
+    (N, S).
 
-    The states of sample n are blank, label, blank, label, ... blank, 2 L_n + 1 of them; log α_t(s), the log-probability of all
-    ways to be in state s after step t, follows from that of s, s - 1 and, past a blank between two different labels, s - 2.
+    The states of sample n are blank, label, blank, label, ... blank, 2 L_n + 1 of them; log α_t(s), the log-probability
+    of all ways to be in state s after step t, follows from that of s, s - 1 and, past a blank between two different
+    labels, s - 2.
     """
     steps, samples, _ = log_probs.shape
     states = torch.full((samples, 2 * labels.shape[1] + 1), blank, dtype=torch.int64, device=labels.device)
@@ -28,7 +30,8 @@ def alignments(log_probs, labels, input_lengths, target_lengths, blank):
     may_skip = torch.zeros_like(states, dtype=torch.bool)
     may_skip[:, 3::2] = labels[:, 1:] != labels[:, :-1]
     where = torch.arange(states.shape[1], device=labels.device)
-    alpha = torch.where(where == 0, 0.0, -float("inf")).to(log_probs.dtype).expand(states.shape)  # before the first step
+    # before the first step
+    alpha = torch.where(where == 0, 0.0, -float("inf")).to(log_probs.dtype).expand(states.shape)
     total = torch.zeros_like(log_probs[:1, :, :1].sum(0))
     for t in range(steps):
         moved = torch.cat([nothing, alpha], 1)
@@ -37,7 +40,8 @@ def alignments(log_probs, labels, input_lengths, target_lengths, blank):
         likelihood = (ways - highest).exp().sum(0)
         sums = torch.where(likelihood == 0, -float("inf"), highest + likelihood.clamp(min=1e-37).log())
         reached = sums + log_probs[t].gather(1, states)
-        highest = reached.amax(1, keepdim=True).detach().clamp(min=-1e30)  # taken out, so that what is left keeps its digits
+        # taken out, so that what is left keeps its digits
+        highest = reached.amax(1, keepdim=True).detach().clamp(min=-1e30)
         active = (t < input_lengths)[:, None]
         alpha, total = torch.where(active, reached - highest, alpha), torch.where(active, total + highest, total)
     last = (where == 2 * target_lengths[:, None]) | (where == 2 * target_lengths[:, None] - 1)
@@ -45,7 +49,9 @@ def alignments(log_probs, labels, input_lengths, target_lengths, blank):
 
 
 class CTC(torch.autograd.Function):
-    """(N,) losses, whose gradient is p - posterior, or -posterior where it is to be exact; nan of a loss that is no number."""
+    """(N,) losses, whose gradient is p - posterior, or -posterior where it is to be exact; nan of a loss that is no
+    number.
+    """
 
     @staticmethod
     def forward(ctx, log_probs, labels, input_lengths, target_lengths, blank, zero_infinity, exact_gradient):
@@ -68,19 +74,33 @@ class CTC(torch.autograd.Function):
 
 
 def ctc_loss(
-    log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False, *, exact_gradient=False
-):  # fmt: skip
+    log_probs,
+    targets,
+    input_lengths,
+    target_lengths,
+    blank=0,
+    reduction="mean",
+    zero_infinity=False,
+    *,
+    exact_gradient=False,
+):
     lengths = (torch.as_tensor(v, device=log_probs.device) for v in (input_lengths, target_lengths))
     input_lengths, target_lengths = (v.long().reshape(-1) for v in lengths)
     batch = log_probs if log_probs.dim() == 3 else log_probs[:, None]
     labels = padded(targets, target_lengths, blank)
-    losses = CTC.apply(batch.to(wider(batch)), labels, input_lengths, target_lengths, blank, zero_infinity, exact_gradient)
+    losses = CTC.apply(
+        batch.to(wider(batch)), labels, input_lengths, target_lengths, blank, zero_infinity, exact_gradient
+    )
     if reduction == "mean":
         losses = losses / target_lengths.clamp(min=1)
     return reduced(losses if log_probs.dim() == 3 else losses[0], reduction).to(log_probs.dtype)
 
 
-def ctc_loss_with_logits(logits, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False):
+def ctc_loss_with_logits(
+    logits, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
+):
     log_probs = logits.to(wider(logits)).log_softmax(-1)
-    loss = ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity, exact_gradient=True)
+    loss = ctc_loss(
+        log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity, exact_gradient=True
+    )
     return loss.to(logits.dtype)

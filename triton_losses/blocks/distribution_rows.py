@@ -1,7 +1,7 @@
 """Losses of two rows in blocks of rows that stay in a CPU's cache.
 
-Nothing is saved. But a plain call's forward has all at hand that its gradients are made of: it makes them, for an upstream
-gradient of 1, and leaves them to the backward, which multiplies them.
+Nothing is saved. But a plain call's forward has all at hand that its gradients are made of: it makes them, for an
+upstream gradient of 1, and leaves them to the backward, which multiplies them.
 """
 
 import functools
@@ -46,7 +46,7 @@ def backward(tensors, saved, upstream, problem, wanted, scratch=None):
 
 
 def scratch(tensors, problem):
-    """Room for the gradients that are wanted, and what `counted` returns; None where a gradient would be rounded twice."""
+    """Memory for the wanted gradients, and what `counted` returns; None where a gradient would be rounded twice."""
     p, q = pair = tensors[:2]
     if p.dtype != q.dtype or p.dtype != widest(pair):
         return None
@@ -75,7 +75,9 @@ def reduced(losses, problem, count):
 
 
 def small(tensors, problem):
-    """(loss,) of a few rows that all count, where p is given and takes no gradient: then autograd can follow the formula itself."""
+    """(loss,) of a few rows that all count, where p is given and takes no gradient: then autograd can follow the
+    formula itself.
+    """
     p, q, weight, labels = tensors
     if not problem.given or labels is not None or p.requires_grad:
         return None
@@ -98,8 +100,8 @@ def walk(tensors, problem, task):
 def sweep(tensors, problem, dropped, forward, grads, factor=None):
     """Read every block once: for its rows' losses, for their gradients, which may lie where the rows do, or for both.
 
-    dropped: which rows count for nothing, None: none. factor: of the gradients, () or (rows, 1); None: the backward will
-    multiply them. Returns the losses without the problem's own factor, where there is a forward.
+    dropped: which rows count for nothing, None: none. factor: of the gradients, () or (rows, 1); None: the backward
+    will multiply them. Returns the losses without the problem's own factor, where there is a forward.
     """
     p, q, weight, _ = tensors
     wide = widest((p, q))
@@ -167,8 +169,8 @@ def visit(block, problem, weight, wanted):
             slope = slope if lse is None else slope - 2 * problem.z_loss * lse
             g_q = torch.addcmul(d_q, chances, slope, value=-1, out=same_type(grad_q, wide))
     if f is not None and one_read:
-        # log Σ exp is rounded, so that p sums to 1 + ε and q to 1 + δ. By the rule of one read the loss is, to first order,
-        # (Σ f + δ - ε) / (1 + ε). The loss of two rows that are nearly equal is no larger than δ - ε
+        # log Σ exp is rounded, so that p sums to 1 + ε and q to 1 + δ. By the rule of one read the loss is, to first
+        # order, (Σ f + δ - ε) / (1 + ε). The loss of two rows that are nearly equal is no larger than δ - ε
         losses = f.add_(g_q).sum(1)
         losses = losses if b.shape[1] <= SHORT else losses / d_q.sum(1).neg_()
     else:

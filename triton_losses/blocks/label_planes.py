@@ -1,8 +1,8 @@
 """Images and their labels in blocks of pixels that stay in a CPU's cache: logits (images, classes, pixels).
 
-The backward computes the softmax of a pixel anew, from the values it has read anyhow, so nothing is saved: at two classes a saved
-maximum and logarithm would be as large as the logits. Or the forward leaves log softmax where the gradient is to lie, and the
-backward makes it of that, in place.
+The backward computes the softmax of a pixel anew, from the values it has read anyhow, so nothing is saved: at two
+classes a saved maximum and logarithm would be as large as the logits. Or the forward leaves log softmax where the
+gradient is to lie, and the backward makes it of that, in place.
 """
 
 import torch
@@ -17,7 +17,11 @@ from triton_losses.core.threads import elements, share
 def scratch(tensors, problem):
     """log softmax over the classes, in what is to become the gradient; None where that does not serve."""
     logits = tensors[0]
-    if not any(slots_of(FORMULAS[problem.formula])[1:4]) or logits.dtype != compute_dtype(logits.dtype) or not logits.is_contiguous():
+    if (
+        not any(slots_of(FORMULAS[problem.formula])[1:4])
+        or logits.dtype != compute_dtype(logits.dtype)
+        or not logits.is_contiguous()
+    ):
         return None
     return transform(logits, problem.softcap, problem.scale).log_softmax(1)
 
@@ -51,7 +55,8 @@ def backward(tensors, saved, upstream, problem, log_rows=None):
 def plane_blocks(logits):
     """(images, pixels) of each block: whole images while they are small, else a run of one image's pixels."""
     images, classes, pixels = logits.shape
-    most = 4 * elements(compute_dtype(logits.dtype)) // (classes + 2)  # pixels, which have operations of their own: fewer, larger blocks
+    # pixels, which have operations of their own: fewer, larger blocks
+    most = 4 * elements(compute_dtype(logits.dtype)) // (classes + 2)
     if pixels <= most:
         step = most // max(pixels, 1)
         return [(slice(i, i + step), slice(None)) for i in range(0, images if classes * pixels else 0, step)]
@@ -72,13 +77,16 @@ def statistics_of(x, log_softmax, at, class_weights, taken):
         x.gather(1, at)[:, 0] if "picked" in taken else None,
         log_softmax.gather(1, at)[:, 0] if "log_p" in taken else None,
         mean_over_classes(log_softmax, class_weights) if "mean_log_p" in taken else None,
-        x.amax(1) - log_softmax.amax(1) if "lse" in taken else None,  # the largest of log_softmax is -log Σ exp(x - max)
+        # the largest of log_softmax is -log Σ exp(x - max)
+        x.amax(1) - log_softmax.amax(1) if "lse" in taken else None,
         None,
     )
 
 
 def forward_blocks(tensors, problem, out, log_rows=None):
-    """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights. log_rows: log softmax, if known."""
+    """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights. log_rows: log softmax,
+    if known.
+    """
     logits, labels, class_weights = tensors
     formula, scalars, ignore_index, softcap, scale, *_ = problem
     formula = FORMULAS[formula]
@@ -132,7 +140,9 @@ def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False):
         log_softmax = out if of_log_rows else x.log_softmax(1) if needs & OF_LOG_SOFTMAX else None
         statistics = statistics_of(x, log_softmax, at, class_weights, needs)
         g = x.softmax(1) if log_softmax is None else torch.exp(log_softmax, out=out if direct else None)
-        found = formula.partials(wanted)(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
+        found = formula.partials(wanted)(
+            *arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars
+        )
         factor = upstream[images, pixels] if upstream.dim() else upstream
         factor = factor if scale == 1 else factor * scale
         partials = [found[slot - 1] * factor if slot else 0.0 for slot in slots[:4]]

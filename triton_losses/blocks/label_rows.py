@@ -78,7 +78,9 @@ def room_for_gradient(logits):
 
 
 def scratch(tensors, problem):
-    """Where the forward may leave its exponentials, because the gradient is to lie there; None where that does not serve."""
+    """Where the forward may leave its exponentials, because the gradient is to lie there; None where that does not
+    serve.
+    """
     logits = tensors[0]
     if logits.dim() == 3:
         return label_planes.scratch(tensors, problem)
@@ -106,7 +108,11 @@ def statistics_backward(tensors, saved, upstream, problem, wanted):
     grad = room_for_gradient(readable(logits))
     if not shapes_only():
         ones = torch.ones_like(upstream[0])
-        walk((*tensors, None), problem._replace(formula="along"), Pass(saved[0], grad=grad, upstream=ones, operands=upstream))
+        walk(
+            (*tensors, None),
+            problem._replace(formula="along"),
+            Pass(saved[0], grad=grad, upstream=ones, operands=upstream),
+        )
     return [grad]
 
 
@@ -114,7 +120,8 @@ def walk(tensors, problem, task, exponentials=None):
     """One Pass; the formula takes more than `picked`.
 
     Blocks hold what is of the size of the logits; what is of the size of the rows, the formula itself, is done once.
-    exponentials: to be filled with exp(x - max x) by the forward; in the backward they are where the gradient is to lie.
+    exponentials: to be filled with exp(x - max x) by the forward; in the backward they are where the gradient is to
+    lie.
     """
     logits, labels, class_weights = tensors
     saved, forward, entropy, likeliest, grad, upstream, operands, room = task
@@ -129,12 +136,17 @@ def walk(tensors, problem, task, exponentials=None):
         mean_weight = 1.0 if class_weights is None else class_weights.mean()
     parts = row_blocks(rows, cols, wide)
     transformed = softcap or scale != 1
-    direct = grad is not None and grad.dtype == wide and not softcap  # then blocks can be computed where they are to lie
+    # then blocks can be computed where they are to lie
+    direct = grad is not None and grad.dtype == wide and not softcap
     highest, log_total, mean_log_p, entropies = saved
     entropy = entropy or slots[4] > 0
     buffers = {}  # a thread's own, for a row may be larger than what the allocator keeps
     in_room = (
-        room is not None and forward and grad is not None and direct and not (transformed or slots[2] or entropy or likeliest is not None)
+        room is not None
+        and forward
+        and grad is not None
+        and direct
+        and not (transformed or slots[2] or entropy or likeliest is not None)
     )
 
     def part(i):
@@ -232,8 +244,9 @@ def walk(tensors, problem, task, exponentials=None):
 
 
 def make_probabilities(room, cols, highest, log_total):
-    """Logits become probabilities in place, by torch's softmax: a third of the time of its parts, for an exponential that is
-    off by a few roundings, no more than logits which are a matrix product. It wants its rows contiguous, so padding joins in."""
+    """Logits become probabilities in place, by torch's softmax: a third of the time of its parts, for an exponential
+    that is off by a few roundings, no more than logits which are a matrix product. It wants its rows contiguous, so
+    padding joins in."""
     room[:, cols:] = -torch.inf
     torch.amax(room, 1, out=highest)
     torch.softmax(room, 1, out=room)

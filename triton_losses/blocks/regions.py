@@ -20,7 +20,8 @@ from triton_losses.core.threads import elements, share
 
 CERTAIN = 1e-30  # a smaller probability of a pixel's own class has lost digits, or all of itself; its logarithm has not
 FEW = 1 << 16  # elements of the smallest block
-ALONE = 64 << 20  # bytes of logits that the calling thread reads without help: beyond, another process on a core costs too much
+# bytes of logits that the calling thread reads without help: beyond, another process on a core costs too much
+ALONE = 64 << 20
 SHARE = 10.5  # of the logits that a block's buffers may be together beyond that: less than a tenth of the gradient
 
 
@@ -88,7 +89,7 @@ def sums_backward(tensors, saved, upstream, problem, wanted, probabilities=None)
 
 
 def scratch(tensors, problem):
-    """Where the forward may leave the probabilities, because the gradient is to lie there; None where they do not fit."""
+    """Where the forward may leave the probabilities, as the gradient will lie there; None where they do not fit."""
     return torch.empty_like(tensors[0]) if may_hold_probabilities(tensors[0], problem) else None
 
 
@@ -99,8 +100,8 @@ def may_hold_probabilities(grad, problem):
 class Blocks:
     """Runs of pixels of an image, or several small images at a time: (images, classes, pixels) each.
 
-    The probabilities of all pixels lie where their gradient is to lie: a forward that is to be differentiated computes them once,
-    and the backward turns them into the gradient in place.
+    The probabilities of all pixels lie where their gradient is to lie: a forward that is to be differentiated computes
+    them once, and the backward turns them into the gradient in place.
     """
 
     def __init__(self, tensors, problem):
@@ -117,7 +118,11 @@ class Blocks:
         self.ones = torch.ones(classes, dtype=self.dtype)
 
         buffers = (
-            1 + self.labels * 3 / classes + (self.formula is not None) * (1 if self.by_label else 2) + self.squared + 3 * problem.smaller
+            1
+            + self.labels * 3 / classes
+            + (self.formula is not None) * (1 if self.by_label else 2)
+            + self.squared
+            + 3 * problem.smaller
         )
         most = max(64, min(2 * elements(self.dtype), max(FEW, int(self.logits.numel() / buffers / SHARE))) // classes)
         self.runs_of_image = -(-pixels // most)
@@ -125,7 +130,11 @@ class Blocks:
         self.images = most // pixels if self.runs_of_image == 1 else 1
         self.count = -(-images // self.images) * self.runs_of_image
         self.alone = ALONE // (self.images * self.pixels * classes * self.dtype.itemsize)
-        self.logits_of, self.targets_of, self.probabilities_of = self.blocks(self.logits), self.blocks(self.targets), None
+        self.logits_of, self.targets_of, self.probabilities_of = (
+            self.blocks(self.logits),
+            self.blocks(self.targets),
+            None,
+        )
         self.sigmoid_is_due = False
 
     def blocks(self, tensor):
@@ -149,14 +158,19 @@ class Blocks:
             kept = None if kept.all() else kept
         raw = raw.to(self.dtype) if kept is None else raw.to(self.dtype).masked_fill(~kept, -1 if self.labels else 0)
         # a comparison that writes floats is ten times as fast as one that writes truth values
-        t = torch.eq(raw, self.index, out=torch.empty_like(x, memory_format=torch.contiguous_format)) if self.labels else raw
+        t = (
+            torch.eq(raw, self.index, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+            if self.labels
+            else raw
+        )
         if self.sigmoid_is_due:
             p = torch.sigmoid(x, out=self.probabilities_of[i])
         else:
             p = activate(x, self.activation) if self.probabilities_of is None else self.probabilities_of[i]
         if kept is not None:
             finite = x.sum().isfinite()
-            p = p * kept if self.activation == "none" else p.mul_(kept)  # ten times as fast as masked_fill, but nan stays nan
+            # ten times as fast as masked_fill, but nan stays nan
+            p = p * kept if self.activation == "none" else p.mul_(kept)
             if not finite:
                 x, p = x.masked_fill(~kept, 0), p.masked_fill_(~kept, 0)
         return x, p, t, kept
@@ -195,7 +209,9 @@ class Blocks:
     def losses_of_elements(self, x, t, kept):
         if self.activation == "softmax":
             weights = (1.0 if self.weights is None else self.weights) + 0 * t
-            losses = zero_where_no_share(share_of(t, self.problem.smoothing), self.formula.value(x.log_softmax(1), weights, *self.scalars))
+            losses = zero_where_no_share(
+                share_of(t, self.problem.smoothing), self.formula.value(x.log_softmax(1), weights, *self.scalars)
+            )
         else:
             losses = self.formula.value(x, t, *self.weight_operand, *self.scalars)
             losses = losses if self.weights is None or self.weight_operand else losses * self.weights
@@ -245,7 +261,9 @@ class Blocks:
             step = torch.where(p < t, 1.0, torch.where(p > t, 0.0, 0.5)).to(p.dtype) if self.problem.smaller else t
             dx = self.times(step, d_overlaps[images]) if self.formula is None else step * d_overlaps[images]
             dx = dx.addcmul_(p, d_predictions[images], value=2) if self.squared else dx.add_(d_predictions[images])
-            dx = self.through_activation(i, dx, x, p, t, kept, d_losses_of[images], out if out.dtype == dx.dtype else dx)
+            dx = self.through_activation(
+                i, dx, x, p, t, kept, d_losses_of[images], out if out.dtype == dx.dtype else dx
+            )
             if kept is not None and not self.by_label:  # there p and t make it 0
                 dx.masked_fill_(~kept, 0)
             if dx is not out:

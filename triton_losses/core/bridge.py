@@ -1,22 +1,24 @@
-"""The bridge from a family to PyTorch: its ops, and its autograd Function. Derivatives and transforms are decided here, once.
+"""The bridge from a family to PyTorch: its ops, and its autograd Function. Derivatives and transforms are decided here,
+once.
 
 A family is read in up to three ways. A *reading* is a module with two functions:
 
     forward(tensors, problem)                            -> outputs, saved: two lists of tensors
     backward(tensors, saved, upstream, problem, wanted)  -> the gradients of the wanted tensors, a list
 
-tensors are the family's, None where one is not given; problem is its options, a NamedTuple; upstream are the gradients of the
-outputs; saved is what a reading leaves for its own backward, and nobody else looks at it.
+tensors are the family's, None where one is not given; problem is its options, a NamedTuple; upstream are the gradients
+of the outputs; saved is what a reading leaves for its own backward, and nobody else looks at it.
 
     kernels   Triton, on a GPU
     blocks    PyTorch on slices that stay in a CPU's cache
-    whole     PyTorch on whole tensors, which autograd and torch.func follow. It saves nothing, so it returns the outputs alone,
-              and its backward takes no ``saved``; without a backward of its own autograd differentiates its forward
+    whole     PyTorch on whole tensors, which autograd and torch.func follow. It saves nothing, so it returns the
+              outputs alone, and its backward takes no ``saved``; without a backward of its own autograd differentiates
+              its forward
 
-The blocks may have ``scratch(tensors, problem)``: memory in which the forward leaves what the backward will change, or None. Both
-then take it as a last argument. A second backward has none, or what ``scratch_again`` makes. It is for plain calls: an op may not
-change what it has handed out. And they may have ``small(tensors, problem)``: the outputs, in a tuple, of so few numbers that a
-call is all overhead, by operations that autograd differentiates by itself; or None.
+The blocks may have ``scratch(tensors, problem)``: memory in which the forward leaves what the backward will change, or
+None. Both then take it as a last argument. A second backward has none, or what ``scratch_again`` makes. It is for plain
+calls: an op may not change what it has handed out. And they may have ``small(tensors, problem)``: the outputs, in a
+tuple, of so few numbers that a call is all overhead, by operations that autograd differentiates by itself; or None.
 """
 
 import typing
@@ -196,7 +198,9 @@ def places_of(found, wanted):
 
 
 class ByDevice1(torch.autograd.Function):
-    """By kernels, or in blocks. (forward takes ctx: with setup_context, apply would look at signatures, which takes 25 µs.)"""
+    """By kernels, or in blocks. (forward takes ctx: with setup_context, apply would look at signatures, which takes 25
+    µs.)
+    """
 
     @staticmethod
     def forward(ctx, problem, a):
@@ -228,7 +232,9 @@ def whole_forward_of(problem, *tensors):
 
 
 class Whole1(torch.autograd.Function):
-    """By plain torch: for torch.func's transforms, for devices without kernels, and where a compiled graph is to see inside."""
+    """By plain torch: for torch.func's transforms, for devices without kernels, and where a compiled graph is to see
+    inside.
+    """
 
     generate_vmap_rule = True
 
@@ -267,5 +273,6 @@ class Whole4(Whole1):
 
 BY_DEVICE = dict(enumerate((ByDevice1, ByDevice2, ByDevice3, ByDevice4), 1))
 WHOLE = dict(enumerate((Whole1, Whole2, Whole3, Whole4), 1))
-# torch's own apply below the one that looks after torch.func, of which `Bridge.__call__` has made sure that it is not at work
+# torch's own apply below the one that looks after torch.func, of which `Bridge.__call__` has made sure that it is not
+# at work
 APPLY = {count: super(torch.autograd.Function, function).apply for count, function in BY_DEVICE.items()}

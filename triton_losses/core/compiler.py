@@ -26,7 +26,8 @@ else:
 WARP = 64 if torch.version.hip else 32
 
 
-# Kernels serve GPU tensors (ROCm calls itself cuda), and CPU tensors in Triton's interpreter; PyTorch reads the formula for all others.
+# Kernels serve GPU tensors (ROCm calls itself cuda), and CPU tensors in Triton's interpreter; PyTorch reads the formula
+# for all others.
 KERNEL_DEVICES = {"cuda", "xpu", "cpu"} if INTERPRET else set() if triton is None else {"cuda", "xpu"}
 
 

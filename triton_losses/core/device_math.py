@@ -1,8 +1,8 @@
 """Elementary functions for formulas and kernels: fast on a GPU, each with its PyTorch twin.
 
-Errors of the float32 forms against float64, in units of the last place of the result unless it says absolute: exp 2 near
-0 and |x|·2⁻²⁴ relative elsewhere, log1p_exp_minus_abs 3, quotient 2, sigmoid 4, power 2·|γ·log2 b| + 2γ + 3, tanh 4,
-log_cosh 9, expm1 4, log1p 4.
+Errors of the float32 forms against float64, in units of the last place of the result unless it says absolute: exp 2
+near 0 and |x|·2⁻²⁴ relative elsewhere, log1p_exp_minus_abs 3, quotient 2, sigmoid 4, power 2·|γ·log2 b| + 2γ + 3, tanh
+4, log_cosh 9, expm1 4, log1p 4.
 float64 always takes an exact branch (log_cosh and tanh of tiny arguments: absolute 1e-16).
 """
 
@@ -23,7 +23,8 @@ LOG2E_REST = tl.constexpr(1.925963033500012e-08)  # of log2 e, what float32 does
 LN2 = tl.constexpr(0.6931471805599453)
 tiny = 1e-37  # about the smallest positive number that float32 still holds to all its digits
 TINY = tl.constexpr(tiny)
-SERIES = tl.constexpr(0.45)  # below it, polynomials in x² (minimax, relative error 5e-8) in place of differences that would cancel
+# below it, polynomials in x² (minimax, relative error 5e-8) in place of differences that would cancel
+SERIES = tl.constexpr(0.45)
 
 
 def twin(eager):
@@ -55,7 +56,9 @@ def exp_minus_abs(x):
 
 @twin(torch.div)
 def quotient(x, y):
-    """x / y for 1e-37 <= |y| <= 8e37; in float32 one reciprocal and one multiplication, where `/` takes eight instructions."""
+    """x / y for 1e-37 <= |y| <= 8e37; in float32 one reciprocal and one multiplication, where `/` takes eight
+    instructions.
+    """
     if INTERPRETED or x.dtype == tl.float64:
         return x / y
     else:
@@ -73,7 +76,9 @@ def division(x, y):
 
 @twin(torch.exp)
 def exact_exp(x):
-    """exp(x) for x <= 88, off by 3 units of the last place at most: what rounding x · log2 e left over is multiplied in."""
+    """exp(x) for x <= 88, off by 3 units of the last place at most: what rounding x · log2 e left over is multiplied
+    in.
+    """
     if x.dtype == tl.float64:
         return tl.exp(x)
     bounded = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)  # of -inf, inf - inf would be left over
@@ -95,7 +100,9 @@ def log2(x):
 @twin(torch.clamp)
 def clamp(x, low, high):
     """x between low and high; NaN stays NaN."""
-    return tl.minimum(tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+    return tl.minimum(
+        tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL
+    ).to(x.dtype)
 
 
 @twin(torch.sign)
@@ -110,7 +117,9 @@ def relu(x):
 
 @twin(lambda x: -torch.clamp(x, max=0.0))
 def negative_part(x):
-    """max(0, -x), whose derivative at 0 is -1: relu's is 0 there, so that x = relu(x) - negative_part(x) has the right one."""
+    """max(0, -x), whose derivative at 0 is -1: relu's is 0 there, so that x = relu(x) - negative_part(x) has the right
+    one.
+    """
     return tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
@@ -146,7 +155,8 @@ def less_product(a, x, y):
 
 
 def log1p_exp_minus_abs_eager(x):
-    magnitude = torch.nn.functional.leaky_relu(x, -1.0)  # whose derivative at 0 is -1, as relu's is 0: together they are softplus's
+    # whose derivative at 0 is -1, as relu's is 0: together they are softplus's
+    magnitude = torch.nn.functional.leaky_relu(x, -1.0)
     return torch.nn.functional.softplus(-magnitude, threshold=50.0)  # from 50 on log1p(exp) is x in float64 too
 
 
@@ -184,7 +194,9 @@ def log1p_negative(x):
 
 @twin(functools.partial(torch.nn.functional.softplus, threshold=50.0))
 def softplus(x):
-    """log(1 + exp(x)), which never overflows; as a formula's sum of parts, PyTorch would take five steps where it knows one."""
+    """log(1 + exp(x)), which never overflows; as a formula's sum of parts, PyTorch would take five steps where it knows
+    one.
+    """
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype) + log1p_exp_minus_abs(x)
 
 
@@ -216,8 +228,8 @@ def root_eager(x, p):
 def root(x, p):
     """x ** (1 / p) for x >= 0 and p >= 1.
 
-    It chooses between results, not between branches: LLVM may merge branches that end in different functions of libdevice into
-    one call with two arguments, and then aborts ("__nvvm_reflect argument must be a constant string").
+    It chooses between results, not between branches: LLVM may merge branches that end in different functions of
+    libdevice into one call with two arguments, and then aborts ("__nvvm_reflect argument must be a constant string").
     """
     return tl.where(p == 2.0, tl.sqrt(x), tl.where(p == 1.0, x, tl.exp2(tl.log2(x) / p)))
 
@@ -275,7 +287,7 @@ def log_cosh(x):
 
 
 def as_scalars(values, dtype):
-    """A Python float reaches a kernel as float32; for a float64 kernel it travels as a float32 and what that left over."""
+    """A Python float reaches a kernel as float32; for a float64 kernel it travels as a float32 and the remainder."""
     if dtype != torch.float64:
         return tuple(values)
     return tuple(part for value in values for part in split(value))

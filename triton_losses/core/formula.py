@@ -26,25 +26,39 @@ FORMULAS = {}  # by name: an op carries a formula's name, for torch.compile cann
 class Eager:
     """The part of triton.language that a formula may use, on tensors of any dtype."""
 
-    abs, exp, exp2, log, sqrt, where, sigmoid = torch.abs, torch.exp, torch.exp2, torch.log, torch.sqrt, torch.where, torch.sigmoid
+    abs, exp, exp2, log, sqrt, where, sigmoid = (
+        torch.abs,
+        torch.exp,
+        torch.exp2,
+        torch.log,
+        torch.sqrt,
+        torch.where,
+        torch.sigmoid,
+    )
 
 
 class Formula:
     """``formula.kernel`` is what Triton compiles; ``value`` and ``partials`` are what PyTorch runs."""
 
     def __init__(self, fn):
-        fn.__globals__.setdefault("tl", tl)  # the interpreter wants it in sight, even of a formula that calls helpers alone
+        # the interpreter wants it in sight, even of a formula that calls helpers alone
+        fn.__globals__.setdefault("tl", tl)
         self.name, self.kernel = fn.__name__, jit(fn)
         self.__doc__ = fn.__doc__
         self.parameters = tuple(inspect.signature(fn).parameters)
-        self.scope = {name: getattr(value, "eager", value) for name, value in fn.__globals__.items() if name in fn.__code__.co_names}
+        self.scope = {
+            name: getattr(value, "eager", value)
+            for name, value in fn.__globals__.items()
+            if name in fn.__code__.co_names
+        }
         self.scope["tl"] = Eager
         self.body = ast.parse(textwrap.dedent(inspect.getsource(fn))).body[0]
         partials = len(self.body.body[-1].value.elts) - 1
         self.value = self.reading((0,))
         wishes = [wanted for wanted in itertools.product((False, True), repeat=partials) if any(wanted)]
         outputs = {wanted: tuple(i + 1 for i, want in enumerate(wanted) if want) for wanted in wishes}
-        self.cuts = {wanted: self.reading(outputs[wanted], in_tuple=True) for wanted in wishes}  # now: torch.compile cannot trace it
+        # now: torch.compile cannot trace it
+        self.cuts = {wanted: self.reading(outputs[wanted], in_tuple=True) for wanted in wishes}
         self.needs = {wanted: self.lines_for(outputs[wanted])[1].intersection(self.parameters) for wanted in wishes}
 
     def lines_for(self, outputs, given=()):
@@ -58,7 +72,8 @@ class Formula:
         return kept, names
 
     def reading(self, outputs, in_tuple=False, given=()):
-        """The source cut down to what these outputs need, as a function that returns them; a lone one bare or in a tuple.
+        """The source cut down to what these outputs need, as a function that returns them; a lone one bare or in a
+        tuple.
 
         given: names of lines whose values the function takes, before the formula's own parameters.
         """
@@ -72,13 +87,19 @@ class Formula:
         return scope[self.name]
 
     def partials(self, wanted):
-        """A function that returns, as a tuple, the partial derivative by each operand whose entry in ``wanted`` is True."""
+        """A function that returns, as a tuple, the partial derivative by each operand whose entry in ``wanted`` is
+        True.
+        """
         return self.cuts[wanted]
 
     @functools.cache
     def slope_given(self, expression):
-        """The partial derivative by the first operand; takes the value of this expression first, if a line of the source is that."""
-        lines = [line for line in self.body.body if isinstance(line, ast.Assign) and ast.unparse(line.value) == expression]
+        """The partial derivative by the first operand; takes the value of this expression first, if a line of the
+        source is that.
+        """
+        lines = [
+            line for line in self.body.body if isinstance(line, ast.Assign) and ast.unparse(line.value) == expression
+        ]
         return self.reading((1,), given=tuple(line.targets[0].id for line in lines) or ("unused",))
 
 

@@ -1,12 +1,12 @@
 """Launching a kernel: the one file that knows Triton's private parts.
 
-Triton's public way, ``kernel[grid](...)``, looks at every argument at every call: thirty of them take the host longer than a
-small loss takes the device. A `Launch` serves the calls of one kind. Its first call goes the public way, which compiles and
-returns the compiled kernel; later calls run that compiled kernel directly.
+Triton's public way, ``kernel[grid](...)``, looks at every argument at every call: thirty of them take the host longer
+than a small loss takes the device. A `Launch` serves the calls of one kind. Its first call goes the public way, which
+compiles and returns the compiled kernel; later calls run that compiled kernel directly.
 
-This is right only where the public way would choose the same compiled kernel again. It chooses by the types of the arguments,
-by which pointers are multiples of 16 bytes, and by which integers are 1 or multiples of 16. So the arguments of a kernel come
-in two groups:
+This is right only where the public way would choose the same compiled kernel again. It chooses by the types of the
+arguments, by which pointers are multiples of 16 bytes, and by which integers are 1 or multiples of 16. So the arguments
+of a kernel come in two groups:
 
     those that differ from call to call   first: pointers, then integers declared ``tl.int64`` and not specialised
     those that a kind of call fixes       the rest: other integers, scalars, constants, launch options
@@ -24,7 +24,8 @@ DIRECT = triton is not None and not INTERPRET and ".".join(triton.__version__.sp
 if DIRECT:
     from triton.runtime import driver
 
-    RUNTIME, COMPILATION = vars(triton.knobs.runtime), vars(triton.knobs.compilation)  # what a program has set; empty as a rule
+    # what a program has set; empty as a rule
+    RUNTIME, COMPILATION = vars(triton.knobs.runtime), vars(triton.knobs.compilation)
     ENTER, EXIT = (vars(type(triton.knobs.runtime))[name] for name in ("launch_enter_hook", "launch_exit_hook"))
 
 
@@ -42,7 +43,9 @@ class Launch:
         self.direct = DIRECT and not triton.knobs.runtime.debug and not triton.knobs.compilation.instrumentation_mode
 
     def __call__(self, *varying):
-        """The last argument is the number of rows (or elements, or images), of which the number of programs is a function."""
+        """The last argument is the number of rows (or elements, or images), of which the number of programs is a
+        function.
+        """
         programs = self.programs(varying[-1])
         if not programs:
             return
@@ -51,7 +54,19 @@ class Launch:
             if self.direct:
                 self.remember(compiled, len(varying))
         else:
-            self.run(programs, 1, 1, self.stream(self.device), self.function, self.metadata, None, None, None, *varying, *self.rest)
+            self.run(
+                programs,
+                1,
+                1,
+                self.stream(self.device),
+                self.function,
+                self.metadata,
+                None,
+                None,
+                None,
+                *varying,
+                *self.rest,
+            )
 
     def remember(self, compiled, varying):
         self.device, self.stream = driver.active.get_current_device(), driver.active.get_current_stream

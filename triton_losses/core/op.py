@@ -49,8 +49,8 @@ def define(name, schema, body):
 def op(fn):
     """Define ``triton_losses::<fn>``; the first argument is a tensor on the device to run on.
 
-    Where no op is needed, the result runs the body itself: the dispatcher costs microseconds that small losses feel. `.overload`
-    is the op.
+    Where no op is needed, the result runs the body itself: the dispatcher costs microseconds that small losses feel.
+    `.overload` is the op.
     """
     overload = define(fn.__name__, torch.library.infer_schema(fn, mutates_args=()), fn)
 
@@ -63,7 +63,9 @@ def op(fn):
 
 
 def is_watched(*tensors):
-    """Whether a call of ours has to be an op: a graph is being recorded, a dispatch mode is on, or a tensor is a subclass."""
+    """Whether a call of ours has to be an op: a graph is being recorded, a dispatch mode is on, or a tensor is a
+    subclass.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     for tensor in tensors:
@@ -73,12 +75,16 @@ def is_watched(*tensors):
 
 
 def keeps_for_backward(x):
-    """True where a backward in PyTorch will follow a forward in PyTorch, and what is kept for it can be changed, for nobody else sees it."""
+    """True where a backward in PyTorch will follow a forward in PyTorch, and what is kept for it can be changed, for
+    nobody else sees it.
+    """
     return x.requires_grad and torch.is_grad_enabled() and x.numel() > 0 and readable(x) and not runs_kernels(x)
 
 
 def readable(*tensors):
-    """True where values may be looked at before a loss is computed: real tensors on a CPU, and nobody traces or transforms."""
+    """True where values may be looked at before a loss is computed: real tensors on a CPU, and nobody traces or
+    transforms.
+    """
     if torch.compiler.is_compiling() or not all(t.device.type == "cpu" and type(t) in PLAIN for t in tensors):
         return False
     if runs_kernels(tensors[0]) and not INTERPRET:  # the bench measures a GPU's path on a CPU's tensors
@@ -97,7 +103,9 @@ def is_plain(x):
 
 
 def read_whole(*tensors):
-    """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms and autograd's batched ones."""
+    """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms and autograd's batched
+    ones.
+    """
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():

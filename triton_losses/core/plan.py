@@ -1,7 +1,8 @@
 """Plans: what the calls of one kind share is found at the first of them, and remembered.
 
-Which configuration a kernel runs with, its compiled form, its constants and strides depend on neither the values nor the
-addresses of the tensors, nor on how many rows there are. A reading finds them in a function that is marked ``planned``.
+Which configuration a kernel runs with, its compiled form, its constants and strides depend on neither the values nor
+the addresses of the tensors, nor on how many rows there are. A reading finds them in a function that is marked
+``planned``.
 """
 
 import functools
@@ -14,7 +15,9 @@ found = []  # the plans of every such function
 
 
 def kind_of(tensor):
-    """What a plan may depend on: everything but the values, the address, and how many rows there are beyond none and one."""
+    """What a plan may depend on: everything but the values, the address, and how many rows there are beyond none and
+    one.
+    """
     shape = tensor.shape
     return tensor.dtype, shape[1:], min(shape[0], 2) if shape else None, tensor.stride(), tensor.data_ptr() % 16 == 0
 
@@ -25,7 +28,8 @@ def flat_kind_of(tensor):
 
 
 def planned(make=None, *, kind=kind_of):
-    """Remember what ``make(tensors, *options)`` returns, by the kinds of the tensors and the options, which are hashable.
+    """Remember what ``make(tensors, *options)`` returns, by the kinds of the tensors and the options, which are
+    hashable.
 
     tensors: some may be None. A plan with a launch that is not settled is for this call only.
     """

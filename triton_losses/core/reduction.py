@@ -9,7 +9,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def reduction_of(reduction, size_average=None, reduce=None, more=()):
-    """The reduction's name; `size_average` and `reduce` win where they are given, as in torch. more: what else a loss takes."""
+    """The reduction's name; `size_average` and `reduce` win where they are given, as in torch. more: what else a loss
+    takes.
+    """
     if size_average is not None or reduce is not None:
         return torch.nn._reduction.legacy_get_string(size_average, reduce)
     if reduction not in (*REDUCTIONS, *more):
@@ -28,8 +30,8 @@ def result_dtype(x, dtype=None):
 def cast(x, dtype):
     """x in this dtype, and no operation at all where it has that already.
 
-    `x.to(x.dtype)` gives x back. Where that is what an autograd.Function's forward returns, a graph that torch 2.11 compiles loses
-    the gradient, without a word: tests/test_compile.py holds every compiled loss to it.
+    `x.to(x.dtype)` gives x back. Where that is what an autograd.Function's forward returns, a graph that torch 2.11
+    compiles loses the gradient, without a word: tests/test_compile.py holds every compiled loss to it.
     """
     return x if x.dtype == dtype else x.to(dtype)
 

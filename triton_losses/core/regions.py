@@ -1,4 +1,4 @@
-"""What the readings of regions share: shares of pixels, and what becomes of the sums, in torch that autograd follows."""
+"""What the readings of regions share: shares of pixels, and scores of the sums, in torch that autograd follows."""
 
 import torch
 
@@ -80,7 +80,7 @@ def present(wanted, weights):
 
 
 def factors_of_classes(volume, average):
-    """What classes' sums are multiplied by before they are added up; an absent class gets the others' largest factor."""
+    """What classes' sums are multiplied by before they are added up; an absent class gets the largest other one."""
     if average == "micro":
         return torch.ones_like(volume)
     absent = volume == 0

@@ -1,4 +1,6 @@
-"""What the readings of rows share: the statistics that a row formula takes, which rows count, and what one pass over rows does."""
+"""What the readings of rows share: the statistics that a row formula takes, which rows count, and what one pass over
+rows does.
+"""
 
 import functools
 from typing import NamedTuple
@@ -12,7 +14,9 @@ MOST_PADDING = 64  # a row's stride may exceed its length by less than this; bey
 
 @functools.cache
 def slots_of(formula):
-    """Where each statistic's partial stands in what the formula returns, 0 where it is not taken; last: takes the weight."""
+    """Where each statistic's partial stands in what the formula returns, 0 where it is not taken; last: takes the
+    weight.
+    """
     taken = [name for name in (*STATISTICS, "weight") if name in formula.parameters]
     if list(formula.parameters[: len(taken)]) != taken:
         raise ValueError(f"formula {formula.name}: statistics come first, in the order {(*STATISTICS, 'weight')}")
@@ -38,7 +42,8 @@ class Pass(NamedTuple):
     likeliest: (rows,) integers, to fill with the first of each row's highest columns, -1 where ignored.
     grad: to fill, and it may be the logits, with the gradient of Σ upstream · losses.
     operands: (rows,) each, more arguments of the formula.
-    room: on a CPU, where logits and grad are both the first columns of it, contiguous (rows, more columns), the rest is free.
+    room: on a CPU, where logits and grad are both the first columns of it, contiguous (rows, more columns), the rest is
+    free.
     """
 
     saved: torch.Tensor
@@ -72,7 +77,10 @@ def counted(labels, class_weights, cols, ignore_index, dtype):
             if low < 0 or high >= cols:
                 wrong = labels[kept & ((labels < 0) | (labels >= cols))]
                 if wrong.numel():
-                    raise IndexError(f"Target {int(wrong[0])} is out of bounds: it must be in [0, {cols}), or ignore_index, {ignore_index}")
+                    raise IndexError(
+                        f"Target {int(wrong[0])} is out of bounds: "
+                        f"it must be in [0, {cols}), or ignore_index, {ignore_index}"
+                    )
                 labels = torch.where(kept, labels, 0)
     labels = labels.long()
     weights = None

@@ -1,8 +1,8 @@
 """Work on a CPU in blocks that stay in its cache, shared among threads of our own.
 
 torch would split each operation on each block among its OpenMP threads, and wait for all of them after every one. Where
-another process holds a core, each of those thousands of waits lasts until the system schedules the last thread: milliseconds.
-Ours run whole blocks, and meet once, at the end.
+another process holds a core, each of those thousands of waits lasts until the system schedules the last thread:
+milliseconds. Ours run whole blocks, and meet once, at the end.
 """
 
 import concurrent.futures
@@ -26,13 +26,17 @@ os.register_at_fork(after_in_child=pools.clear)  # threads do not survive a fork
 
 
 def aten_is_best(*tensors, most=SMALL):
-    """True for up to ``most`` elements on a CPU, of tensors of one shape and wide type: there ATen's own kernel serves, if it has one."""
+    """True for up to ``most`` elements on a CPU, of tensors of one shape and wide type: there ATen's own kernel serves,
+    if it has one.
+    """
     x = tensors[0]
     if (
         torch.compiler.is_compiling() or not ATEN or x.device.type != "cpu" or runs_kernels(x) or x.numel() > most
     ):  # a graph is for any size
         return False
-    return x.dtype in (torch.float32, torch.float64) and all(t.dtype == x.dtype and t.shape == x.shape for t in tensors[1:])
+    return x.dtype in (torch.float32, torch.float64) and all(
+        t.dtype == x.dtype and t.shape == x.shape for t in tensors[1:]
+    )
 
 
 def elements(dtype):
@@ -60,8 +64,9 @@ def pool(threads):
 
 @functools.cache
 def let_memory_stay():
-    """glibc hands memory back to the system, page by page, once more is free at its end than twice the largest piece that it has
-    seen freed: blocks and gradients would be faulted in anew all the time. Nothing is written to these 31 MB."""
+    """glibc hands memory back to the system, page by page, once more is free at its end than twice the largest piece
+    that it has seen freed: blocks and gradients would be faulted in anew all the time. Nothing is written to these 31
+    MB."""
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
@@ -73,8 +78,8 @@ def torch_stays_here():
 def share(work, count, alone=RUN):
     """``work(i)`` for every i below ``count``, in no order. alone: how many blocks at most stay in this thread.
 
-    There torch splits each operation among its own threads: they wait for work in a loop, and for as long as they do, a few
-    milliseconds, ours would have to share their cores.
+    There torch splits each operation among its own threads: they wait for work in a loop, and for as long as they do, a
+    few milliseconds, ours would have to share their cores.
     """
     let_memory_stay()
     threads = min(torch.get_num_threads(), MOST_THREADS, count)

@@ -1,4 +1,5 @@
-"""Which launch configuration a kernel runs with: known for this GPU, or measured at the first call and remembered on disk.
+"""Which launch configuration a kernel runs with: known for this GPU, or measured at the first call and remembered on
+disk.
 
 A first call compiles the few candidates of each kernel side by side, in threads, and then times them one after another.
 
@@ -45,10 +46,13 @@ name_of = functools.cache(lambda index: gpu().get_device_name(index))
 class Tuned:
     """A @triton.jit kernel whose launch configuration is chosen once per GPU and ``key(args)``.
 
-    configs   the configurations to try, or a function of args that lists them: few, for each takes a first call its time
+    configs   the configurations to try, or a function of args that lists them: few, for each takes a first call its
+              time
     rule      args -> the configuration when nothing is measured
-    key       args -> what the choice may depend on: formula, class of width, dtype, alignment; never the rows, which vary by step
-    size      the kernel's argument that says how many rows (or elements, or images) there are: its last one of ``tl.int64``
+    key       args -> what the choice may depend on: formula, class of width, dtype, alignment; never the rows, which
+              vary by step
+    size      the kernel's argument that says how many rows (or elements, or images) there are: its last one of
+              ``tl.int64``
     programs  size, arguments with the configuration -> how many programs
     sample    args -> the launch on at most 256 MB of rows, for measuring
     written   names of the tensors that the kernel reads and overwrites: measured on copies
@@ -64,7 +68,9 @@ class Tuned:
         self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # said always: Triton 3.10 flips the default
 
     def bind(self, **args):
-        """A launch for all calls of the kind that these arguments are of; those that the kernel does not have are left out."""
+        """A launch for all calls of the kind that these arguments are of; those that the kernel does not have are left
+        out.
+        """
         names = self.kernel.arg_names
         args = {name: value for name, value in args.items() if name in names}
         config, settled = self.choice(args)
@@ -88,7 +94,9 @@ class Tuned:
     def launch(self, args, config):
         programs = self.programs(args, config)
         if programs and INTERPRET:  # it knows no num_warps
-            self.kernel[(programs,)](**args, **{name: value for name, value in config.items() if name in self.kernel.arg_names})
+            self.kernel[(programs,)](
+                **args, **{name: value for name, value in config.items() if name in self.kernel.arg_names}
+            )
         elif programs:
             self.kernel[(programs,)](**args, **config, **self.options)
 
@@ -97,7 +105,9 @@ class Tuned:
         return self.choice(args)[0]
 
     def choice(self, args):
-        """The configuration, and whether it is settled: a call that cannot be measured takes the rule, the next one may do better."""
+        """The configuration, and whether it is settled: a call that cannot be measured takes the rule, the next one may
+        do better.
+        """
         if not autotune or INTERPRET or torch.are_deterministic_algorithms_enabled() or not can_measure():
             return self.rule(args), True
         key = (device_name(), self.key(args))
@@ -142,11 +152,12 @@ class Tuned:
         return times
 
     def build(self, args, shipped):
-        """Compile every configuration, side by side. One that does not compile says so again when it is to be launched."""
+        """Compile every configuration, side by side. One that does not compile says so again at its launch."""
         index = None if gpu() is None else gpu().current_device()
 
         def compile_one(config):
-            with contextlib.nullcontext() if index is None else gpu().device(index):  # a thread has a current device of its own
+            # a thread has a current device of its own
+            with contextlib.nullcontext() if index is None else gpu().device(index):
                 self.kernel.warmup(grid=(1,), **args, **config, **self.options)
 
         with concurrent.futures.ThreadPoolExecutor(len(shipped)) as pool:
@@ -159,7 +170,8 @@ class Tuned:
         return {**args, **{name: scratch(args[name]) for name in self.written if args[name] is not None}}
 
     def path(self, key, args):
-        sources = [used.cache_key for used in (self.kernel, *args.values()) if hasattr(used, "cache_key")]  # the formula's too
+        # the formula's too
+        sources = [used.cache_key for used in (self.kernel, *args.values()) if hasattr(used, "cache_key")]
         digest = hashlib.sha256(repr((key, triton.__version__, sources)).encode()).hexdigest()
         where = os.environ.get("TRITON_LOSSES_CACHE_DIR") or os.path.join(triton.knobs.cache.dir, "triton_losses")
         return pathlib.Path(where, f"{self.kernel.__name__}-{digest[:24]}.json")
@@ -233,23 +245,30 @@ def set_autotune(enabled):
 
 
 def tune(loss, *tensors, **options):
-    """Choose the launch configurations of ``loss(*tensors, **options)`` now, forward and backward, not at its first call.
+    """Choose the launch configurations of ``loss(*tensors, **options)`` now, forward and backward, not at its first
+    call.
 
     It measures whatever ``set_autotune`` says, and changes no ``.grad``.
     >>> logits = torch.randn(8192, 128256, device="cuda", requires_grad=True)  # doctest: +SKIP
     >>> tune(triton_losses.cross_entropy, logits, labels)  # doctest: +SKIP
     """
     if not can_measure():
-        raise RuntimeError("tune() needs Triton, not its interpreter, and a CUDA, ROCm or XPU device: nothing can be measured here")
+        raise RuntimeError(
+            "tune() needs Triton, not its interpreter, and a CUDA, ROCm or XPU device: nothing can be measured here"
+        )
     if torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError("tune() measures nothing under torch.use_deterministic_algorithms(True): the rule decides there")
+        raise RuntimeError(
+            "tune() measures nothing under torch.use_deterministic_algorithms(True): the rule decides there"
+        )
     parameters = loss.parameters() if isinstance(loss, torch.nn.Module) else ()
     inputs = [x for x in (*tensors, *options.values(), *parameters) if getattr(x, "requires_grad", False)]
     before = autotune
     set_autotune(True)
     try:
         results = loss(*tensors, **options)
-        results = [r for r in (results if isinstance(results, tuple) else (results,)) if getattr(r, "requires_grad", False)]
+        results = [
+            r for r in (results if isinstance(results, tuple) else (results,)) if getattr(r, "requires_grad", False)
+        ]
         if results and not inputs:
             raise ValueError("tune() runs the backward pass to tensors that require grad among its arguments, got none")
         if results:

@@ -1,19 +1,21 @@
 """Losses of two rows, L_r = Σ_j f(log p_j, log q_j), straight from logits: p = softmax(y / T), q = softmax(x / T).
 
-A row formula takes log_p, log_q, then scalars, and returns f and its partials by both. From those, with the sums over the row,
+A row formula takes log_p, log_q, then scalars, and returns f and its partials by both. From those, with the sums over
+the row,
 
     ∂L/∂x_j = (∂f/∂log q_j - q_j Σ_k ∂f/∂log q_k) / T        and the same of y and p
 
-p may be *given* as probabilities instead, which need not sum to 1: then f takes p itself, and ∂L/∂p_j = ∂f/∂p_j. A weight of
-each column multiplies f. A z-loss adds z · lse², lse = log Σ exp(x / T). A factor multiplies all of it.
+p may be *given* as probabilities instead, which need not sum to 1: then f takes p itself, and ∂L/∂p_j = ∂f/∂p_j. A
+weight of each column multiplies f. A z-loss adds z · lse², lse = log Σ exp(x / T). A factor multiplies all of it.
 
-    forward   reads both rows; kernels save six numbers a row: max and log Σ exp(· - max) of each (apart, as in label_rows),
-              and the two sums of partials
+    forward   reads both rows; kernels save six numbers a row: max and log Σ exp(· - max) of each (apart, as in
+              label_rows), and the two sums of partials
     backward  reads both rows and writes the gradients
 
-**The rule of one read.** In general f needs both log Σ first: two reads, the second out of the cache. One is enough where f is
-linear in log q and, for p from logits, ∂f/∂log q = -p. For then moving log q by b and log p by a makes of f
-e^a (f + (b - a) ∂f/∂log q), so sums made with the maxima so far can be moved to the final ones, and Σ exp(log p) is at hand.
+**The rule of one read.** In general f needs both log Σ first: two reads, the second out of the cache. One is enough
+where f is linear in log q and, for p from logits, ∂f/∂log q = -p. For then moving log q by b and log p by a makes of f
+e^a (f + (b - a) ∂f/∂log q), so sums made with the maxima so far can be moved to the final ones, and Σ exp(log p) is at
+hand.
 """
 
 from typing import NamedTuple
@@ -56,13 +58,27 @@ read = Bridge("distribution_rows", Problem, inputs=4, outputs=1, whole=whole, bl
 
 
 def distribution_rows(
-    formula, p, q, scalars=(), *, temperature=1.0, given=False, one_read=False, weight=None, z_loss=0.0, factor=1.0, labels=None,
-    ignore_index=-100, reduction="mean", out_dtype=None,
-):  # fmt: skip
-    """``formula`` of every pair of rows of ``p`` and ``q`` (rows, columns), both logits unless p is given as probabilities.
+    formula,
+    p,
+    q,
+    scalars=(),
+    *,
+    temperature=1.0,
+    given=False,
+    one_read=False,
+    weight=None,
+    z_loss=0.0,
+    factor=1.0,
+    labels=None,
+    ignore_index=-100,
+    reduction="mean",
+    out_dtype=None,
+):
+    """``formula`` of every pair of rows of ``p`` and ``q`` (rows, columns), both logits unless p is given as
+    probabilities.
 
-    labels: (rows,); rows with ignore_index cost nothing. out_dtype: of the result; the promoted type, or float32 under autocast,
-    when None. The other options: see Problem.
+    labels: (rows,); rows with ignore_index cost nothing. out_dtype: of the result; the promoted type, or float32 under
+    autocast, when None. The other options: see Problem.
     """
     dtype, scalars = out_dtype or result_dtype(q, promoted(p, q)), tuple(map(float, scalars))
     scale, z_loss, factor = 1.0 / temperature, float(z_loss), float(factor)
@@ -80,7 +96,8 @@ def in_plain_torch(problem, *tensors):
 
 
 def walk(tensors, problem, task):
-    """One Pass over the pairs, by kernels, which want a readable pair, or in blocks. Returns their losses, 0 where ignored.
+    """One Pass over the pairs, by kernels, which want a readable pair, or in blocks. Returns their losses, 0 where
+    ignored.
 
     The problem reduces nothing; its dtype is the one that its losses are computed in.
     """

@@ -30,7 +30,9 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of the result
 
 
-read = Bridge("elementwise", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks, kernels=kernels, compiled_whole=True)
+read = Bridge(
+    "elementwise", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks, kernels=kernels, compiled_whole=True
+)
 
 
 def elementwise(formula, operands, scalars=(), reduction="mean", weight=None, dtype=None):

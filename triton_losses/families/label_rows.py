@@ -14,14 +14,15 @@ and returns the loss, then its partial by each statistic it took. From those, wi
 
 where x is the logit, or scale · softcap · tanh(logit / softcap).
 
-Logits have two layouts: rows (rows, classes) of labels (rows,), and planes (images, classes, pixels) of labels (images, pixels),
-where a row is a pixel and nothing is permuted or copied.
+Logits have two layouts: rows (rows, classes) of labels (rows,), and planes (images, classes, pixels) of labels (images,
+pixels), where a row is a pixel and nothing is permuted or copied.
 
-    forward   reads a row once; writes its loss and saves max x and log Σ exp(x - max x). Apart: their sum would round away
-              the digits that a common offset of the logits leaves
+    forward   reads a row once; writes its loss and saves max x and log Σ exp(x - max x). Apart: their sum would round
+              away the digits that a common offset of the logits leaves
     backward  reads a row once and writes its gradient
 
-A formula that takes `picked` alone reads one number a row. Rows whose label is `ignore_index` cost nothing and get zeros.
+A formula that takes `picked` alone reads one number a row. Rows whose label is `ignore_index` cost nothing and get
+zeros.
 """
 
 from types import SimpleNamespace
@@ -79,11 +80,22 @@ read_statistics = Bridge(
 
 
 def label_rows(
-    formula, logits, labels, class_weights=None, scalars=(), ignore_index=-100, reduction="mean", out_dtype=None, softcap=0.0, temperature=1.0
-):  # fmt: skip
-    """``formula`` of every row of ``logits`` whose label is not ``ignore_index``: (rows, classes), or (images, classes, pixels).
+    formula,
+    logits,
+    labels,
+    class_weights=None,
+    scalars=(),
+    ignore_index=-100,
+    reduction="mean",
+    out_dtype=None,
+    softcap=0.0,
+    temperature=1.0,
+):
+    """``formula`` of every row of ``logits`` whose label is not ``ignore_index``: (rows, classes), or (images, classes,
+    pixels).
 
-    The mean divides by the sum of the rows' weights. out_dtype: of the result; the logits', or float32 under autocast, when None.
+    The mean divides by the sum of the rows' weights. out_dtype: of the result; the logits', or float32 under autocast,
+    when None.
     """
     dtype = out_dtype or result_dtype(logits)
     scale = 1.0 if temperature == 1 else 1.0 / temperature

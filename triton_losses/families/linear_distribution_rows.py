@@ -1,14 +1,15 @@
-"""Losses of two rows of logits that are never whole: distribution_rows of a student's hidden @ weight.T + bias and a teacher's.
+"""Losses of two rows of logits that are never whole: distribution_rows of a student's hidden @ weight.T + bias and a
+teacher's.
 
-linear_rows makes the student's logits a chunk of rows at a time, and of a chunk's gradient that of hidden, weight and bias. Of
-the same rows the teacher, which takes no gradient, has
+linear_rows makes the student's logits a chunk of rows at a time, and of a chunk's gradient that of hidden, weight and
+bias. Of the same rows the teacher, which takes no gradient, has
 
     "products"  hidden states, weight and perhaps bias of its own: a second GEMM a chunk, into a second buffer
     "logits"    whole, from elsewhere: read where they lie
     "top_k"     ids and log-probabilities of its likeliest classes: see top_k_rows
 
-For a sum of losses the forward makes the gradient too, as LinearSum does: three GEMMs and the teacher's. For a loss of each row
-the backward runs the same op once more, now with the upstream gradient: nothing is kept of the forward.
+For a sum of losses the forward makes the gradient too, as LinearSum does: three GEMMs and the teacher's. For a loss of
+each row the backward runs the same op once more, now with the upstream gradient: nothing is kept of the forward.
 """
 
 import torch
@@ -26,13 +27,15 @@ from triton_losses.families.linear_rows import (
     padded,
     product,
     sweep,
-)  # fmt: skip
+)
 
 VECTOR = 16  # numbers: rows of two tensors whose strides are multiples of it start at the same place within a vector
 
 
 def stored_rows(stored):
-    """Of logits (..., classes): a function from rows to their logits, without a copy where they are a slice that can be read."""
+    """Of logits (..., classes): a function from rows to their logits, without a copy where they are a slice that can be
+    read.
+    """
     where, classes = stored.shape[:-1], stored.shape[-1]
     everything = torch.arange(where.numel(), device=stored.device)
     try:
@@ -64,11 +67,28 @@ def product_rows(hidden, weight, bias=None):
 
 @op
 def linear_distribution_rows_pass(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, teacher: list[torch.Tensor], labels: torch.Tensor | None,
-    upstream: torch.Tensor | None, wanted: list[bool], kind: str, formula: str, scalars: list[float], student_first: bool, one_read: bool,
-    tail: bool, ignore_index: int, chunk_bytes: int, kept_tokens: int, dtype: torch.dtype, teacher_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else empty)."""
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    teacher: list[torch.Tensor],
+    labels: torch.Tensor | None,
+    upstream: torch.Tensor | None,
+    wanted: list[bool],
+    kind: str,
+    formula: str,
+    scalars: list[float],
+    student_first: bool,
+    one_read: bool,
+    tail: bool,
+    ignore_index: int,
+    chunk_bytes: int,
+    kept_tokens: int,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else
+    empty).
+    """
     losses = hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(dtype, teacher_dtype))
     problem = problem_of(formula, scalars, one_read, ignore_index, losses.dtype)
     if kind != "top_k":
@@ -98,8 +118,23 @@ def problem_of(formula, scalars, one_read, ignore_index, dtype):
 
 
 def whole(
-    hidden, weight, bias, teacher, labels, kind, formula, scalars, student_first, one_read, tail, ignore_index, _, __, dtype, teacher_dtype
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    teacher,
+    labels,
+    kind,
+    formula,
+    scalars,
+    student_first,
+    one_read,
+    tail,
+    ignore_index,
+    _,
+    __,
+    dtype,
+    teacher_dtype,
+):
     """Losses in plain torch, all logits at once."""
     wide = wide_dtype(dtype, teacher_dtype)
     ours = torch.nn.functional.linear(*in_dtype(dtype, hidden, weight, bias))
@@ -120,9 +155,12 @@ class LinearDistributionRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, first, second, third, total, wanted, options):
-        teacher = [t for t in (first, second, third) if t is not None]  # by name: torch.compile without gradients miscounts *teacher
+        # by name: torch.compile without gradients miscounts *teacher
+        teacher = [t for t in (first, second, third) if t is not None]
         upstream = hidden.new_ones(hidden.shape[0], dtype=wide_dtype(*options[-2:])) if any(wanted) else None
-        losses, *grads = linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *options)
+        losses, *grads = linear_distribution_rows_pass(
+            hidden, weight, bias, teacher, labels, upstream, wanted, *options
+        )
         ctx.total, ctx.options, ctx.wanted = total, options, wanted
         keep_gradients(ctx, (hidden, weight, bias, labels, first, second, third), grads if total else ())
         return losses.sum() if total else losses
@@ -135,7 +173,9 @@ class LinearDistributionRows(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
 
         def gradients(upstream, wanted):
-            return linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)[1:]
+            return linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)[
+                1:
+            ]
 
         if differentiated_again() or read_whole(dout):
             with torch.enable_grad():
@@ -153,18 +193,46 @@ class LinearDistributionRows(torch.autograd.Function):
 
 
 def linear_distribution_rows(
-    formula, hidden, weight, kind, teacher, *, bias=None, labels=None, scalars=(), student_first=False, one_read=False, tail=False,
-    temperature=1.0, ignore_index=-100, total=False, chunk_bytes=0, kept_tokens=0,
-):  # fmt: skip
-    """``formula`` of every row of logits and the teacher's, 0 where ignored; ``total``: their sum, which takes one product less.
+    formula,
+    hidden,
+    weight,
+    kind,
+    teacher,
+    *,
+    bias=None,
+    labels=None,
+    scalars=(),
+    student_first=False,
+    one_read=False,
+    tail=False,
+    temperature=1.0,
+    ignore_index=-100,
+    total=False,
+    chunk_bytes=0,
+    kept_tokens=0,
+):
+    """``formula`` of every row of logits and the teacher's, 0 where ignored; ``total``: their sum, which takes one
+    product less.
 
-    hidden: (rows, features). weight: (classes, features). kind, teacher: what the teacher has of every row, and the tensors.
-    labels: (rows,) or None. student_first: the student is the formula's p, else its q.
+    hidden: (rows, features). weight: (classes, features). kind, teacher: what the teacher has of every row, and the
+    tensors. labels: (rows,) or None. student_first: the student is the formula's p, else its q.
     """
     dtype = dtype_of_product(hidden, weight)
     teacher_dtype = dtype_of_product(*teacher[:2]) if kind == "products" else teacher[-1].dtype
     scalars = [1.0 / temperature, *(float(s) for s in scalars)]
-    options = kind, formula.name, scalars, student_first, one_read, tail, ignore_index, chunk_bytes, kept_tokens, dtype, teacher_dtype
+    options = (
+        kind,
+        formula.name,
+        scalars,
+        student_first,
+        one_read,
+        tail,
+        ignore_index,
+        chunk_bytes,
+        kept_tokens,
+        dtype,
+        teacher_dtype,
+    )
     if is_plain(hidden):
         losses = whole(hidden, weight, bias, teacher, labels, *options)
         return losses.sum() if total else losses

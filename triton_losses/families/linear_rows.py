@@ -5,12 +5,13 @@
                dhidden = G weight,   dweight += Gᵀ hidden,   dbias += Σ_r G_r     (sums in float32)
 
     LinearRows  a loss for each row, with any upstream gradient. Four GEMMs: the backward makes the logits again.
-    LinearSum   Σ_r u_r L_r with its gradient made in the forward. Three GEMMs. What it keeps are gradients of the plain sum,
-                in float32, so that 1/N never meets float16. The backward hands them out; a second one makes them again.
+    LinearSum   Σ_r u_r L_r with its gradient made in the forward. Three GEMMs. What it keeps are gradients of the plain
+                sum, in float32, so that 1/N never meets float16. The backward hands them out; a second one makes them
+                again.
 
-Rows whose label is `ignore_index` are dropped before the GEMMs: on a CPU always; on a GPU, where counting them would be a
-synchronisation, as far as the caller knows an upper bound of those that are left (`kept_tokens`). `sweep` is the chunks and
-the products of every pass, here and in linear_distribution_rows.
+Rows whose label is `ignore_index` are dropped before the GEMMs: on a CPU always; on a GPU, where counting them would be
+a synchronisation, as far as the caller knows an upper bound of those that are left (`kept_tokens`). `sweep` is the
+chunks and the products of every pass, here and in linear_distribution_rows.
 """
 
 from typing import NamedTuple
@@ -31,14 +32,16 @@ def padded(classes):
 
 
 def rows_of_chunk(row_bytes, device, chunk_bytes):
-    """GPU: about 4096 rows, for then the traffic of dweight is small beside its GEMM; CPU: at most 64 MB, and 1024 rows."""
+    """GPU: about 4096 rows, for then the traffic of dweight is small beside its GEMM; CPU: at most 64 MB, and 1024
+    rows.
+    """
     most_bytes, most_rows = (64 << 20, 1024) if device.type == "cpu" else (1 << 30, 4096)
     rows = (chunk_bytes or most_bytes) // row_bytes
     return max(1, rows if rows < 64 else min(most_rows, rows // 64 * 64))
 
 
 def parts_of(rows, labels, ignore_index, chunk, kept_tokens):
-    """Which rows make up each chunk: slices where all count, as they do without labels, else indices of those that do."""
+    """The rows of each chunk: slices where all count, as they do without labels, else indices of those that do."""
     if labels is None:
         kept_tokens = 0
     elif not runs_kernels(labels):
@@ -47,7 +50,8 @@ def parts_of(rows, labels, ignore_index, chunk, kept_tokens):
             return kept.split(chunk) if len(kept) else ()
     elif 0 < kept_tokens < rows:
         ignored = labels == ignore_index
-        torch._assert_async((~ignored).sum() <= kept_tokens)  # more of them than kept_tokens: some would silently not count
+        # more of them than kept_tokens: some would silently not count
+        torch._assert_async((~ignored).sum() <= kept_tokens)
         return ignored.to(torch.int8).argsort(stable=True)[:kept_tokens].split(chunk)
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
@@ -69,7 +73,8 @@ def product(hidden, weight, bias, out):
 
 
 def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens):
-    """``visit(rows, their labels, their logits, their room)`` of each chunk makes its logits their gradient where any is wanted.
+    """``visit(rows, their labels, their logits, their room)`` of each chunk makes its logits their gradient where any
+    is wanted.
 
     wanted: of hidden, weight and bias. Returns their gradients, in float32 or wider, those wanted, else empty.
     """
@@ -105,13 +110,26 @@ def in_dtype(dtype, *tensors):
 
 @op
 def linear_rows_forward(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, class_weights: torch.Tensor | None,
-    upstream: torch.Tensor | None, wanted: list[bool], formula: str, scalars: list[float], ignore_index: int, softcap: float,
-    scale: float, chunk_bytes: int, kept_tokens: int, dtype: torch.dtype, stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Losses, weights (0 where ignored), what a backward needs of each row, and the likeliest class of each where stats are
-    asked for (-1 where ignored; else empty); then, where wanted, the gradients of Σ upstream · loss by hidden, weight and
-    bias (else empty)."""
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    upstream: torch.Tensor | None,
+    wanted: list[bool],
+    formula: str,
+    scalars: list[float],
+    ignore_index: int,
+    softcap: float,
+    scale: float,
+    chunk_bytes: int,
+    kept_tokens: int,
+    dtype: torch.dtype,
+    stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, weights (0 where ignored), what a backward needs of each row, and the likeliest class of each where stats
+    are asked for (-1 where ignored; else empty); then, where wanted, the gradients of Σ upstream · loss by hidden,
+    weight and bias (else empty)."""
     rows, wide = hidden.shape[0], compute_dtype(dtype)
     losses, weights, saved = (hidden.new_zeros(shape, dtype=wide) for shape in ((rows,), (rows,), (4, rows)))
     likeliest = labels.new_full((rows if stats else 0,), -1, dtype=torch.int64)
@@ -135,16 +153,34 @@ def linear_rows_forward(
 
 @op
 def linear_rows_backward(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, class_weights: torch.Tensor | None,
-    saved: torch.Tensor, upstream: torch.Tensor, operands: list[torch.Tensor], wanted: list[bool], formula: str, scalars: list[float],
-    ignore_index: int, softcap: float, scale: float, chunk_bytes: int, kept_tokens: int, dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted (else empty)."""
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    saved: torch.Tensor,
+    upstream: torch.Tensor,
+    operands: list[torch.Tensor],
+    wanted: list[bool],
+    formula: str,
+    scalars: list[float],
+    ignore_index: int,
+    softcap: float,
+    scale: float,
+    chunk_bytes: int,
+    kept_tokens: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted
+    (else empty).
+    """
 
     problem = Problem(formula, tuple(scalars), ignore_index, softcap, scale, "none", compute_dtype(dtype))
 
     def visit(part, label, logits, _):
-        task = Pass(saved[:, part].contiguous(), grad=logits, upstream=upstream[part], operands=[v[part] for v in operands])
+        task = Pass(
+            saved[:, part].contiguous(), grad=logits, upstream=upstream[part], operands=[v[part] for v in operands]
+        )
         walk((logits, label, class_weights), problem, task)
 
     return sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
@@ -182,7 +218,21 @@ class LinearRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, labels, class_weights, formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype, stats
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        class_weights,
+        formula,
+        scalars,
+        ignore_index,
+        softcap,
+        scale,
+        chunk_bytes,
+        kept,
+        dtype,
+        stats,
     ):
         ctx.options = formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype
         found = linear_rows_forward(hidden, weight, bias, labels, class_weights, None, [False] * 3, *ctx.options, stats)
@@ -231,7 +281,9 @@ def cast(grads, tensors, wanted):
 
 
 def keep_gradients(ctx, tensors, grads):
-    """Save tensors, and gradients for the backward to change and hand out; in a graph, which may not change what it saves, save both."""
+    """Save tensors, and gradients for the backward to change and hand out; in a graph, which may not change what it
+    saves, save both.
+    """
     compiling = torch.compiler.is_compiling()
     ctx.grads = None if compiling else grads
     ctx.save_for_backward(*tensors, *(grads if compiling else ()))
@@ -250,9 +302,24 @@ class LinearSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, labels, class_weights, upstream, wanted, formula, scalars, ignore_index, softcap, scale, chunk_bytes,
-        kept, dtype, stats,
-    ):  # fmt: skip
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        class_weights,
+        upstream,
+        wanted,
+        formula,
+        scalars,
+        ignore_index,
+        softcap,
+        scale,
+        chunk_bytes,
+        kept,
+        dtype,
+        stats,
+    ):
         ctx.options = formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype
         found = linear_rows_forward(hidden, weight, bias, labels, class_weights, upstream, wanted, *ctx.options, stats)
         losses, weights, saved, likeliest, *grads = found
@@ -267,10 +334,13 @@ class LinearSum(torch.autograd.Function):
         *tensors, upstream, losses = saved[:7]
         wanted, upstream_wanted = ctx.needs_input_grad[:3], ctx.needs_input_grad[5]
         if differentiated_again() or read_whole(dout):
-            *grads, d_upstream = differentiable_gradients(tensors, ctx.options, dout, [*wanted, upstream_wanted], upstream)
+            *grads, d_upstream = differentiable_gradients(
+                tensors, ctx.options, dout, [*wanted, upstream_wanted], upstream
+            )
         else:
             d_upstream = losses * dout if upstream_wanted else None
-            make_again = lambda: linear_rows_forward(*tensors, upstream, ctx.wanted, *ctx.options, False)[4:]  # noqa: E731
+            # noqa: E731
+            make_again = lambda: linear_rows_forward(*tensors, upstream, ctx.wanted, *ctx.options, False)[4:]
             grads = kept_gradients(ctx, saved[7:], dout, make_again)
         return *cast(grads, tensors[:3], wanted), None, None, d_upstream, *[None] * 10
 
@@ -294,9 +364,23 @@ class Rows(NamedTuple):
 
 
 def linear_rows(
-    formula, hidden, weight, labels, *, bias=None, class_weights=None, upstream=None, scalars=(), ignore_index=-100, softcap=0.0,
-    temperature=1.0, total=False, chunk_bytes=0, kept_tokens=0, stats=False,
-):  # fmt: skip
+    formula,
+    hidden,
+    weight,
+    labels,
+    *,
+    bias=None,
+    class_weights=None,
+    upstream=None,
+    scalars=(),
+    ignore_index=-100,
+    softcap=0.0,
+    temperature=1.0,
+    total=False,
+    chunk_bytes=0,
+    kept_tokens=0,
+    stats=False,
+):
     """``formula`` of each row of logits, as Rows; ``total``: Σ upstream · losses, which takes one product less.
 
     hidden: (rows, features). weight: (classes, features). labels: (rows,). The logits are made in hidden's dtype, or
@@ -309,16 +393,25 @@ def linear_rows(
         upstream = ones if upstream is None else upstream.to(compute_dtype(dtype))
     if is_plain(hidden):
         if stats:
-            raise NotImplementedError("stats of the rows are for plain calls on a CPU or GPU, not for torch.func's transforms")
+            raise NotImplementedError(
+                "stats of the rows are for plain calls on a CPU or GPU, not for torch.func's transforms"
+            )
         losses, weights = whole(hidden, weight, bias, labels, class_weights, (), *options, dtype)
         entropy = (
-            whole(hidden, weight, bias, labels, None, (), "row_entropy", *options[1:], dtype)[0] if formula.name == BESIDE_ENTROPY else None
+            whole(hidden, weight, bias, labels, None, (), "row_entropy", *options[1:], dtype)[0]
+            if formula.name == BESIDE_ENTROPY
+            else None
         )
         return Rows((losses * upstream).sum() if total else None, losses, entropy, weights)
     if not total:
-        return Rows(None, *LinearRows.apply(hidden, weight, bias, labels, class_weights, *options, chunk_bytes, kept_tokens, dtype, stats))
+        return Rows(
+            None,
+            *LinearRows.apply(
+                hidden, weight, bias, labels, class_weights, *options, chunk_bytes, kept_tokens, dtype, stats
+            ),
+        )
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
     found = LinearSum.apply(
         hidden, weight, bias, labels, class_weights, upstream, wanted, *options, chunk_bytes, kept_tokens, dtype, stats
-    )  # fmt: skip
+    )
     return Rows(found[0], found[1], None, *found[2:])

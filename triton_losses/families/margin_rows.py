@@ -40,15 +40,16 @@ read = Bridge("margin_rows", Problem, inputs=3, outputs=1, whole=whole, blocks=b
 
 
 def margin_rows(formula, x, labels, class_weights=None, margin=1.0, reduction="mean"):
-    """``formula`` of every row of ``x`` (rows, columns) and its labels: (rows,), or sets (rows, columns). columns >= 1."""
+    """``formula`` of each row of ``x`` (rows, columns) and its labels: (rows,), or sets (rows, columns)."""
     return read(Problem(formula.name, margin, reduction, result_dtype(x)), x, labels, class_weights)
 
 
 def margin_rows_by_aten(formula, x, labels, class_weights=None, margin=1.0, reduction="mean"):
-    """The same as an operation of ATen's in autograd's graph: of few numbers on a CPU, where an op of ours takes too long.
+    """The same as an operation of ATen's in autograd's graph: of few numbers on a CPU, where an op of ours takes too
+    long.
 
-    ATen cannot differentiate its own gradient. Where that is asked for, a hook puts the whole reading's in its place. The hook
-    keeps x as long as the loss is there.
+    ATen cannot differentiate its own gradient. Where that is asked for, a hook puts the whole reading's in its place.
+    The hook keeps x as long as the loss is there.
     """
     loss = blocks.loss_of(x, labels, class_weights, formula.name, margin, reduction)
     if loss.requires_grad:

@@ -1,7 +1,8 @@
 """Losses of a few vectors a row: L_r = f(S_1, S_2, ..., y), of sums over pairs of vectors, S_k = Σ_j g(u_j, v_j).
 
-g is a formula of one coordinate of each: x y, whose sums are u·v and, of a vector and itself, u·u; or a power of |x - y|, whose
-sums are distances (never u·u - 2 u·v + v·v, which cancels). f is a formula of the sums and, where there is one, a target y.
+g is a formula of one coordinate of each: x y, whose sums are u·v and, of a vector and itself, u·u; or a power of |x -
+y|, whose sums are distances (never u·u - 2 u·v + v·v, which cancels). f is a formula of the sums and, where there is
+one, a target y.
 
     forward   reads every vector once; writes the losses and saves the sums
     backward  reads every vector again; writes ∂L/∂u_j = Σ_k ∂f/∂S_k · ∂g/∂u_j over the pairs that hold u
@@ -38,10 +39,11 @@ read = Bridge("pairs", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks,
 
 
 def pairs(formula, coordinate, vectors, of, target=None, *, scalars=(), coordinate_scalars=(), reduction="mean", dtype):
-    """``formula`` of the sums of ``coordinate`` over each pair of ``vectors``, given by their places in ``of``, and the target.
+    """``formula`` of the sums of ``coordinate`` over each pair of ``vectors``, given by their places in ``of``, and the
+    target.
 
-    vectors: two or three tensors (..., D) that broadcast. target: (...). scalars: of the formula; coordinate_scalars: of the other.
-    dtype: of the result, unless autocast makes it float32.
+    vectors: two or three tensors (..., D) that broadcast. target: (...). scalars: of the formula; coordinate_scalars:
+    of the other. dtype: of the result, unless autocast makes it float32.
     """
     x = vectors[0]
     for v in (*vectors[1:], target):
@@ -51,7 +53,8 @@ def pairs(formula, coordinate, vectors, of, target=None, *, scalars=(), coordina
     if any(v.shape != shape for v in vectors) or target is not None and target.shape != shape[:-1]:
         shapes, wide = [v.shape for v in vectors], widest(vectors)
         shape = torch.broadcast_shapes(*shapes, *([] if target is None else [(*target.shape, 1)]))
-        vectors = [v if v.shape == shape else v.to(wide).expand(shape) for v in vectors]  # gradients that are summed are rounded once
+        # gradients that are summed are rounded once
+        vectors = [v if v.shape == shape else v.to(wide).expand(shape) for v in vectors]
         target = target if target is None else target.expand(shape[:-1])
     if len(shape) != 2:
         vectors = [v.reshape(math.prod(shape[:-1]), shape[-1]) for v in vectors]

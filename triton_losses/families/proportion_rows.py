@@ -4,10 +4,11 @@ A formula takes y, p, then scalars, and returns f and its partials by both. From
 
     ∂L/∂x_j = (∂f/∂p_j - Σ_k p_k ∂f/∂p_k) / Σ_k x_k        ∂L/∂y_j = ∂f/∂y_j
 
-A label t may stand for y_j = [j = t]. Then f and ∂f/∂p must be 0 where y is, so that p_t and Σ x are all that counts; rows whose
-label is `ignore_index` cost nothing, and the mean is over the others.
+A label t may stand for y_j = [j = t]. Then f and ∂f/∂p must be 0 where y is, so that p_t and Σ x are all that counts;
+rows whose label is `ignore_index` cost nothing, and the mean is over the others.
 
-    forward   reads x twice, the second time out of the cache, and y; with labels x once. Saves Σ x, and kernels Σ p ∂f/∂p
+    forward   reads x twice, the second time out of the cache, and y; with labels x once. Saves Σ x, and kernels Σ p
+              ∂f/∂p
     backward  reads x and y and writes the gradients; with labels it reads one number a row
 """
 

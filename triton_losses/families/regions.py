@@ -1,21 +1,24 @@
 """Losses of the regions of an image, from one read of its logits: what Dice and its kin are made of.
 
-    p = softmax, sigmoid or identity of the logits x;  t = 1 for a pixel's own class, else 0; or a map of the logits' shape
+    p = softmax, sigmoid or identity of the logits x;  t = 1 for a pixel's own class, else 0; or a map of the logits'
+    shape
 
-    sums[b]   = Σ p t, Σ p, Σ t  over the pixels of image b, by class;  Σ p², Σ t² where squared;  Σ min(p, t) where smaller
-    losses[b] = Σ L  of a formula of the same pixels. Beside softmax that is a row formula of log_p and weight,
-                Σ_j t_j f(log p_j, w_j), with (1 - ε) t + ε/C for t where smoothed; else f(x, t) of each element.
+    sums[b]   = Σ p t, Σ p, Σ t  over the pixels of image b, by class;  Σ p², Σ t² where squared;  Σ min(p, t) where
+              smaller losses[b] = Σ L  of a formula of the same pixels. Beside softmax that is a row formula of log_p
+              and weight, Σ_j t_j f(log p_j, w_j), with (1 - ε) t + ε/C for t where smoothed; else f(x, t) of each
+              element.
 
-One formula makes a score of an image's sums of a class, another the score's loss. Those losses are weighted and reduced, and the
-mean of the pixels' formula may stand beside them.
+One formula makes a score of an image's sums of a class, another the score's loss. Those losses are weighted and
+reduced, and the mean of the pixels' formula may stand beside them.
 
     softmax   ∂/∂x_j = p_j (g_j - Σ_c p_c g_c - Σ_c t_c f'_c) + t_j f'_j,     g_c = d(Σpt) t_c + d(Σp)
 
-    forward   reads the logits once; each program writes one row of sums, and the rows are added in a fixed order. With the
-              loss come its derivatives by the sums, which are saved
+    forward   reads the logits once; each program writes one row of sums, and the rows are added in a fixed order. With
+              the loss come its derivatives by the sums, which are saved
     backward  reads the logits once and writes their gradient once
 
-Where something else happens between sums and loss, such as an all-reduce, `region_sums` gives the sums; the rest is plain torch.
+Where something else happens between sums and loss, such as an all-reduce, `region_sums` gives the sums; the rest is
+plain torch.
 """
 
 from types import SimpleNamespace
@@ -54,14 +57,17 @@ class Problem(NamedTuple):
     smoothing: float
     background: bool  # whether class 0 counts in the score
     batch: bool  # one score for all images
-    average: str  # "macro": a score of each class; else one of them all, with "simple" and "square" divided by Σ t or (Σ t)²
+    # "macro": a score of each class; else one of them all, with "simple" and "square" divided by Σ t or (Σ t)²
+    average: str
     score: str
     score_scalars: tuple[float, ...]
     link: str  # the score's loss
     link_scalars: tuple[float, ...]
-    empty: str  # what an absent class costs: "smooth" as others, "zero" nothing, "exclude" nothing, nor is it in the mean
+    # what an absent class costs: "smooth" as others, "zero" nothing, "exclude" nothing, nor is it in the mean
+    empty: str
     lambdas: tuple[float, ...]  # of the score's loss and of the formula's, where there is one
-    means_of_space: bool  # of the formula: it has the score's classes, and its "sum" is one of the images' means over space
+    # of the formula: it has the score's classes, and its "sum" is one of the images' means over space
+    means_of_space: bool
     reduction: str
     dtype: torch.dtype  # of the result
 
@@ -91,8 +97,8 @@ def by_reading(bridge, problem, logits, targets, weights):
 def regions(problem, logits, targets, weights=None):
     """The loss of ``logits`` (images, classes, pixels).
 
-    targets: labels (images, pixels), integers or integral floats, or a map of the logits' shape. weights: of the classes that
-    count; where there is a formula of all classes, in both losses.
+    targets: labels (images, pixels), integers or integral floats, or a map of the logits' shape. weights: of the
+    classes that count; where there is a formula of all classes, in both losses.
     """
     return by_reading(read, problem, logits, targets, weights)
 

@@ -1,4 +1,5 @@
-"""Losses of a row of logits x and of the classes K that another distribution finds likeliest: their ids and log-probabilities.
+"""Losses of a row of logits x and of the classes K that another distribution finds likeliest: their ids and
+log-probabilities.
 
 distribution_rows compares two short rows, one bin for each class of K and, where there is a *tail*, one for all others:
 
@@ -9,7 +10,8 @@ With g the gradient by the bins of the logits,
 
     ∂L/∂x_j = g_j for j in K,    g_tail · exp x_j / Σ_{i∉K} exp x_i for the others: 0 without a tail
 
-    forward   takes x_K and leaves in its place what is next to -inf; label_rows reads the rest once. No 1 - Σ q to cancel
+    forward   takes x_K and leaves in its place what is next to -inf; label_rows reads the rest once. No 1 - Σ q to
+              cancel
     backward  label_rows makes the rest its gradient, in place; g_K is written over it
 
 An entry whose log-probability is -inf does not exist, whatever its id is: so entries may be filled up to one length.
@@ -29,7 +31,9 @@ def marks_of(rows, labels, ignore_index, like):
 
 
 def entries_of(ids, log_p, marks, classes):
-    """Which entries exist; in whose place each stands, an entry that does not in that of one that does; its id, within range."""
+    """Which entries exist; in whose place each stands, an entry that does not in that of one that does; its id, within
+    range.
+    """
     exists = (log_p != -float("inf")) & (marks == 0)[:, None]
     own = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     place = torch.where(exists, own, exists.to(torch.int8).argmax(1, keepdim=True))
@@ -37,7 +41,9 @@ def entries_of(ids, log_p, marks, classes):
 
 
 def check(ids, log_p, exists, classes):
-    """Refuse ids that are no class or stand twice in a row, and sums far beyond 1: at once on a CPU, on the device elsewhere."""
+    """Refuse ids that are no class or stand twice in a row, and sums far beyond 1: at once on a CPU, on the device
+    elsewhere.
+    """
     low, high = (torch.where(exists, ids, 0).amin(), torch.where(exists, ids, 0).amax()) if ids.numel() else (0, 0)
     nothing = -1 - torch.arange(ids.shape[1], device=ids.device)  # all different
     ordered = torch.where(exists, ids.long(), nothing).sort(1).values
@@ -52,7 +58,9 @@ def check(ids, log_p, exists, classes):
     if twice.any():
         raise ValueError(f"teacher_ids must name a class once a row, got {int(ordered[:, 1:][twice][0])} twice")
     if (total > MOST).any():
-        raise ValueError(f"teacher_log_probs must be log-probabilities, whose exponentials sum to at most 1, got {total.max():.4g}")
+        raise ValueError(
+            f"teacher_log_probs must be log-probabilities, whose exponentials sum to at most 1, got {total.max():.4g}"
+        )
 
 
 def lowest_of(dtype, scale):
@@ -66,12 +74,14 @@ def with_tails(bins, highest, log_rest, lowest, log_p):
     ours = torch.cat([bins - torch.where(nothing, 0, highest), torch.where(nothing, -float("inf"), log_rest)], 1)
     # at least the rounding of 1: a tail of exactly 0 would make the reverse divergence of a confident teacher infinite
     rest = (1 - log_p.exp().sum(1, keepdim=True)).clamp(min=torch.finfo(log_p.dtype).eps)
-    none = nothing & (rest < MOST - 1)  # and where there is no other class, the rounding would make the forward one infinite
+    # and where there is no other class, the rounding would make the forward one infinite
+    none = nothing & (rest < MOST - 1)
     return ours, torch.cat([log_p, torch.where(none, -float("inf"), rest.log())], 1)
 
 
 def walk(logits, ids, log_p, labels, problem, student_first, tail, upstream=None):
-    """The losses of the rows, as distribution_rows.walk has them; with ``upstream`` the logits become the gradient of Σ upstream · losses.
+    """The losses of the rows, as distribution_rows.walk has them; with ``upstream`` the logits become the gradient of Σ
+    upstream · losses.
 
     Without it they are lost too. student_first: the logits are the p of the formula, else its q.
     """
@@ -117,5 +127,7 @@ def whole_bins(logits, ids, log_p, labels, ignore_index, tail, scale, wide):
         named = torch.zeros_like(x, dtype=torch.bool).scatter(1, columns, exists.gather(1, place))
         others = torch.where(named, lowest, x)
         highest = others.detach().amax(1, keepdim=True)
-        bins, theirs = with_tails(bins, highest, (others - highest).exp().sum(1, keepdim=True).log(), 0.5 * lowest, theirs)
+        bins, theirs = with_tails(
+            bins, highest, (others - highest).exp().sum(1, keepdim=True).log(), 0.5 * lowest, theirs
+        )
     return bins, theirs

@@ -39,10 +39,18 @@ def statistics_kernel(
     inputs,  # (steps, samples, cols), at t * step_stride + n * sample_stride
     input_lengths,
     state,  # (2, samples) of other things, then (2, samples, steps): max x and log Σ exp(x - max x), 0 after the end
-    step_stride: tl.int64, sample_stride: tl.int64, steps: tl.int64, samples: tl.int64,
+    step_stride: tl.int64,
+    sample_stride: tl.int64,
+    steps: tl.int64,
+    samples: tl.int64,
     rows: tl.int64,  # steps * samples
-    cols, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    cols,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """One program a row."""
     program = tl.program_id(0).to(tl.int64)
     t = program // samples
@@ -52,9 +60,25 @@ def statistics_kernel(
     if t < tl.load(input_lengths + n).to(tl.int64):
         start = t * step_stride + n * sample_stride
         highest, log_total, _, _, _ = row_statistics(
-            inputs, start, cols, 0.0, None, None, False, False, False, False, False, False, "evict_first",
-            EDGE, COMPUTE, VEC, LANES, UNROLL,
-        )  # fmt: skip
+            inputs,
+            start,
+            cols,
+            0.0,
+            None,
+            None,
+            False,
+            False,
+            False,
+            False,
+            False,
+            False,
+            "evict_first",
+            EDGE,
+            COMPUTE,
+            VEC,
+            LANES,
+            UNROLL,
+        )
     tl.store(state + 2 * samples + n * steps + t, highest)
     tl.store(state + 2 * samples + rows + n * steps + t, log_total)
 
@@ -80,10 +104,20 @@ def probability(x, highest, log_total, PROBABILITIES: tl.constexpr):
 
 @triton.jit
 def write_probabilities(
-    inputs, grad, start, cols, highest, log_total, factor,
-    PROBABILITIES: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    inputs,
+    grad,
+    start,
+    cols,
+    highest,
+    log_total,
+    factor,
+    PROBABILITIES: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     """The gradient of one row, as if the target had none of its classes."""
     head, vectors = span_of(start, cols, VEC, EDGE)
     first = (start + head) // VEC * VEC  # says that it is aligned
@@ -118,9 +152,20 @@ def within_class(value, this, next_value, following):
 
 @triton.jit
 def write_own_classes(
-    inputs, grad, start, places, likely, width, length, highest, log_total, factor,
-    PROBABILITIES: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    inputs,
+    grad,
+    start,
+    places,
+    likely,
+    width,
+    length,
+    highest,
+    log_total,
+    factor,
+    PROBABILITIES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The gradient of one row at blank and at the target's classes: p less their occupancies, which sum to 1."""
     k = tl.arange(0, BLOCK)
     exists = k <= length
@@ -145,19 +190,31 @@ def write_own_classes(
 def gradient_kernel(
     inputs,  # (steps, samples, cols), at t * step_stride + n * sample_stride
     grad,  # the same
-    input_lengths, target_lengths,
+    input_lengths,
+    target_lengths,
     state,  # (samples,) of other things, (samples,) losses, then where FROM_LOGITS (2, samples, steps) statistics
     places,  # (samples, 2, width): the places of blank and of the labels, sorted by class, and their classes
     likely,  # (samples, steps, 2, width): how likely each blank and each label is
     upstream,  # at n * upstream_stride
-    step_stride: tl.int64, sample_stride: tl.int64, upstream_stride: tl.int64,
-    steps: tl.int64, width: tl.int64, samples: tl.int64,
+    step_stride: tl.int64,
+    sample_stride: tl.int64,
+    upstream_stride: tl.int64,
+    steps: tl.int64,
+    width: tl.int64,
+    samples: tl.int64,
     rows: tl.int64,  # steps * samples
     cols,
-    FROM_LOGITS: tl.constexpr, PROBABILITIES: tl.constexpr, ZERO_INFINITY: tl.constexpr, MEAN: tl.constexpr,
-    EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    FROM_LOGITS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    ZERO_INFINITY: tl.constexpr,
+    MEAN: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     """One program a row: (p - occupancy) · upstream; zeros after a sample's end, nan where its loss is not finite."""
     program = tl.program_id(0).to(tl.int64)
     t = program // samples
@@ -180,12 +237,23 @@ def gradient_kernel(
             log_total += tl.load(state + 2 * samples + rows + n * steps + t)
         write_probabilities(
             inputs, grad, start, cols, highest, log_total, factor, PROBABILITIES, EDGE, COMPUTE, VEC, LANES, UNROLL
-        )  # fmt: skip
+        )
         tl.debug_barrier()  # what follows writes over some of what other threads have written
         write_own_classes(
-            inputs, grad, start, places + n * 2 * width, likely + (n * steps + t) * 2 * width, width, length,
-            highest, log_total, factor, PROBABILITIES, COMPUTE, BLOCK,
-        )  # fmt: skip
+            inputs,
+            grad,
+            start,
+            places + n * 2 * width,
+            likely + (n * steps + t) * 2 * width,
+            width,
+            length,
+            highest,
+            log_total,
+            factor,
+            PROBABILITIES,
+            COMPUTE,
+            BLOCK,
+        )
     else:
         write_zeros(grad, start, cols, EDGE, VEC, LANES)
 
@@ -318,9 +386,22 @@ def forward(tensors, problem):
         found.statistics(inputs, input_lengths, state, step_stride, sample_stride, steps, samples, steps * samples)
     target_stride = targets.stride(0) if shape.padded else targets.shape[0]
     walking = (
-        inputs, targets, input_lengths, target_lengths, losses, state, places, likely, scratch,
-        step_stride, sample_stride, target_stride, steps, width, samples,
-    )  # fmt: skip
+        inputs,
+        targets,
+        input_lengths,
+        target_lengths,
+        losses,
+        state,
+        places,
+        likely,
+        scratch,
+        step_stride,
+        sample_stride,
+        target_stride,
+        steps,
+        width,
+        samples,
+    )
     found.apart(*walking)
     found.together(*walking)
     if losses is state:

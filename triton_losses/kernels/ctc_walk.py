@@ -124,16 +124,14 @@ def load_labels(targets, first, place, length, room, PADDED: tl.constexpr):
 
 @triton.jit
 def class_at(targets, first, place, length, room, blank, cols, PADDED: tl.constexpr):
-    """The class of a label, by places from 1; -1 of blank, at place 0, and of a label that is blank, nonsense as it is."""
+    """The class of a label, by places from 1; -1 of blank, at place 0, and of a label that wrongly is blank."""
     label = load_labels(targets, first, place - 1, length, room, PADDED)
     label = tl.minimum(tl.maximum(label, 0), cols - 1).to(tl.int32)
     return tl.where((place == 0) | (label == blank), -1, label)
 
 
 @triton.jit
-def sort_by_class(
-    targets, first, length, room, places, width, blank, cols, PADDED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def sort_by_class(targets, first, length, room, places, width, blank, cols, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """Write the places of blank and of the labels in the order of their classes, then those classes.
 
     Each counts how many come before it: little work beside the walks, which other programs do meanwhile.
@@ -165,9 +163,20 @@ def fetch(inputs, highest, t, step_stride, blank, labels, k, length, left, FROM_
 
 @triton.jit
 def write_loss(
-    likelihood, power, state, out, n, samples, steps, last, length,
-    FROM_LOGITS: tl.constexpr, ZERO_INFINITY: tl.constexpr, MEAN: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+    likelihood,
+    power,
+    state,
+    out,
+    n,
+    samples,
+    steps,
+    last,
+    length,
+    FROM_LOGITS: tl.constexpr,
+    ZERO_INFINITY: tl.constexpr,
+    MEAN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     exact = 0.0 - (power.to(tl.float64) + tl.log2(likelihood.to(tl.float64))) * LN2
     if FROM_LOGITS:  # its probabilities were over the likeliest classes'
         exact += sum_of(state + (2 + steps) * samples + n * steps, last, tl.float64)
@@ -211,12 +220,24 @@ def walk_kernel(
     mantissas,  # (samples, steps, 2, width) where STORE, blanks, then labels: states; in their place how likely each is
     scratch,  # (2, 2, samples, 2, width): mantissas, then powers, of each direction's states before it meets the other;
     # where STORE then (samples, steps, 2, width): the powers of the states
-    step_stride: tl.int64, sample_stride: tl.int64, target_stride: tl.int64,
-    steps: tl.int64, width: tl.int64, samples: tl.int64,
-    cols, blank,
-    PADDED: tl.constexpr, APART: tl.constexpr, STORE: tl.constexpr, FROM_LOGITS: tl.constexpr,
-    ZERO_INFINITY: tl.constexpr, MEAN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    step_stride: tl.int64,
+    sample_stride: tl.int64,
+    target_stride: tl.int64,
+    steps: tl.int64,
+    width: tl.int64,
+    samples: tl.int64,
+    cols,
+    blank,
+    PADDED: tl.constexpr,
+    APART: tl.constexpr,
+    STORE: tl.constexpr,
+    FROM_LOGITS: tl.constexpr,
+    ZERO_INFINITY: tl.constexpr,
+    MEAN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """Two programs a sample, from either end of it; apart and to STORE a third, which sorts the labels."""
     program = tl.program_id(0)
     reverse = program >= samples
@@ -259,9 +280,20 @@ def walk_kernel(
         total, total_power = likelihood_of(transition(states, k, skip), other, k, length)
         if reverse == 0:
             write_loss(
-                total, total_power, state, out, n, samples, steps, last, length,
-                FROM_LOGITS, ZERO_INFINITY, MEAN, COMPUTE,
-            )  # fmt: skip
+                total,
+                total_power,
+                state,
+                out,
+                n,
+                samples,
+                steps,
+                last,
+                length,
+                FROM_LOGITS,
+                ZERO_INFINITY,
+                MEAN,
+                COMPUTE,
+            )
         inverse = 1.0 / total
         begin = middle
         end = last
@@ -316,7 +348,9 @@ def configs(args):
     best = rule(args)["num_warps"]
     near = [(best, 4), (best, 8), (best * 2, 4), (best // 2, 4)]
     return [
-        configuration(w, depth) for w, depth in near if 1 <= w <= 32 and args["BLOCK"] <= 8 * w * WARP <= max(8 * args["BLOCK"], 8 * WARP)
+        configuration(w, depth)
+        for w, depth in near
+        if 1 <= w <= 32 and args["BLOCK"] <= 8 * w * WARP <= max(8 * args["BLOCK"], 8 * WARP)
     ]
 
 

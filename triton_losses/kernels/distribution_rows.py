@@ -1,11 +1,11 @@
 """Losses of two rows by kernels: one program is one pair of rows, walked as row_pairs.py says.
 
-Both kernels are built without fused multiply-adds. The compiler fuses what it likes, and so may round Σ exp of p and of q
-differently: identical rows would not give exactly 0, neither as a loss nor as a gradient.
+Both kernels are built without fused multiply-adds. The compiler fuses what it likes, and so may round Σ exp of p and of
+q differently: identical rows would not give exactly 0, neither as a loss nor as a gradient.
 
 What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is
-reduced, the losses, and, where there are labels, 1 for each row that counts; then max p, log Σ exp(p - max p), the same of q,
-Σ ∂f/∂log p and Σ ∂f/∂log q; at last, where there are labels and a reduction, how many rows count.
+reduced, the losses, and, where there are labels, 1 for each row that counts; then max p, log Σ exp(p - max p), the same
+of q, Σ ∂f/∂log p and Σ ∂f/∂log q; at last, where there are labels and a reduction, how many rows count.
 """
 
 import torch
@@ -34,17 +34,32 @@ SAVED = 6  # numbers a row that the backward reads
     do_not_specialize_on_alignment=["labels", "losses", "state"],
 )
 def forward_kernel(
-    p, q,  # (rows, cols), row r at r * stride_p, r * stride_q
+    p,
+    q,  # (rows, cols), row r at r * stride_p, r * stride_q
     weight,  # (cols,) where WEIGHTED
     labels,  # (rows,) where LABELLED
     losses,  # (rows,); where COUNTED (2, rows): losses, and 1 for each row that counts
     state,  # (AHEAD, rows) of other things, then (6, rows) for the backward
     rows: tl.int64,
-    cols, stride_p, stride_q, ignore_index, factors, scalars,
-    FORMULA: tl.constexpr, GIVEN: tl.constexpr, ONE_READ: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr,
-    COUNTED: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    cols,
+    stride_p,
+    stride_q,
+    ignore_index,
+    factors,
+    scalars,
+    FORMULA: tl.constexpr,
+    GIVEN: tl.constexpr,
+    ONE_READ: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LABELLED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     scale, z_loss, factor = exact(factors, COMPUTE)
     values = exact(scalars, COMPUTE)
@@ -59,9 +74,28 @@ def forward_kernel(
         at_p = row * stride_p
         at_q = row * stride_q
         if ONE_READ:
-            found = in_one_read(p, q, at_p, at_q, weight, cols, scale, values, FORMULA, GIVEN, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL)
+            found = in_one_read(
+                p,
+                q,
+                at_p,
+                at_q,
+                weight,
+                cols,
+                scale,
+                values,
+                FORMULA,
+                GIVEN,
+                WEIGHTED,
+                EDGE,
+                COMPUTE,
+                VEC,
+                LANES,
+                UNROLL,
+            )
         else:
-            found = in_two_reads(p, q, at_p, at_q, weight, cols, scale, values, FORMULA, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL)
+            found = in_two_reads(
+                p, q, at_p, at_q, weight, cols, scale, values, FORMULA, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL
+            )
     highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q, loss = found
     if z_loss != 0.0:
         lse = highest_q + log_total_q
@@ -77,9 +111,22 @@ def forward_kernel(
 
 @triton.jit
 def store_gradients(
-    pair, grad_p, grad_q, weights, mask, scale, rowwise, upstream, scalars, FORMULA: tl.constexpr, GIVEN: tl.constexpr,
-    WEIGHTED: tl.constexpr, WANT_P: tl.constexpr, WANT_Q: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
+    pair,
+    grad_p,
+    grad_q,
+    weights,
+    mask,
+    scale,
+    rowwise,
+    upstream,
+    scalars,
+    FORMULA: tl.constexpr,
+    GIVEN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WANT_P: tl.constexpr,
+    WANT_Q: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Write the gradients of one pair of tiles."""
     highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q = rowwise
     a, b = pair
@@ -101,18 +148,37 @@ def store_gradients(
     do_not_specialize_on_alignment=["labels", "state", "dout"],
 )
 def backward_kernel(
-    p, q,  # (rows, cols), row r at r * stride_p, r * stride_q
+    p,
+    q,  # (rows, cols), row r at r * stride_p, r * stride_q
     weight,  # (cols,) where WEIGHTED
     labels,  # (rows,) where LABELLED
     state,  # (AHEAD, rows) of other things, then (6, rows); where COUNTED then how many rows count
-    grad_p, grad_q,  # as p and q, which they may be, where WANT_P and WANT_Q
+    grad_p,
+    grad_q,  # as p and q, which they may be, where WANT_P and WANT_Q
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
-    cols, stride_p, stride_q, dout_stride, ignore_index, factors, scalars,
-    FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, COUNTED: tl.constexpr,
-    AHEAD: tl.constexpr, MEAN: tl.constexpr, WANT_P: tl.constexpr, WANT_Q: tl.constexpr, EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    cols,
+    stride_p,
+    stride_q,
+    dout_stride,
+    ignore_index,
+    factors,
+    scalars,
+    FORMULA: tl.constexpr,
+    GIVEN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LABELLED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    MEAN: tl.constexpr,
+    WANT_P: tl.constexpr,
+    WANT_Q: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     start_p = row * stride_p
     start_q = row * stride_q
@@ -142,24 +208,63 @@ def backward_kernel(
             for u in tl.static_range(UNROLL):
                 at = (v + u * LANES) * VEC + tile
                 store_gradients(
-                    pairs[u], grad_p + first_p + at, grad_q + first_q + at, weight + head + at, None, scale, rowwise, upstream, values,
-                    FORMULA, GIVEN, WEIGHTED, WANT_P, WANT_Q, "evict_first",
-                )  # fmt: skip
+                    pairs[u],
+                    grad_p + first_p + at,
+                    grad_q + first_q + at,
+                    weight + head + at,
+                    None,
+                    scale,
+                    rowwise,
+                    upstream,
+                    values,
+                    FORMULA,
+                    GIVEN,
+                    WEIGHTED,
+                    WANT_P,
+                    WANT_Q,
+                    "evict_first",
+                )
         for v in range(unmasked, vectors, LANES):
             at = v * VEC + tile
             mask = (v + lanes < vectors)[:, None]
             pair = load_pair(p + first_p + at, q + first_q + at, mask, scale, GIVEN, COMPUTE, "evict_first")
             store_gradients(
-                pair, grad_p + first_p + at, grad_q + first_q + at, weight + head + at, mask, scale, rowwise, upstream, values,
-                FORMULA, GIVEN, WEIGHTED, WANT_P, WANT_Q, "evict_first",
-            )  # fmt: skip
+                pair,
+                grad_p + first_p + at,
+                grad_q + first_q + at,
+                weight + head + at,
+                mask,
+                scale,
+                rowwise,
+                upstream,
+                values,
+                FORMULA,
+                GIVEN,
+                WEIGHTED,
+                WANT_P,
+                WANT_Q,
+                "evict_first",
+            )
         if EDGE:
             edge, exists = edge_tile(head, vectors, cols, LANES, VEC)
             pair = load_pair(p + start_p + edge, q + start_q + edge, exists, scale, GIVEN, COMPUTE, "")
             store_gradients(
-                pair, grad_p + start_p + edge, grad_q + start_q + edge, weight + edge, exists, scale, rowwise, upstream, values,
-                FORMULA, GIVEN, WEIGHTED, WANT_P, WANT_Q, "",
-            )  # fmt: skip
+                pair,
+                grad_p + start_p + edge,
+                grad_q + start_q + edge,
+                weight + edge,
+                exists,
+                scale,
+                rowwise,
+                upstream,
+                values,
+                FORMULA,
+                GIVEN,
+                WEIGHTED,
+                WANT_P,
+                WANT_Q,
+                "",
+            )
     else:
         if WANT_P:
             write_zeros(grad_p, start_p, cols, EDGE, VEC, LANES)
@@ -192,7 +297,8 @@ def sample(args):
 
 
 def pair_configs(args):
-    return [config for config in configs(args) if config["num_warps"] * config["UNROLL"] < 64]  # beyond, registers spill
+    # beyond, registers spill
+    return [config for config in configs(args) if config["num_warps"] * config["UNROLL"] < 64]
 
 
 tuning = {"configs": pair_configs, "rule": rule, "key": key, "size": "rows", "sample": sample, "fuse": False}
@@ -221,7 +327,9 @@ def state_of(q, problem, labels, wide):
 
 @planned
 def plan(tensors, problem, wanted):
-    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged first."""
+    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged
+    first.
+    """
     p, q, weight, labels, dout = tensors
     first, second = readable_pair(p, q)
     if first is not p or second is not q or not all(t.is_contiguous() for t in given((weight, labels))):

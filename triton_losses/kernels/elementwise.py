@@ -82,16 +82,32 @@ def forward_kernel(
 
 @triton.jit
 def gradients_at(
-    operands, grads, dout, offsets, mask, divisor, scalars,
-    FORMULA: tl.constexpr, COMPUTE: tl.constexpr, WEIGHTED: tl.constexpr, WANTED: tl.constexpr, SAME: tl.constexpr,
-):  # fmt: skip
-    upstream = tl.load(dout).to(COMPUTE) / tl.cast(divisor, COMPUTE) if SAME else tl.load(dout + offsets, mask=mask).to(COMPUTE)
+    operands,
+    grads,
+    dout,
+    offsets,
+    mask,
+    divisor,
+    scalars,
+    FORMULA: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WANTED: tl.constexpr,
+    SAME: tl.constexpr,
+):
+    upstream = (
+        tl.load(dout).to(COMPUTE) / tl.cast(divisor, COMPUTE)
+        if SAME
+        else tl.load(dout + offsets, mask=mask).to(COMPUTE)
+    )
     values = load_all(operands, offsets, mask, COMPUTE)
     count: tl.constexpr = len(operands)
     if WEIGHTED:
         results = FORMULA(*values[:-1], *exact(scalars, COMPUTE))
         if WANTED[count - 1]:
-            tl.store(grads[count - 1] + offsets, (results[0] * upstream).to(grads[count - 1].dtype.element_ty), mask=mask)
+            tl.store(
+                grads[count - 1] + offsets, (results[0] * upstream).to(grads[count - 1].dtype.element_ty), mask=mask
+            )
         upstream = upstream * values[-1]
     else:
         results = FORMULA(*values, *exact(scalars, COMPUTE))
@@ -120,7 +136,9 @@ def backward_kernel(
     if start + BLOCK <= n:
         gradients_at(operands, grads, dout, offsets, None, divisor, scalars, FORMULA, COMPUTE, WEIGHTED, WANTED, SAME)
     else:
-        gradients_at(operands, grads, dout, offsets, offsets < n, divisor, scalars, FORMULA, COMPUTE, WEIGHTED, WANTED, SAME)
+        gradients_at(
+            operands, grads, dout, offsets, offsets < n, divisor, scalars, FORMULA, COMPUTE, WEIGHTED, WANTED, SAME
+        )
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
@@ -144,7 +162,8 @@ def config(block, threads, **more):  # in threads, for 8 elements a thread are 1
 def forward_rule(args):
     if args["COMPUTE"] == tl.float64:
         return config(1024, 256, SPAN=SPAN)
-    return config(2048, 128, SPAN=SPAN) if args["WEIGHTED"] else config(2048, 256, SPAN=SPAN)  # else some weighted losses spill
+    # else some weighted losses spill
+    return config(2048, 128, SPAN=SPAN) if args["WEIGHTED"] else config(2048, 256, SPAN=SPAN)
 
 
 forward_launch = Tuned(
@@ -194,7 +213,9 @@ def fixed_arguments(operands, problem):
 def forward_plan(tensors, problem, reduce):
     *operands, out = tensors
     arguments = fixed_arguments(operands, problem)
-    return forward_launch.bind(operands=tuple(operands), out=out, divisor=1, n=operands[0].numel(), REDUCE=reduce, **arguments)
+    return forward_launch.bind(
+        operands=tuple(operands), out=out, divisor=1, n=operands[0].numel(), REDUCE=reduce, **arguments
+    )
 
 
 def forward(tensors, problem):

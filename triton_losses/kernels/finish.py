@@ -1,4 +1,4 @@
-"""The kernel that finishes a reduced loss: it adds up what the programs of another kernel have left, in a fixed order."""
+"""The kernel that finishes a reduced loss: it adds up what another kernel's programs have left, in a fixed order."""
 
 import torch
 import triton
@@ -16,8 +16,10 @@ def finish_kernel(
     out,  # () the loss
     divisor: tl.int64,  # where MEAN and there are no weights
     count: tl.int64,
-    WEIGHTS_AT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    WEIGHTS_AT: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """In float64: sums of float32 are rounded once. The sum of the weights is left at parts[WEIGHTS_AT * count]."""
     total = tl.zeros((BLOCK,), tl.float64)
     weights = tl.zeros((BLOCK,), tl.float64)
@@ -59,8 +61,8 @@ def plan(tensors, weights_at, mean):
 def finish(parts, out, count, weights_at=0, mean=False, divisor=0):
     """Add up the first ``count`` of ``parts`` into ``out``.
 
-    weights_at: parts goes on with as many weights; their sum is left at parts[weights_at * count]. mean: out is divided by it,
-    or, where there are no weights, by the divisor.
+    weights_at: parts goes on with as many weights; their sum is left at parts[weights_at * count]. mean: out is divided
+    by it, or, where there are no weights, by the divisor.
     """
     if count > ALONE:
         runs = -(-count // ALONE)

@@ -1,8 +1,9 @@
 """Images and their labels by kernels: one program is a run of one image's pixels, and all their classes.
 
-A thread has 16 bytes of neighbouring pixels of each class. Where its registers hold all classes at once, each class is a tile of
-its own: one tile with a dimension of classes would be padded to a power of two. More classes are walked in a loop, with a running
-maximum and Σ exp(x - maximum) for each pixel; the backward of few walks them twice, the second time out of the cache.
+A thread has 16 bytes of neighbouring pixels of each class. Where its registers hold all classes at once, each class is
+a tile of its own: one tile with a dimension of classes would be padded to a power of two. More classes are walked in a
+loop, with a running maximum and Σ exp(x - maximum) for each pixel; the backward of few walks them twice, the second
+time out of the cache.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,8 @@ from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
 from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, factors_of, read_formula, transform
 
-SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
+# bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
+SPAN = 2048
 FEW = 32  # classes whose logits a program still finds in the cache when it reads them again: 16 bytes of each a thread
 HELD = {2: 12, 4: 32, 8: 24}  # classes that a thread holds without spilling, by the bytes of a logit
 
@@ -60,7 +62,9 @@ def load_tiles(
 
 
 @triton.jit
-def take_classes(tiles, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr):
+def take_classes(
+    tiles, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr
+):
     """Fold classes from c on into the pixels' running maximum, Σ exp(x - maximum) and Σ w_j (x_j - pivot)."""
     higher = highest
     for i in tl.static_range(len(tiles)):
@@ -76,7 +80,7 @@ def take_classes(tiles, c, highest, total, spread, pivot, class_weights, MEAN_LO
 
 @triton.jit
 def where(program, blocks, pixels, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a program's block of pixels: the image, the lanes, which of them exist, and their places in (images, pixels)."""
+    """A program's block of pixels: the image, the lanes, which of them exist, and their places in (images, pixels)."""
     image = program // blocks
     first = (program - image * blocks) * BLOCK
     lanes = tl.arange(0, BLOCK)
@@ -96,24 +100,46 @@ def labels_of(at, mask, classes, ignore_index):
 
 @triton.jit
 def statistics_of(
-    at, tiles, classes, class_stride, mask, pivot, class_weights, mean_weight, shape,
-    MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
-    EVICT: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+    at,
+    tiles,
+    classes,
+    class_stride,
+    mask,
+    pivot,
+    class_weights,
+    mean_weight,
+    shape,
+    MEAN_LOG_P: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    HELD: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVICT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """Of each pixel: max x, log Σ exp(x - max), mean_log_p; from the tiles where they are HELD, else from one read."""
     highest = tl.full(pivot.shape, LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
     total = tl.zeros(pivot.shape, COMPUTE)
     spread = tl.zeros(pivot.shape, COMPUTE)
     if HELD:
-        highest, total, spread = take_classes(tiles, 0, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
+        highest, total, spread = take_classes(
+            tiles, 0, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED
+        )
     else:
         together = classes // UNROLL * UNROLL
         for c in range(0, together, UNROLL):
-            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, UNROLL, CAPPED, SCALED, EVICT, COMPUTE)
-            highest, total, spread = take_classes(loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
+            loaded = load_tiles(
+                at + c * class_stride, class_stride, mask, shape, UNROLL, CAPPED, SCALED, EVICT, COMPUTE
+            )
+            highest, total, spread = take_classes(
+                loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED
+            )
         for c in range(together, classes):
             loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, 1, CAPPED, SCALED, EVICT, COMPUTE)
-            highest, total, spread = take_classes(loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED)
+            highest, total, spread = take_classes(
+                loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED
+            )
     log_total = tl.log(total)
     if MEAN_LOG_P:
         rest = pivot - highest - log_total
@@ -125,14 +151,25 @@ def statistics_of(
 
 @triton.jit
 def formula_of(
-    picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars,
-    FORMULA: tl.constexpr, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+    picked,
+    highest,
+    log_total,
+    mean_log_p,
+    place,
+    kept,
+    class_weights,
+    scalars,
+    FORMULA: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """Each pixel's loss, its partials, and the weight of its class."""
     weight = tl.where(kept, 1.0, 0.0).to(COMPUTE)
     if WEIGHTED:
         weight = tl.load(class_weights + place, mask=kept, other=0.0).to(COMPUTE)
-    statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total, highest)  # no formula here takes the entropy
+    # no formula here takes the entropy
+    statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total, highest)
     loss, partials = read_formula(FORMULA, SLOTS, statistics, weight, (), exact(scalars, COMPUTE))
     return loss, partials, weight
 
@@ -147,13 +184,30 @@ def forward_kernel(
     labels,  # (images, pixels)
     class_weights,  # (classes,) where WEIGHTED
     mean_weight,  # () where WEIGHTED
-    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written where SAVED
+    # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written where SAVED
+    saved,
     out,  # (images, pixels) losses; where REDUCE (2, images, spans): sums of losses and of weights
     images: tl.int64,
-    classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
-    FORMULA: tl.constexpr, SLOTS: tl.constexpr, REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-    HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    classes,
+    pixels,
+    image_stride,
+    class_stride,
+    ignore_index,
+    scalars,
+    shape,
+    FORMULA: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    HELD: tl.constexpr,
+    SAVED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
     program = tl.program_id(0).to(tl.int64)
     spans = tl.cdiv(pixels, BLOCK)
@@ -171,9 +225,24 @@ def forward_kernel(
         tiles = load_tiles(at, stride, mask, shape, HELD, CAPPED, SCALED, "evict_first", COMPUTE)
         pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
         highest, log_total, mean_log_p = statistics_of(
-            at, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
-            SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_first", COMPUTE,
-        )  # fmt: skip
+            at,
+            tiles,
+            classes,
+            stride,
+            mask,
+            pivot,
+            class_weights,
+            mean_weight,
+            shape,
+            SLOTS[2] > 0,
+            WEIGHTED,
+            CAPPED,
+            SCALED,
+            HELD,
+            UNROLL,
+            "evict_first",
+            COMPUTE,
+        )
         if SAVED:
             count = images * (pixels // VEC * VEC)
             tl.store(saved + places, highest, mask=mask)
@@ -209,7 +278,17 @@ def gradient_of(x, c, pixels, class_weights, shape, SLOTS: tl.constexpr, WEIGHTE
 
 @triton.jit
 def write_tiles(
-    at, class_stride, tiles, c, mask, pixels, class_weights, shape, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr
+    at,
+    class_stride,
+    tiles,
+    c,
+    mask,
+    pixels,
+    class_weights,
+    shape,
+    SLOTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     for i in tl.static_range(len(tiles)):
         g = gradient_of(tiles[i], c + i, pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
@@ -228,10 +307,27 @@ def backward_kernel(
     denominator,  # where MEAN (at + 1,), of which the last is read
     at_denominator: tl.int64,
     images: tl.int64,
-    classes, pixels, image_stride, class_stride, ignore_index, scalars, shape,
-    FORMULA: tl.constexpr, SLOTS: tl.constexpr, SAME: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
-    SCALED: tl.constexpr, HELD: tl.constexpr, SAVED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    classes,
+    pixels,
+    image_stride,
+    class_stride,
+    ignore_index,
+    scalars,
+    shape,
+    FORMULA: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SAME: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    HELD: tl.constexpr,
+    SAVED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(pixels, BLOCK)
@@ -252,9 +348,24 @@ def backward_kernel(
     if SOFTMAX and not SAVED:
         pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
         highest, log_total, mean_log_p = statistics_of(
-            at, tiles, classes, stride, mask, pivot, class_weights, mean_weight, shape,
-            SLOTS[2] > 0, WEIGHTED, CAPPED, SCALED, HELD, UNROLL, "evict_last", COMPUTE,
-        )  # fmt: skip
+            at,
+            tiles,
+            classes,
+            stride,
+            mask,
+            pivot,
+            class_weights,
+            mean_weight,
+            shape,
+            SLOTS[2] > 0,
+            WEIGHTED,
+            CAPPED,
+            SCALED,
+            HELD,
+            UNROLL,
+            "evict_last",
+            COMPUTE,
+        )
     elif SOFTMAX:
         count = images * plane
         highest = tl.load(saved + places, mask=mask, other=0.0)
@@ -277,10 +388,14 @@ def backward_kernel(
         together = classes // UNROLL * UNROLL
         for c in range(0, together, UNROLL):
             loaded = load_tiles(at + c * stride, stride, mask, shape, UNROLL, CAPPED, SCALED, "evict_first", COMPUTE)
-            write_tiles(out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
+            write_tiles(
+                out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED
+            )
         for c in range(together, classes):
             loaded = load_tiles(at + c * stride, stride, mask, shape, 1, CAPPED, SCALED, "evict_first", COMPUTE)
-            write_tiles(out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
+            write_tiles(
+                out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED
+            )
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
@@ -289,7 +404,14 @@ SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
 def key(args):
     x = args["logits"]
     flags = tuple(args[name] for name in ("WEIGHTED", "CAPPED", "SCALED", "VEC"))
-    return args["FORMULA"].__name__, args["classes"], str(x.dtype), *flags, args.get("REDUCE", args.get("SAME")), x.data_ptr() % 16 == 0
+    return (
+        args["FORMULA"].__name__,
+        args["classes"],
+        str(x.dtype),
+        *flags,
+        args.get("REDUCE", args.get("SAME")),
+        x.data_ptr() % 16 == 0,
+    )
 
 
 def sample(args):
@@ -312,7 +434,9 @@ def configs(args):
 
 
 def in_spans(choice, args):
-    """The forward's blocks are SPANs: what may vary is how many threads share one, and how many classes travel together."""
+    """The forward's blocks are SPANs: what may vary is how many threads share one, and how many classes travel
+    together.
+    """
     return {**choice, "BLOCK": SPAN // args["logits"].element_size()}
 
 
@@ -329,7 +453,9 @@ forward_launch = Tuned(
     size="images",
     sample=sample,
 )
-backward_launch = Tuned(backward_kernel, configs=configs, rule=rule, key=key, programs=programs, size="images", sample=sample)
+backward_launch = Tuned(
+    backward_kernel, configs=configs, rule=rule, key=key, programs=programs, size="images", sample=sample
+)
 
 
 def shared_arguments(logits, labels, class_weights, problem, saved):
@@ -377,11 +503,15 @@ class PlanesPlan(NamedTuple):
 
 
 def unreadable(logits, labels, class_weights):
-    return (logits.stride(2) != 1 and logits.shape[2] != 1) or not all(t is None or t.is_contiguous() for t in (labels, class_weights))
+    return (logits.stride(2) != 1 and logits.shape[2] != 1) or not all(
+        t is None or t.is_contiguous() for t in (labels, class_weights)
+    )
 
 
 def saved_of(logits, formula):
-    """Room for each pixel's max x, log Σ exp(x - max) and, where the formula takes it, mean_log_p: of many classes alone."""
+    """Room for each pixel's max x, log Σ exp(x - max) and, where the formula takes it, mean_log_p: of many classes
+    alone.
+    """
     images, _, pixels = logits.shape
     taken = slots_of(formula)
     count = 0 if few(logits) or not any(taken[1:4]) else 3 if taken[2] else 2
@@ -411,7 +541,9 @@ def plan(tensors, problem):
     if upstream is None:
         out = logits.new_empty(labels.shape, dtype=problem.dtype) if none else sums_of(logits, spans)
         arguments = shared_arguments(*inputs, problem, saved_of(logits, formula))
-        return PlanesPlan(True, wide, spans, mean_weight, same, forward_launch.bind(out=out, REDUCE=not none, **arguments))
+        return PlanesPlan(
+            True, wide, spans, mean_weight, same, forward_launch.bind(out=out, REDUCE=not none, **arguments)
+        )
     launch = backward_launch.bind(
         grad=logits.new_empty(logits.shape),
         upstream=upstream,
@@ -436,7 +568,8 @@ def prepared(tensors, problem, upstream=None, saved=None):
         found = plan((*tensors, upstream, saved), problem)
     logits, labels, class_weights = tensors
     if INTERPRET:
-        counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
+        # refuses a label that is no class; a GPU asserts
+        counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)
     mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
     return found, (logits, labels, logits if class_weights is None else class_weights, mean_weight), upstream
 

@@ -1,7 +1,7 @@
 """Rows and their labels by kernels: one program is one row. Images go to label_planes.py.
 
-What a forward leaves for its backward is one tensor, ``state``: six numbers a row, the loss, its weight, max x, log Σ exp(x - max),
-mean_log_p and the entropy, in six runs of one number a row each; then the sum of the weights.
+What a forward leaves for its backward is one tensor, ``state``: six numbers a row, the loss, its weight, max x, log Σ
+exp(x - max), mean_log_p and the entropy, in six runs of one number a row each; then the sum of the weights.
 """
 
 from typing import NamedTuple
@@ -49,10 +49,27 @@ def label_of(labels, row, cols, ignore_index):
 
 @triton.jit
 def write_gradient(
-    logits, grad, start, cols, highest, log_total, entropy, factors, place, class_weights, shape,
-    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    logits,
+    grad,
+    start,
+    cols,
+    highest,
+    log_total,
+    entropy,
+    factors,
+    place,
+    class_weights,
+    shape,
+    SLOTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     head, vectors = span_of(start, cols, VEC, EDGE)
     first = (start + head) // VEC * VEC
     lanes = tl.arange(0, LANES)
@@ -61,28 +78,67 @@ def write_gradient(
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
-            tiles += (tl.load(logits + first + (v + u * LANES) * VEC + tile, eviction_policy="evict_first").to(COMPUTE),)
+            tiles += (
+                tl.load(logits + first + (v + u * LANES) * VEC + tile, eviction_policy="evict_first").to(COMPUTE),
+            )
         for u in tl.static_range(UNROLL):
             at = (v + u * LANES) * VEC + tile
             g = gradient_at(
-                tiles[u], at, None, highest, log_total, entropy, factors, place - head, class_weights + head, shape,
-                SLOTS, WEIGHTED, CAPPED, SCALED,
-            )  # fmt: skip
+                tiles[u],
+                at,
+                None,
+                highest,
+                log_total,
+                entropy,
+                factors,
+                place - head,
+                class_weights + head,
+                shape,
+                SLOTS,
+                WEIGHTED,
+                CAPPED,
+                SCALED,
+            )
             tl.store(grad + first + at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
     for v in range(unmasked, vectors, LANES):
         mask = (v + lanes < vectors)[:, None]
         at = v * VEC + tile
         x = tl.load(logits + first + at, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         g = gradient_at(
-            x, at, mask & (at >= 0), highest, log_total, entropy, factors, place - head, class_weights + head, shape,
-            SLOTS, WEIGHTED, CAPPED, SCALED,
-        )  # fmt: skip
+            x,
+            at,
+            mask & (at >= 0),
+            highest,
+            log_total,
+            entropy,
+            factors,
+            place - head,
+            class_weights + head,
+            shape,
+            SLOTS,
+            WEIGHTED,
+            CAPPED,
+            SCALED,
+        )
         tl.store(grad + first + at, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
     if EDGE:
         columns, exists = edge_of(head, vectors, cols, VEC)
         x = tl.load(logits + start + columns, mask=exists, other=0.0).to(COMPUTE)
         g = gradient_at(
-            x, columns, exists, highest, log_total, entropy, factors, place, class_weights, shape, SLOTS, WEIGHTED, CAPPED, SCALED
+            x,
+            columns,
+            exists,
+            highest,
+            log_total,
+            entropy,
+            factors,
+            place,
+            class_weights,
+            shape,
+            SLOTS,
+            WEIGHTED,
+            CAPPED,
+            SCALED,
         )
         tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=exists)
 
@@ -105,18 +161,38 @@ def rows_kernel(
     mean_weight,  # () where WEIGHTED and mean_log_p is taken
     operands,  # pointers to (rows,)
     losses,  # written where FORWARD: (2, rows), losses and weights; where not REDUCED (rows,), losses alone
-    saved,  # written where FORWARD, else read: (AHEAD, rows) of other things, then max, log Σ exp(x - max), mean_log_p where the
+    # written where FORWARD, else read: (AHEAD, rows) of other things, then max, log Σ exp(x - max), mean_log_p where
+    # the
+    saved,
     # formula takes it, entropy where ENTROPY; where MEAN then the sum of the weights
     likeliest,  # (rows,) where LIKELIEST: the first of the highest columns, -1 where ignored; written where FORWARD
     grad,  # (rows, cols), row r at r * stride; may be logits: each element is read, then written, by one thread
     upstream,  # of row r at r * upstream_stride
     rows: tl.int64,
-    cols, stride, upstream_stride, ignore_index, scalars, shape,
-    FORMULA: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, ENTROPY: tl.constexpr, LIKELIEST: tl.constexpr,
-    FORWARD: tl.constexpr, REDUCED: tl.constexpr, BACKWARD: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
-    LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    cols,
+    stride,
+    upstream_stride,
+    ignore_index,
+    scalars,
+    shape,
+    FORMULA: tl.constexpr,
+    SLOTS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LIKELIEST: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REDUCED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3] or SLOTS[4]
     row = tl.program_id(0).to(tl.int64)
     start = row * stride
@@ -136,9 +212,25 @@ def rows_kernel(
         if SOFTMAX and FORWARD:
             pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
             highest, log_total, spread, entropy, best = row_statistics(
-                logits, start, cols, pivot, class_weights, shape, SLOTS[2] > 0, ENTROPY, LIKELIEST, WEIGHTED, CAPPED, SCALED,
-                "evict_last" if BACKWARD else "evict_first", EDGE, COMPUTE, VEC, LANES, UNROLL,
-            )  # fmt: skip
+                logits,
+                start,
+                cols,
+                pivot,
+                class_weights,
+                shape,
+                SLOTS[2] > 0,
+                ENTROPY,
+                LIKELIEST,
+                WEIGHTED,
+                CAPPED,
+                SCALED,
+                "evict_last" if BACKWARD else "evict_first",
+                EDGE,
+                COMPUTE,
+                VEC,
+                LANES,
+                UNROLL,
+            )
             if SLOTS[2]:
                 rest = pivot - highest - log_total
                 if WEIGHTED:
@@ -165,9 +257,27 @@ def rows_kernel(
                 factor *= shape[1]
             factors = factors_of(partials, factor, mean_weight, cols, SLOTS, WEIGHTED)
             write_gradient(
-                logits, grad, start, cols, highest, log_total, entropy, factors, place, class_weights, shape,
-                SLOTS, WEIGHTED, CAPPED, SCALED, EDGE, COMPUTE, VEC, LANES, UNROLL,
-            )  # fmt: skip
+                logits,
+                grad,
+                start,
+                cols,
+                highest,
+                log_total,
+                entropy,
+                factors,
+                place,
+                class_weights,
+                shape,
+                SLOTS,
+                WEIGHTED,
+                CAPPED,
+                SCALED,
+                EDGE,
+                COMPUTE,
+                VEC,
+                LANES,
+                UNROLL,
+            )
     elif BACKWARD:
         write_zeros(grad, start, cols, EDGE, VEC, LANES)
     if FORWARD:  # every program writes every output
@@ -186,7 +296,14 @@ def rows_kernel(
 
 
 rows_launch = Tuned(
-    rows_kernel, configs=configs, rule=rule, key=key, programs=lambda rows, fixed: rows, size="rows", sample=sample, written=("grad",)
+    rows_kernel,
+    configs=configs,
+    rule=rule,
+    key=key,
+    programs=lambda rows, fixed: rows,
+    size="rows",
+    sample=sample,
+    written=("grad",),
 )
 
 
@@ -230,7 +347,9 @@ def plan(tensors, problem, task):
         losses=state if task.reduced or not task.forward else logits.new_empty(rows, dtype=problem.dtype),
         saved=state,
         likeliest=labels.new_empty(rows, dtype=torch.int64) if task.likeliest else labels,
-        grad=torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device) if task.backward else logits,
+        grad=torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+        if task.backward
+        else logits,
         upstream=state if upstream is None else upstream,
         rows=rows,
         cols=cols,
@@ -267,7 +386,8 @@ def prepared(tensors, problem, task, upstream=None, operands=()):
         class_weights = class_weights if class_weights is None else class_weights.contiguous()
         found = plan((logits, labels, class_weights, upstream, *operands), problem, task)
     if INTERPRET:
-        counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class; a GPU asserts
+        # refuses a label that is no class; a GPU asserts
+        counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)
     mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
     return found, logits, labels, logits if class_weights is None else class_weights, mean_weight
 

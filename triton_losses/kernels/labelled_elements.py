@@ -19,7 +19,7 @@ from triton_losses.kernels.finish import finish
 @triton.jit
 def bits_at(
     labels, start, n, background, CLASSES: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Which of a block's elements are their row's label: (BLOCK / VEC, VEC) of 0 and 1.
 
     Elements beyond n are read as the last row's.
@@ -54,10 +54,16 @@ def forward_kernel(
     out,  # (n,) losses; where REDUCE (cdiv(n, SPAN),) partial sums, divided
     divisor: tl.int64,
     n: tl.int64,
-    background, scalars,
-    FORMULA: tl.constexpr, CLASSES: tl.constexpr, REDUCE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    background,
+    scalars,
+    FORMULA: tl.constexpr,
+    CLASSES: tl.constexpr,
+    REDUCE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     total = tl.zeros((BLOCK // VEC, VEC), COMPUTE)
@@ -83,7 +89,7 @@ def forward_kernel(
 @triton.jit
 def gradient_at(
     x, y, upstream, grad, at, mask, divisor, scalars, FORMULA: tl.constexpr, SAME: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
+):
     factor = (tl.load(upstream) if SAME else tl.load(upstream + at, mask=mask)).to(COMPUTE) / tl.cast(divisor, COMPUTE)
     partial = FORMULA(load_zeros(x + at, mask).to(COMPUTE), y, *exact(scalars, COMPUTE))[1]
     tl.store(grad + at, (partial * factor).to(grad.dtype.element_ty), mask=mask)
@@ -102,10 +108,15 @@ def backward_kernel(
     grad,  # (n,)
     divisor: tl.int64,
     n: tl.int64,
-    background, scalars,
-    FORMULA: tl.constexpr, CLASSES: tl.constexpr, SAME: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
+    background,
+    scalars,
+    FORMULA: tl.constexpr,
+    CLASSES: tl.constexpr,
+    SAME: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     y = bits_at(labels, start, n, background, CLASSES, COMPUTE, VEC, BLOCK)

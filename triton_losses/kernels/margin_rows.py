@@ -1,7 +1,7 @@
 """Margin losses of rows by kernels: one program is one row.
 
-A row is walked as in label_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge.
-Of a set of labels the forward first marks the columns: it reads the row once for each label, and would search the set each
+A row is walked as in label_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge. Of a
+set of labels the forward first marks the columns: it reads the row once for each label, and would search the set each
 time.
 """
 
@@ -91,10 +91,22 @@ def losses_of(x, columns, exists, chosen, place, marks, scalars, FORMULA: tl.con
 
 @triton.jit
 def sums_over_others(
-    x, start, head, vectors, cols, place, marks, scalars,
-    FORMULA: tl.constexpr, LISTED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
-    LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    x,
+    start,
+    head,
+    vectors,
+    cols,
+    place,
+    marks,
+    scalars,
+    FORMULA: tl.constexpr,
+    LISTED: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """Of one label of a row: Σ f and Σ f' over the columns that are no label's."""
     first = x + (start + head) // VEC * VEC  # says that it is aligned
     lanes = tl.arange(0, LANES)
@@ -144,10 +156,22 @@ def forward_kernel(
     losses,  # (rows,)
     slopes,  # (AHEAD, rows) of other things, then (rows, most): of each label that counts, Σ f' · w / C
     rows: tl.int64,
-    cols, stride, most, width, scalars,
-    FORMULA: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr, FIRST: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    cols,
+    stride,
+    most,
+    width,
+    scalars,
+    FORMULA: tl.constexpr,
+    LISTED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIRST: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     values = exact(scalars, COMPUTE)
     labels += row * most
@@ -175,10 +199,27 @@ def forward_kernel(
 
 @triton.jit
 def store_gradient(
-    x, row, labels, slopes, class_weights, count, cols, columns, exists, shift, only, upstream, scalars, grad,
-    FORMULA: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of one tile x. only: the lone label's column, number, slope and w / C. shift: what a column is less by."""
+    x,
+    row,
+    labels,
+    slopes,
+    class_weights,
+    count,
+    cols,
+    columns,
+    exists,
+    shift,
+    only,
+    upstream,
+    scalars,
+    grad,
+    FORMULA: tl.constexpr,
+    LISTED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """Write the gradient of one tile x. only: the lone label's column, number, slope and w / C. shift: what a column is
+    less by.
+    """
     if LISTED:
         of_others = tl.zeros_like(x)
         of_labels = tl.zeros_like(x)
@@ -211,10 +252,22 @@ def backward_kernel(
     grad,  # (rows, cols), row r at r * stride
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
-    cols, stride, most, dout_stride, scalars,
-    FORMULA: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr, AHEAD: tl.constexpr, MEAN: tl.constexpr,
-    EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    cols,
+    stride,
+    most,
+    dout_stride,
+    scalars,
+    FORMULA: tl.constexpr,
+    LISTED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    MEAN: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     values = exact(scalars, COMPUTE)
     labels += row * most
@@ -229,7 +282,12 @@ def backward_kernel(
     else:
         count = 1
         place = place_of(labels, cols)
-        only = (place, tl.load(x + start + place).to(COMPUTE), tl.load(slopes), factor_of(class_weights, place, cols, WEIGHTED, COMPUTE))
+        only = (
+            place,
+            tl.load(x + start + place).to(COMPUTE),
+            tl.load(slopes),
+            factor_of(class_weights, place, cols, WEIGHTED, COMPUTE),
+        )
     head, vectors = span_of(start, cols, VEC, EDGE)
     first = (start + head) // VEC * VEC  # says that it is aligned
     lanes = tl.arange(0, LANES)
@@ -242,24 +300,69 @@ def backward_kernel(
         for u in tl.static_range(UNROLL):
             at = (v + u * LANES) * VEC + tile
             store_gradient(
-                tiles[u], x + start, labels, slopes, class_weights, count, cols, at, None, head, only, upstream, values,
-                grad + first + at, FORMULA, LISTED, WEIGHTED,
-            )  # fmt: skip
+                tiles[u],
+                x + start,
+                labels,
+                slopes,
+                class_weights,
+                count,
+                cols,
+                at,
+                None,
+                head,
+                only,
+                upstream,
+                values,
+                grad + first + at,
+                FORMULA,
+                LISTED,
+                WEIGHTED,
+            )
     for v in range(unmasked, vectors, LANES):
         exists = (v + lanes < vectors)[:, None]
         at = v * VEC + tile
         loaded = tl.load(x + first + at, mask=exists, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         store_gradient(
-            loaded, x + start, labels, slopes, class_weights, count, cols, at, exists, head, only, upstream, values,
-            grad + first + at, FORMULA, LISTED, WEIGHTED,
-        )  # fmt: skip
+            loaded,
+            x + start,
+            labels,
+            slopes,
+            class_weights,
+            count,
+            cols,
+            at,
+            exists,
+            head,
+            only,
+            upstream,
+            values,
+            grad + first + at,
+            FORMULA,
+            LISTED,
+            WEIGHTED,
+        )
     if EDGE:
         columns, exists = edge_of(head, vectors, cols, VEC)
         loaded = tl.load(x + start + columns, mask=exists, other=0.0).to(COMPUTE)
         store_gradient(
-            loaded, x + start, labels, slopes, class_weights, count, cols, columns, exists, 0, only, upstream, values,
-            grad + start + columns, FORMULA, LISTED, WEIGHTED,
-        )  # fmt: skip
+            loaded,
+            x + start,
+            labels,
+            slopes,
+            class_weights,
+            count,
+            cols,
+            columns,
+            exists,
+            0,
+            only,
+            upstream,
+            values,
+            grad + start + columns,
+            FORMULA,
+            LISTED,
+            WEIGHTED,
+        )
 
 
 def key(args):
@@ -272,7 +375,10 @@ SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
 
 
 def sample(args):
-    return {**args, "rows": min(args["rows"], max(SAMPLE_BYTES // max(args["stride"] * args["x"].element_size(), 1), 1))}
+    return {
+        **args,
+        "rows": min(args["rows"], max(SAMPLE_BYTES // max(args["stride"] * args["x"].element_size(), 1), 1)),
+    }
 
 
 options = {"configs": configs, "rule": rule, "key": key, "sample": sample}

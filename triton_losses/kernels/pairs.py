@@ -1,7 +1,7 @@
 """Losses of pairs of vectors by kernels: one program is a few rows, walked together in blocks of columns.
 
-A thread reads vectors of 16 bytes where every row starts at a multiple of them, and single numbers where not. Sums are kept
-per thread until the row ends: one exchange between threads, not one a block.
+A thread reads vectors of 16 bytes where every row starts at a multiple of them, and single numbers where not. Sums are
+kept per thread until the row ends: one exchange between threads, not one a block.
 """
 
 from typing import NamedTuple
@@ -50,17 +50,29 @@ def direction(which):
     return lambda spec: f"pairs_{which}_{spec.constants['LOSS'].__name__}"
 
 
-@triton.jit(repr=direction("forward"), do_not_specialize=["rows"], do_not_specialize_on_alignment=["target", "losses", "sums"])
+@triton.jit(
+    repr=direction("forward"), do_not_specialize=["rows"], do_not_specialize_on_alignment=["target", "losses", "sums"]
+)
 def forward_kernel(
     vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * VEC
     target,  # (rows,) where TARGETED
     losses,  # (rows,)
     sums,  # (AHEAD, rows) of other things, then (pairs, rows)
     rows: tl.int64,
-    cols, strides, scalars, loss_scalars,
-    FORMULA: tl.constexpr, LOSS: tl.constexpr, PAIRS: tl.constexpr, TARGETED: tl.constexpr, AHEAD: tl.constexpr,
-    COMPUTE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    cols,
+    strides,
+    scalars,
+    loss_scalars,
+    FORMULA: tl.constexpr,
+    LOSS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TARGETED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, rows - 1)  # what lies beyond the last row is the last row again, and not written
     lanes = tl.arange(0, BLOCK)
@@ -89,7 +101,7 @@ def forward_kernel(
 @triton.jit
 def store_gradients(
     values, grads, at, mask, slopes, scalars, FORMULA: tl.constexpr, PAIRS: tl.constexpr, WANTED: tl.constexpr
-):  # fmt: skip
+):
     """Write the gradients of one tile of each wanted vector."""
     for i in tl.static_range(len(grads)):
         if WANTED[i]:
@@ -116,10 +128,24 @@ def backward_kernel(
     grads,  # pointers to (rows, cols), contiguous, one a vector; written where WANTED
     grad_target,  # (rows,), written where WANT_TARGET
     rows: tl.int64,
-    cols, strides, dout_stride, scalars, loss_scalars,
-    FORMULA: tl.constexpr, LOSS: tl.constexpr, PAIRS: tl.constexpr, TARGETED: tl.constexpr, AHEAD: tl.constexpr, MEAN: tl.constexpr,
-    WANTED: tl.constexpr, WANT_TARGET: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    cols,
+    strides,
+    dout_stride,
+    scalars,
+    loss_scalars,
+    FORMULA: tl.constexpr,
+    LOSS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TARGETED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    MEAN: tl.constexpr,
+    WANTED: tl.constexpr,
+    WANT_TARGET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, rows - 1)
     lanes = tl.arange(0, BLOCK)
@@ -137,7 +163,9 @@ def backward_kernel(
     for k in tl.static_range(len(PAIRS) // 2):
         slopes += ((out[1 + k] * factor)[:, None],)
     if WANT_TARGET:
-        tl.store(grad_target + row, (out[1 + len(PAIRS) // 2] * factor).to(grad_target.dtype.element_ty), mask=row < rows)
+        tl.store(
+            grad_target + row, (out[1 + len(PAIRS) // 2] * factor).to(grad_target.dtype.element_ty), mask=row < rows
+        )
     exists = (row < rows)[:, None]
     first = row[:, None] * (cols // VEC * VEC)
     whole = cols // BLOCK * BLOCK
@@ -149,7 +177,9 @@ def backward_kernel(
         columns = start + lanes
         mask = (columns // VEC < cols // VEC)[None, :]
         values = tiles_of(vectors, strides, read, columns, mask, COMPUTE, VEC)
-        store_gradients(values, grads, first + columns[None, :], exists & mask, slopes, values_of, FORMULA, PAIRS, WANTED)
+        store_gradients(
+            values, grads, first + columns[None, :], exists & mask, slopes, values_of, FORMULA, PAIRS, WANTED
+        )
 
 
 def key(args):

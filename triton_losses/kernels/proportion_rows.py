@@ -1,10 +1,11 @@
 """Losses of rows of chances by kernels: one program is one row.
 
-Rows are walked as in distribution_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge.
+Rows are walked as in distribution_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the
+edge.
 
 What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is
-reduced, the losses, and, where there are labels, 1 for each row that counts; then Σ x and Σ p ∂f/∂p; at last, where there are
-labels and a reduction, how many rows count.
+reduced, the losses, and, where there are labels, 1 for each row that counts; then Σ x and Σ p ∂f/∂p; at last, where
+there are labels and a reduction, how many rows count.
 """
 
 import torch
@@ -31,13 +32,21 @@ SAVED = 2  # numbers a row that the backward reads
 
 @triton.jit
 def sum_of_row(
-    x, start, cols, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr
-):  # fmt: skip
+    x,
+    start,
+    cols,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     head, vectors = span_of(start, cols, VEC, EDGE)
     first = x + (start + head) // VEC * VEC  # says that it is aligned
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    total = tl.zeros((LANES, VEC), COMPUTE)  # Triton 3.7 fails on sums of a loop's tiles that are added one after another
+    # Triton 3.7 fails on sums of a loop's tiles that are added one after another
+    total = tl.zeros((LANES, VEC), COMPUTE)
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
@@ -68,9 +77,19 @@ def add_tile(totals, y, x, exists, inverse, scalars, FORMULA: tl.constexpr, COMP
 
 @triton.jit
 def sums_of_pair(
-    y, x, start_y, start_x, cols, inverse, scalars, FORMULA: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
+    y,
+    x,
+    start_y,
+    start_x,
+    cols,
+    inverse,
+    scalars,
+    FORMULA: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
     LANES: tl.constexpr,
-):  # fmt: skip
+):
     """Σ f and Σ p ∂f/∂p of a row and its target."""
     head, vectors = span_of(start_x, cols, VEC, EDGE)
     first_y = y + (start_y + head) // VEC * VEC  # says that it is aligned
@@ -80,13 +99,19 @@ def sums_of_pair(
     totals = (tl.zeros((LANES,), COMPUTE), tl.zeros((LANES,), COMPUTE))
     unmasked = vectors // LANES * LANES
     for v in range(0, unmasked, LANES):
-        totals = add_tile(totals, first_y + v * VEC + tile, first_x + v * VEC + tile, None, inverse, scalars, FORMULA, COMPUTE)
+        totals = add_tile(
+            totals, first_y + v * VEC + tile, first_x + v * VEC + tile, None, inverse, scalars, FORMULA, COMPUTE
+        )
     for v in range(unmasked, vectors, LANES):
         exists = (v + lanes < vectors)[:, None]
-        totals = add_tile(totals, first_y + v * VEC + tile, first_x + v * VEC + tile, exists, inverse, scalars, FORMULA, COMPUTE)
+        totals = add_tile(
+            totals, first_y + v * VEC + tile, first_x + v * VEC + tile, exists, inverse, scalars, FORMULA, COMPUTE
+        )
     if EDGE:
         columns, exists = edge_tile(head, vectors, cols, LANES, VEC)
-        totals = add_tile(totals, y + start_y + columns, x + start_x + columns, exists, inverse, scalars, FORMULA, COMPUTE)
+        totals = add_tile(
+            totals, y + start_y + columns, x + start_x + columns, exists, inverse, scalars, FORMULA, COMPUTE
+        )
     return tl.sum(totals[0], 0), tl.sum(totals[1], 0)
 
 
@@ -102,10 +127,21 @@ def forward_kernel(
     losses,  # (rows,); where COUNTED (2, rows): losses, and 1 for each row that counts
     state,  # (AHEAD, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p
     rows: tl.int64,
-    cols, stride_x, stride_y, ignore_index, scalars,
-    FORMULA: tl.constexpr, LABELLED: tl.constexpr, COUNTED: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    cols,
+    stride_x,
+    stride_y,
+    ignore_index,
+    scalars,
+    FORMULA: tl.constexpr,
+    LABELLED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     values = exact(scalars, COMPUTE)
     start = row * stride_x
@@ -119,7 +155,9 @@ def forward_kernel(
         moved = p * out[2]
         counts = tl.where(kept, counts, 0.0)
     else:
-        loss, moved = sums_of_pair(y, x, row * stride_y, start, cols, 1.0 / total, values, FORMULA, EDGE, COMPUTE, VEC, LANES)
+        loss, moved = sums_of_pair(
+            y, x, row * stride_y, start, cols, 1.0 / total, values, FORMULA, EDGE, COMPUTE, VEC, LANES
+        )
     tl.store(losses + row, loss.to(losses.dtype.element_ty))
     if COUNTED:
         tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
@@ -129,9 +167,21 @@ def forward_kernel(
 
 @triton.jit
 def store_gradients(
-    y, x, grad_y, grad_x, exists, columns, place, rowwise, scalars,
-    FORMULA: tl.constexpr, LABELLED: tl.constexpr, WANT_Y: tl.constexpr, WANT_X: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+    y,
+    x,
+    grad_y,
+    grad_x,
+    exists,
+    columns,
+    place,
+    rowwise,
+    scalars,
+    FORMULA: tl.constexpr,
+    LABELLED: tl.constexpr,
+    WANT_Y: tl.constexpr,
+    WANT_X: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """Write the gradients of one tile."""
     inverse, moved, at_label, upstream = rowwise
     if LABELLED:
@@ -143,7 +193,9 @@ def store_gradients(
             g = (out[2] - moved) * (upstream * inverse)
             tl.store(grad_x, g.to(grad_x.dtype.element_ty), mask=exists, eviction_policy="evict_first")
         if WANT_Y:
-            tl.store(grad_y, (out[1] * upstream).to(grad_y.dtype.element_ty), mask=exists, eviction_policy="evict_first")
+            tl.store(
+                grad_y, (out[1] * upstream).to(grad_y.dtype.element_ty), mask=exists, eviction_policy="evict_first"
+            )
 
 
 @triton.jit(
@@ -156,14 +208,29 @@ def backward_kernel(
     x,  # (rows, cols), row r at r * stride_x
     y,  # (rows, cols), row r at r * stride_y; labels (rows,) where LABELLED
     state,  # (AHEAD, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p; where COUNTED then how many rows count
-    grad_x, grad_y,  # as x and y, those that are wanted
+    grad_x,
+    grad_y,  # as x and y, those that are wanted
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
-    cols, stride_x, stride_y, dout_stride, ignore_index, scalars,
-    FORMULA: tl.constexpr, LABELLED: tl.constexpr, COUNTED: tl.constexpr, AHEAD: tl.constexpr, MEAN: tl.constexpr,
-    WANT_X: tl.constexpr, WANT_Y: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    cols,
+    stride_x,
+    stride_y,
+    dout_stride,
+    ignore_index,
+    scalars,
+    FORMULA: tl.constexpr,
+    LABELLED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    MEAN: tl.constexpr,
+    WANT_X: tl.constexpr,
+    WANT_Y: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     values = exact(scalars, COMPUTE)
     start_x = row * stride_x
@@ -194,38 +261,90 @@ def backward_kernel(
         for u in tl.static_range(UNROLL):
             at = (v + u * LANES) * VEC + tile
             store_gradients(
-                y + first_y + at, x + first_x + at, grad_y + first_y + at, grad_x + first_x + at, None, at, place - head, rowwise, values,
-                FORMULA, LABELLED, WANT_Y, WANT_X, COMPUTE,
-            )  # fmt: skip
+                y + first_y + at,
+                x + first_x + at,
+                grad_y + first_y + at,
+                grad_x + first_x + at,
+                None,
+                at,
+                place - head,
+                rowwise,
+                values,
+                FORMULA,
+                LABELLED,
+                WANT_Y,
+                WANT_X,
+                COMPUTE,
+            )
     for v in range(unmasked, vectors, LANES):
         at = v * VEC + tile
         store_gradients(
-            y + first_y + at, x + first_x + at, grad_y + first_y + at, grad_x + first_x + at, (v + lanes < vectors)[:, None], at,
-            place - head, rowwise, values, FORMULA, LABELLED, WANT_Y, WANT_X, COMPUTE,
-        )  # fmt: skip
+            y + first_y + at,
+            x + first_x + at,
+            grad_y + first_y + at,
+            grad_x + first_x + at,
+            (v + lanes < vectors)[:, None],
+            at,
+            place - head,
+            rowwise,
+            values,
+            FORMULA,
+            LABELLED,
+            WANT_Y,
+            WANT_X,
+            COMPUTE,
+        )
     if EDGE:
         at, exists = edge_tile(head, vectors, cols, LANES, VEC)
         store_gradients(
-            y + start_y + at, x + start_x + at, grad_y + start_y + at, grad_x + start_x + at, exists, at, place, rowwise, values,
-            FORMULA, LABELLED, WANT_Y, WANT_X, COMPUTE,
-        )  # fmt: skip
+            y + start_y + at,
+            x + start_x + at,
+            grad_y + start_y + at,
+            grad_x + start_x + at,
+            exists,
+            at,
+            place,
+            rowwise,
+            values,
+            FORMULA,
+            LABELLED,
+            WANT_Y,
+            WANT_X,
+            COMPUTE,
+        )
 
 
 def key(args):
     rows = args["x"], args["y"]
     aligned = all(t.data_ptr() % 16 == 0 for t in rows)
     flags = tuple(args.get(name) for name in ("LABELLED", "EDGE", "WANT_X", "WANT_Y"))
-    return (args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), *(str(t.dtype) for t in rows), *flags, aligned)
+    return (
+        args["FORMULA"].__name__,
+        triton.next_power_of_2(args["cols"]),
+        *(str(t.dtype) for t in rows),
+        *flags,
+        aligned,
+    )
 
 
 SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
 
 
 def sample(args):
-    return {**args, "rows": min(args["rows"], max(SAMPLE_BYTES // max(args["stride_x"] * args["x"].element_size(), 1), 1))}
+    return {
+        **args,
+        "rows": min(args["rows"], max(SAMPLE_BYTES // max(args["stride_x"] * args["x"].element_size(), 1), 1)),
+    }
 
 
-tuning = {"configs": configs, "rule": rule, "key": key, "programs": lambda rows, fixed: rows, "size": "rows", "sample": sample}
+tuning = {
+    "configs": configs,
+    "rule": rule,
+    "key": key,
+    "programs": lambda rows, fixed: rows,
+    "size": "rows",
+    "sample": sample,
+}
 forward_launch = Tuned(forward_kernel, **tuning)
 backward_launch = Tuned(backward_kernel, **tuning)
 
@@ -249,7 +368,9 @@ def state_of(x, y, problem):
 
 @planned
 def plan(tensors, problem, wanted):
-    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged first."""
+    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged
+    first.
+    """
     x, y, dout = tensors
     first, second = arranged(x, y)
     if first is not x or second is not y:

@@ -1,7 +1,7 @@
 """The kernel that follows the sums of regions: it adds up what the runs of pixels left, and makes scores and the loss.
 
-There are so few numbers that one program takes them all, in float64. It leaves the loss's derivatives by the sums, which the
-backward has only to multiply by the upstream gradient: each sum is part of one element of the loss.
+There are so few numbers that one program takes them all, in float64. It leaves the loss's derivatives by the sums,
+which the backward has only to multiply by the upstream gradient: each sum is part of one element of the loss.
 """
 
 import torch
@@ -56,12 +56,23 @@ def formula_losses_of(partial_losses, image, exists, splits, IMAGES: tl.constexp
 
 @triton.jit
 def losses_of(
-    overlap, predicted, wanted, weight, counts, scores, links,
-    SCORE: tl.constexpr, LINK: tl.constexpr, AVERAGE: tl.constexpr, EMPTY: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
+    overlap,
+    predicted,
+    wanted,
+    weight,
+    counts,
+    scores,
+    links,
+    SCORE: tl.constexpr,
+    LINK: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    EMPTY: tl.constexpr,
+    MEAN: tl.constexpr,
+):
     """The score's loss of each image and class, and its slopes by overlap and predicted; sums that do not count are 0.
 
-    Where classes are added up first, the loss is (images, 1). Where a mean excludes absent classes, it is divided already.
+    Where classes are added up first, the loss is (images, 1). Where a mean excludes absent classes, it is divided
+    already.
     """
     factor = tl.where(counts, 1.0, 0.0).to(tl.float64)
     if AVERAGE == "macro":
@@ -117,12 +128,31 @@ def scores_kernel(
     d_sums,  # (images, 3, C), of which Σ pt's and Σ p's of classes that count are written
     d_losses,  # (images,), where BESIDE
     images: tl.int64,
-    splits, pixels, score_scalars, link_scalars, lambdas,
-    SCORE: tl.constexpr, LINK: tl.constexpr, AVERAGE: tl.constexpr, EMPTY: tl.constexpr, REDUCTION: tl.constexpr,
-    BATCH: tl.constexpr, WEIGHTED: tl.constexpr, SHIFT: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr,  # which counts
-    BESIDE: tl.constexpr, MAPS: tl.constexpr, CLASS_WEIGHTED: tl.constexpr, DIVIDED: tl.constexpr, EACH: tl.constexpr,
-    IMAGES: tl.constexpr, SPLITS: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
+    splits,
+    pixels,
+    score_scalars,
+    link_scalars,
+    lambdas,
+    SCORE: tl.constexpr,
+    LINK: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    EMPTY: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    # which counts
+    BATCH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    C: tl.constexpr,
+    FIRST: tl.constexpr,
+    BESIDE: tl.constexpr,
+    MAPS: tl.constexpr,
+    CLASS_WEIGHTED: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    EACH: tl.constexpr,
+    IMAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
     MEAN: tl.constexpr = REDUCTION == "mean"
     NONE: tl.constexpr = REDUCTION == "none"
     MACRO: tl.constexpr = AVERAGE == "macro"

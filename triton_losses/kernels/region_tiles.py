@@ -1,7 +1,8 @@
 """What the kernels of regions read of a tile of pixels: logits, targets, softmax, and the formula beside the sums.
 
-A tile is (LANES · GROUP, VEC): VEC neighbouring pixels of one class in one load, and GROUP classes in neighbouring threads, so
-that a sum over classes is a few shuffles and no barrier. A tuple of such tiles holds all classes of a pixel in registers.
+A tile is (LANES · GROUP, VEC): VEC neighbouring pixels of one class in one load, and GROUP classes in neighbouring
+threads, so that a sum over classes is a few shuffles and no barrier. A tuple of such tiles holds all classes of a pixel
+in registers.
 """
 
 import triton
@@ -31,10 +32,18 @@ def of_class(table, g: tl.constexpr, sub, C: tl.constexpr, GROUP: tl.constexpr, 
 
 @triton.jit
 def slope_of(
-    d_sums, dout, g: tl.constexpr, sub, dout_class,
-    FINISHED: tl.constexpr, FIRST: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """The derivative by a sum of the classes of tile g, 0 for a class that does not count; times dout where FINISHED."""
+    d_sums,
+    dout,
+    g: tl.constexpr,
+    sub,
+    dout_class,
+    FINISHED: tl.constexpr,
+    FIRST: tl.constexpr,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The derivative by a sum of tile g's classes, 0 for a class that does not count; times dout where FINISHED."""
     c = g if GROUP == 1 else g * GROUP + sub
     counts = (c >= FIRST) & (c < C)
     slope = tl.load(d_sums + c, mask=counts, other=0.0).to(COMPUTE)
@@ -65,9 +74,20 @@ def load_labels(targets, at, inside, ignore_index, C: tl.constexpr, IGNORE: tl.c
 
 @triton.jit
 def targets_of(
-    targets, label, g: tl.constexpr, sub, plane, offset, inside, ignore_index,
-    MAPS: tl.constexpr, IGNORE: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+    targets,
+    label,
+    g: tl.constexpr,
+    sub,
+    plane,
+    offset,
+    inside,
+    ignore_index,
+    MAPS: tl.constexpr,
+    IGNORE: tl.constexpr,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """t of tile g, 0 where it does not count, and where it does."""
     if MAPS:
         raw = tile_of(targets, g, sub, plane, offset, inside, 0, C, GROUP)
@@ -90,8 +110,17 @@ def step_of(p, t, SMALLER: tl.constexpr):
 
 @triton.jit
 def softmax_of(
-    base, sub, plane, offset, inside, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
+    base,
+    sub,
+    plane,
+    offset,
+    inside,
+    C: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    VEC: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """Tuples of x as stored and of exp(x - max), then max and Σ exp(x - max) over the classes; nan outside."""
     xs, es = (), ()
     for g in tl.static_range((C + GROUP - 1) // GROUP):
@@ -107,7 +136,9 @@ def softmax_of(
 
 
 @triton.jit
-def picked_of(xs, label, sub, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, COMPUTE: tl.constexpr):
+def picked_of(
+    xs, label, sub, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, COMPUTE: tl.constexpr
+):
     """The logit of each pixel's own class."""
     for g in tl.static_range((C + GROUP - 1) // GROUP):
         x = tl.where(label == g * GROUP + sub, xs[g].to(COMPUTE), 0.0)
@@ -131,7 +162,9 @@ def share_of(t, values, SMOOTHED: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def element_formula(x, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr):
+def element_formula(
+    x, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr
+):
     """L (0) or ∂L/∂x (1) of an element; the class weight is an operand of the formula, or multiplies it."""
     if OPERAND:
         return FORMULA(x, t, w + tl.zeros_like(x), *values[:-1])[which]
@@ -143,9 +176,15 @@ def element_formula(x, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr,
 
 @triton.jit
 def place_of(vectors, splits, LANES: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr):
-    """Image, first tile of pixels, end of the tiles; and for each row of a tile its lane and its class within the tile."""
+    """Image, first tile of pixels, end of the tiles; and of a row of a tile the lane and the class within the tile."""
     program = tl.program_id(0)
     first = (program % splits) * STEPS
     tiles = tl.cdiv(vectors, LANES)
     row = tl.arange(0, LANES * GROUP)
-    return (program // splits).to(tl.int64), first, tl.minimum(first + STEPS, tiles), row // GROUP, (row % GROUP)[:, None]
+    return (
+        (program // splits).to(tl.int64),
+        first,
+        tl.minimum(first + STEPS, tiles),
+        row // GROUP,
+        (row % GROUP)[:, None],
+    )

@@ -50,11 +50,26 @@ def forward_kernel(
     partial_sums,  # (images, splits, 3, C)
     partial_losses,  # (images, splits), written where there is a FORMULA
     images: tl.int64,
-    vectors, splits, ignore_index, scalars,
-    FORMULA: tl.constexpr, ACTIVATION: tl.constexpr, MAPS: tl.constexpr, IGNORE: tl.constexpr, SQUARED: tl.constexpr,
-    SMALLER: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr, SMOOTHED: tl.constexpr, COMPUTE: tl.constexpr,
-    C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
+    vectors,
+    splits,
+    ignore_index,
+    scalars,
+    FORMULA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MAPS: tl.constexpr,
+    IGNORE: tl.constexpr,
+    SQUARED: tl.constexpr,
+    SMALLER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    C: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    VEC: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     SOFTMAX: tl.constexpr = ACTIVATION == "softmax"
     EVERY_CLASS: tl.constexpr = MAPS or SMOOTHED  # has a share in a pixel's row loss
     image, first, end, lane, sub = place_of(vectors, splits, LANES, GROUP, STEPS)
@@ -62,7 +77,8 @@ def forward_kernel(
     values = exact(scalars, COMPUTE)
     nothing = tl.zeros((LANES * GROUP,), COMPUTE)
     overlap, predicted, wanted, losses = (), (), (), nothing
-    highest = tl.full((LANES * GROUP,), -1, tl.int32)  # label: the assertion, whose printing takes registers, stays out of the loop
+    # label: the assertion, whose printing takes registers, stays out of the loop
+    highest = tl.full((LANES * GROUP,), -1, tl.int32)
     for g in tl.static_range((C + GROUP - 1) // GROUP):
         overlap += (nothing,)
         predicted += (nothing,)
@@ -82,7 +98,9 @@ def forward_kernel(
             inverse, log_total = 1.0 / total, tl.log(total)
         new_overlap, new_predicted, new_wanted = (), (), ()
         for g in tl.static_range((C + GROUP - 1) // GROUP):
-            t, counts = targets_of(wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
+            t, counts = targets_of(
+                wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE
+            )
             counts = counts & (g * GROUP + sub < C) if GROUP > 1 else counts
             if SOFTMAX:
                 p = es[g] * inverse
@@ -107,7 +125,8 @@ def forward_kernel(
             log_p = (picked_of(xs, label, sub, C, LANES, GROUP, VEC, COMPUTE) - top) - log_total
             w = tl.load(class_weights + tl.minimum(tl.maximum(label, 0), C - 1)).to(COMPUTE) if WEIGHTED else 1.0
             loss = row_formula(log_p, w, values, 0, FORMULA)
-            losses += tl.sum(tl.where((label >= 0) & (sub == 0), loss, 0.0), 1)  # one of a pixel's threads speaks for it
+            # one of a pixel's threads speaks for it
+            losses += tl.sum(tl.where((label >= 0) & (sub == 0), loss, 0.0), 1)
     program = tl.program_id(0).to(tl.int64)
     out = partial_sums + program * (3 * C)
     for g in tl.static_range((C + GROUP - 1) // GROUP):
@@ -130,18 +149,38 @@ def forward_kernel(
     do_not_specialize_on_alignment=["d_sums", "d_losses", "dout"],
 )
 def backward_kernel(
-    logits, targets, class_weights,  # as in the forward
+    logits,
+    targets,
+    class_weights,  # as in the forward
     d_sums,  # (images, 3, C)
     d_losses,  # (images,), read where there is a FORMULA
     dout,  # where FINISHED the loss's gradient: of image b and class c at b * dout_image + (c - FIRST) * dout_class
     grad,  # as logits
     images: tl.int64,
-    vectors, splits, ignore_index, dout_image, dout_class, scalars,
-    FINISHED: tl.constexpr, FIRST: tl.constexpr,
-    FORMULA: tl.constexpr, ACTIVATION: tl.constexpr, MAPS: tl.constexpr, IGNORE: tl.constexpr, SQUARED: tl.constexpr,
-    SMALLER: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr, SMOOTHED: tl.constexpr, COMPUTE: tl.constexpr,
-    C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
+    vectors,
+    splits,
+    ignore_index,
+    dout_image,
+    dout_class,
+    scalars,
+    FINISHED: tl.constexpr,
+    FIRST: tl.constexpr,
+    FORMULA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MAPS: tl.constexpr,
+    IGNORE: tl.constexpr,
+    SQUARED: tl.constexpr,
+    SMALLER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    C: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    VEC: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     SOFTMAX: tl.constexpr = ACTIVATION == "softmax"
     EVERY_CLASS: tl.constexpr = MAPS or SMOOTHED
     image, first, end, lane, sub = place_of(vectors, splits, LANES, GROUP, STEPS)
@@ -172,7 +211,9 @@ def backward_kernel(
             inverse, log_total = 1.0 / total, tl.log(total)
             dot = tl.zeros_like(total)  # Σ p g, and Σ share · ∂L/∂log_p
             for g in tl.static_range((C + GROUP - 1) // GROUP):
-                t, counts = targets_of(wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
+                t, counts = targets_of(
+                    wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE
+                )
                 p = es[g] * inverse
                 dot += p * (d_overlap[g] * step_of(p, t, SMALLER) + (d_predicted[g] * p if SQUARED else d_predicted[g]))
                 if FORMULA is not None and EVERY_CLASS:
@@ -187,7 +228,9 @@ def backward_kernel(
                 own = row_formula(log_p, w, values, 1, FORMULA) * upstream
                 dot += own
         for g in tl.static_range((C + GROUP - 1) // GROUP):
-            t, counts = targets_of(wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE)
+            t, counts = targets_of(
+                wants, label, g, sub, plane, offset, inside, ignore_index, MAPS, IGNORE, C, GROUP, COMPUTE
+            )
             if SOFTMAX:
                 p = es[g] * inverse
             else:
@@ -211,10 +254,17 @@ def backward_kernel(
             if IGNORE:
                 dx = tl.where(counts, dx, 0.0)
             if GROUP == 1:
-                tl.store(out + g * plane + offset, dx.to(grad.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+                tl.store(
+                    out + g * plane + offset, dx.to(grad.dtype.element_ty), mask=inside, eviction_policy="evict_first"
+                )
             else:
                 mask = inside & (g * GROUP + sub < C)
-                tl.store(out + g * GROUP * plane + offset, dx.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+                tl.store(
+                    out + g * GROUP * plane + offset,
+                    dx.to(grad.dtype.element_ty),
+                    mask=mask,
+                    eviction_policy="evict_first",
+                )
 
 
 MOST_CLASSES = 320  # ten tiles of 32 classes: beyond, a pixel's classes do not fit the registers
@@ -235,7 +285,12 @@ def config(args, threads=128, most=MOST_BYTES):
     while -(-args["C"] // group) * each > most and group < 32:
         group *= 2
     lanes = threads // group
-    return {"LANES": lanes, "GROUP": group, "STEPS": span_of(args["C"]) // (lanes * args["VEC"]), "num_warps": threads // WARP}
+    return {
+        "LANES": lanes,
+        "GROUP": group,
+        "STEPS": span_of(args["C"]) // (lanes * args["VEC"]),
+        "num_warps": threads // WARP,
+    }
 
 
 def configs(args):
@@ -243,7 +298,10 @@ def configs(args):
 
 
 def key(args):
-    flags = tuple(args[name] for name in ("ACTIVATION", "MAPS", "IGNORE", "SQUARED", "SMALLER", "WEIGHTED", "SMOOTHED", "C", "VEC"))
+    flags = tuple(
+        args[name]
+        for name in ("ACTIVATION", "MAPS", "IGNORE", "SQUARED", "SMALLER", "WEIGHTED", "SMOOTHED", "C", "VEC")
+    )
     x, targets, read = args["logits"], args["targets"], args["FORMULA"]
     return getattr(read, "__name__", "sums"), str(x.dtype), str(targets.dtype), *flags, x.data_ptr() % 16 == 0
 
@@ -350,7 +408,9 @@ def check_labels(targets, ignore_index, classes):
     if targets.dim() == 2:
         wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= classes))]
         if wrong.numel():
-            rule = f"it must be in [0, {classes})" + ("" if ignore_index is None else f", or ignore_index, {ignore_index}")
+            rule = f"it must be in [0, {classes})" + (
+                "" if ignore_index is None else f", or ignore_index, {ignore_index}"
+            )
             raise IndexError(f"Target {wrong.flatten()[0].item()} is out of bounds: {rule}")
 
 

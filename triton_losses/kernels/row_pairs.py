@@ -1,8 +1,8 @@
 """A pair of rows, walked together: in one read, by the rule of families/distribution_rows.py, or in two.
 
-Both are walked as rows.py walks one: in vectors of 16 bytes, the elements before the first aligned vector and after the last as
-one narrow tile, the *edge*. Here the edge has the shape of all other tiles, its two ends in the first two lanes, so that one
-function folds them all.
+Both are walked as rows.py walks one: in vectors of 16 bytes, the elements before the first aligned vector and after the
+last as one narrow tile, the *edge*. Here the edge has the shape of all other tiles, its two ends in the first two
+lanes, so that one function folds them all.
 """
 
 import triton
@@ -62,7 +62,8 @@ def read_formula(p, q, weights, mask, scalars, FORMULA: tl.constexpr, WEIGHTED: 
 def moved(total_f, total_d, by_p, by_q, GIVEN: tl.constexpr):
     """Σ f and Σ ∂f/∂log q once log p has moved by ``by_p`` and log q by ``by_q``: see the rule of one read."""
     distance = by_q if GIVEN else by_q - by_p
-    total_f += tl.where(total_d == 0.0, 0.0, distance * total_d)  # the first maximum is -3e38: nothing, infinitely far away
+    # the first maximum is -3e38: nothing, infinitely far away
+    total_f += tl.where(total_d == 0.0, 0.0, distance * total_d)
     if not GIVEN:
         factor = exp(by_p)
         total_f = tl.where(factor == 0.0, 0.0, total_f * factor)
@@ -72,7 +73,9 @@ def moved(total_f, total_d, by_p, by_q, GIVEN: tl.constexpr):
 
 @triton.jit
 def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Fold pairs of tiles into each lane's maxima and sums; one rescale for all of them. weights: where each pair's lie."""
+    """Fold pairs of tiles into each lane's maxima and sums; one rescale for all of them. weights: where each pair's
+    lie.
+    """
     top_p, top_q, total_q, total_f, total_d = state
     new_p = top_p
     new_q = top_q
@@ -96,10 +99,23 @@ def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, GIVEN: tl.
 
 @triton.jit
 def in_one_read(
-    p, q, start_p, start_q, weight, cols, scale, scalars,
-    FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    p,
+    q,
+    start_p,
+    start_q,
+    weight,
+    cols,
+    scale,
+    scalars,
+    FORMULA: tl.constexpr,
+    GIVEN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """Of one pair of rows: max and log Σ exp(· - max) of p and of q, Σ ∂f/∂log p, Σ ∂f/∂log q and Σ f."""
     head, vectors = span_of(start_q, cols, VEC, EDGE)
     first_p = p + (start_p + head) // VEC * VEC  # says that it is aligned
@@ -152,9 +168,19 @@ def in_one_read(
 
 @triton.jit
 def add_tiles(
-    totals, p, q, weights, mask, scale, rowwise, scalars,
-    FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
+    totals,
+    p,
+    q,
+    weights,
+    mask,
+    scale,
+    rowwise,
+    scalars,
+    FORMULA: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Add f and its partials at one pair of tiles to each lane's sums."""
     highest_p, log_total_p, highest_q, log_total_q = rowwise
     log_p = (load_logits(p, mask, scale, COMPUTE, EVICT) - highest_p) - log_total_p
@@ -165,10 +191,22 @@ def add_tiles(
 
 @triton.jit
 def in_two_reads(
-    p, q, start_p, start_q, weight, cols, scale, scalars,
-    FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
-    VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    p,
+    q,
+    start_p,
+    start_q,
+    weight,
+    cols,
+    scale,
+    scalars,
+    FORMULA: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """As ``in_one_read``, of any formula of two rows of logits."""
     head, vectors = span_of(start_q, cols, VEC, EDGE)
     first_p = p + (start_p + head) // VEC * VEC
@@ -208,18 +246,51 @@ def in_two_reads(
     for v in range(0, unmasked, LANES):
         at = v * VEC + tile
         totals = add_tiles(
-            totals, first_p + at, first_q + at, weight + head + at, None, scale, rowwise, scalars, FORMULA, WEIGHTED, COMPUTE, "evict_first"
+            totals,
+            first_p + at,
+            first_q + at,
+            weight + head + at,
+            None,
+            scale,
+            rowwise,
+            scalars,
+            FORMULA,
+            WEIGHTED,
+            COMPUTE,
+            "evict_first",
         )
     for v in range(unmasked, vectors, LANES):
         at = v * VEC + tile
         mask = (v + lanes < vectors)[:, None]
         totals = add_tiles(
-            totals, first_p + at, first_q + at, weight + head + at, mask, scale, rowwise, scalars, FORMULA, WEIGHTED, COMPUTE, "evict_first"
+            totals,
+            first_p + at,
+            first_q + at,
+            weight + head + at,
+            mask,
+            scale,
+            rowwise,
+            scalars,
+            FORMULA,
+            WEIGHTED,
+            COMPUTE,
+            "evict_first",
         )
     if EDGE:
         edge, exists = edge_tile(head, vectors, cols, LANES, VEC)  # made anew, for the loops would have to hold it
         totals = add_tiles(
-            totals, p + start_p + edge, q + start_q + edge, weight + edge, exists, scale, rowwise, scalars, FORMULA, WEIGHTED, COMPUTE, ""
+            totals,
+            p + start_p + edge,
+            q + start_q + edge,
+            weight + edge,
+            exists,
+            scale,
+            rowwise,
+            scalars,
+            FORMULA,
+            WEIGHTED,
+            COMPUTE,
+            "",
         )
     total_f, total_p, total_q = totals
     return highest_p, log_total_p, highest_q, log_total_q, tl.sum(total_p, 0), tl.sum(total_q, 0), tl.sum(total_f, 0)

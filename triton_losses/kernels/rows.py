@@ -95,12 +95,28 @@ def transform(x, shape, CAPPED: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def row_statistics(
-    logits, start, cols, pivot, class_weights, shape,
-    MEAN_LOG_P: tl.constexpr, ENTROPY: tl.constexpr, LIKELIEST: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
-    SCALED: tl.constexpr, EVICT: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    logits,
+    start,
+    cols,
+    pivot,
+    class_weights,
+    shape,
+    MEAN_LOG_P: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LIKELIEST: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVICT: tl.constexpr,
+    EDGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
     UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Of one row x, read once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), the entropy of softmax(x), and the likeliest column."""
+):
+    """Of one row x, read once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), the entropy of softmax(x), and the
+    likeliest column.
+    """
     head, vectors = span_of(start, cols, VEC, EDGE)
     first = logits + (start + head) // VEC * VEC  # says that it is aligned
     lanes = tl.arange(0, LANES)
@@ -162,7 +178,9 @@ def row_statistics(
             spread += tl.sum(weighted_sum(x, columns, mask, class_weights, pivot, WEIGHTED), 0)
         if ENTROPY:
             d = tl.maximum(x - higher, LOWEST)
-            moment = exp(highest - higher) * (moment + tl.where(total > 0, (highest - higher) * total, 0.0)) + tl.sum(exp(d) * d, 0)
+            moment = exp(highest - higher) * (moment + tl.where(total > 0, (highest - higher) * total, 0.0)) + tl.sum(
+                exp(d) * d, 0
+            )
         total = total * exp(highest - higher) + tl.sum(exp(x - higher), 0)
         highest = higher
     log_total = tl.log(total)
@@ -179,7 +197,11 @@ def write_zeros(grad, start, cols, EDGE: tl.constexpr, VEC: tl.constexpr, LANES:
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
     for v in range(0, vectors, LANES):
-        tl.store(grad + first + v * VEC + tile, tl.zeros((LANES, VEC), grad.dtype.element_ty), mask=(v + lanes < vectors)[:, None])
+        tl.store(
+            grad + first + v * VEC + tile,
+            tl.zeros((LANES, VEC), grad.dtype.element_ty),
+            mask=(v + lanes < vectors)[:, None],
+        )
     if EDGE:
         columns, exists = edge_of(head, vectors, cols, VEC)
         tl.store(grad + start + columns, tl.zeros((2 * VEC,), grad.dtype.element_ty), mask=exists)
@@ -211,14 +233,31 @@ def factors_of(partials, upstream, mean_weight, cols, SLOTS: tl.constexpr, WEIGH
     softmax_factor = d_lse - d_log_p
     if SLOTS[2]:
         softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(upstream.dtype) if WEIGHTED else 1.0)
-    return softmax_factor * upstream, (d_log_p + d_picked) * upstream, d_mean_log_p * upstream / cols, d_entropy * upstream
+    return (
+        softmax_factor * upstream,
+        (d_log_p + d_picked) * upstream,
+        d_mean_log_p * upstream / cols,
+        d_entropy * upstream,
+    )
 
 
 @triton.jit
 def gradient_at(
-    x, columns, mask, highest, log_total, entropy, factors, label, class_weights, shape,
-    SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    x,
+    columns,
+    mask,
+    highest,
+    log_total,
+    entropy,
+    factors,
+    label,
+    class_weights,
+    shape,
+    SLOTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     softmax_factor, label_factor, uniform_factor, entropy_factor = factors
     x = transform(x, shape, CAPPED, SCALED)
     g = tl.where(columns == label, label_factor, 0.0).to(x.dtype)
@@ -243,7 +282,9 @@ def config(warps, unroll):
 
 
 def rule(args):
-    """What was the fastest, or near it, on an H200: more threads for very long rows, and one vector at a time where a thread holds more."""
+    """What was the fastest, or near it, on an H200: more threads for very long rows, and one vector at a time where a
+    thread holds more.
+    """
     vectors = max(args["cols"] // args["VEC"], 1)
     warps = max(1, min(16 if vectors >= 1 << 15 else 8, triton.next_power_of_2(vectors // (2 * WARP))))
     holds_more = len(args.get("SLOTS", ())) > 2 and args["SLOTS"][2] > 0  # the mean of log p
@@ -269,9 +310,18 @@ SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
 
 def key(args):
     x = args["logits"]
-    flags = tuple(args[name] for name in ("ENTROPY", "LIKELIEST", "FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED"))
+    flags = tuple(
+        args[name] for name in ("ENTROPY", "LIKELIEST", "FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED")
+    )
     edge = args["cols"] * x.element_size() % 16 != 0
-    return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), edge, str(x.dtype), *flags, x.data_ptr() % 16 == 0
+    return (
+        args["FORMULA"].__name__,
+        triton.next_power_of_2(args["cols"]),
+        edge,
+        str(x.dtype),
+        *flags,
+        x.data_ptr() % 16 == 0,
+    )
 
 
 def sample(args):

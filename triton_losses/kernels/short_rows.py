@@ -1,7 +1,8 @@
 """Short rows and their labels by kernels: one program is several rows, side by side, each in registers as a whole.
 
-The arguments are those of label_rows.py's kernel, which has one row a program: of rows this short it would wait more than read.
-A formula that takes `picked` alone reads one number a row: its forward has as many rows a program as threads.
+The arguments are those of label_rows.py's kernel, which has one row a program: of rows this short it would wait more
+than read. A formula that takes `picked` alone reads one number a row: its forward has as many rows a program as
+threads.
 """
 
 import triton
@@ -38,13 +39,40 @@ def name_of_pass(spec):
     do_not_specialize_on_alignment=["losses", "saved", "likeliest", "upstream"],
 )
 def short_rows_kernel(
-    logits, labels, class_weights, mean_weight, operands, losses, saved, likeliest, grad, upstream,  # as in label_rows.py
+    # as in label_rows.py
+    logits,
+    labels,
+    class_weights,
+    mean_weight,
+    operands,
+    losses,
+    saved,
+    likeliest,
+    grad,
+    upstream,
     rows: tl.int64,
-    cols, stride, upstream_stride, ignore_index, scalars, shape,
-    FORMULA: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, ENTROPY: tl.constexpr, LIKELIEST: tl.constexpr,
-    FORWARD: tl.constexpr, REDUCED: tl.constexpr, BACKWARD: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    cols,
+    stride,
+    upstream_stride,
+    ignore_index,
+    scalars,
+    shape,
+    FORMULA: tl.constexpr,
+    SLOTS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LIKELIEST: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REDUCED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3] or SLOTS[4]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
@@ -122,14 +150,28 @@ def short_rows_kernel(
             factor = factor / tl.load(saved + 4 * rows)
         if SCALED:
             factor *= shape[1]
-        softmax_factor, label_factor, uniform_factor, entropy_factor = factors_of(partials, factor, mean_weight, cols, SLOTS, WEIGHTED)
+        softmax_factor, label_factor, uniform_factor, entropy_factor = factors_of(
+            partials, factor, mean_weight, cols, SLOTS, WEIGHTED
+        )
         factors = (softmax_factor[:, None], label_factor[:, None], uniform_factor[:, None], entropy_factor[:, None])
         if CAPPED and not SOFTMAX:
             loaded = tl.load(logits + at, mask=inside & kept[:, None], other=0.0).to(COMPUTE)
         g = gradient_at(
-            loaded, columns, inside, highest[:, None], log_total[:, None], entropy[:, None], factors, place[:, None], class_weights, shape,
-            SLOTS, WEIGHTED, CAPPED, SCALED,
-        )  # fmt: skip
+            loaded,
+            columns,
+            inside,
+            highest[:, None],
+            log_total[:, None],
+            entropy[:, None],
+            factors,
+            place[:, None],
+            class_weights,
+            shape,
+            SLOTS,
+            WEIGHTED,
+            CAPPED,
+            SCALED,
+        )
         g = tl.where(kept[:, None], g, 0.0)  # whatever stood there, nan too
         tl.debug_barrier()  # grad may be the logits, of which every thread has read its label's by now
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=inside & exists[:, None])
@@ -139,7 +181,8 @@ def config(args, elements, warps):
     if args["FORWARD"] and not args["BACKWARD"] and not any(args["SLOTS"][1:5]):
         return {"ROWS": warps * WARP, "BLOCK": 1, "num_warps": warps}
     block = triton.next_power_of_2(max(args["cols"], 1))
-    rows = min(max(elements // block, 1), warps * WARP)  # a thread has one row at most: more would not fit its registers
+    # a thread has one row at most: more would not fit its registers
+    rows = min(max(elements // block, 1), warps * WARP)
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 

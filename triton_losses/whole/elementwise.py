@@ -1,4 +1,6 @@
-"""Elementwise losses on whole tensors: for torch.compile, which fuses them with what is around them, torch.func, and other devices."""
+"""Elementwise losses on whole tensors: for torch.compile, which fuses them with what is around them, torch.func, and
+other devices.
+"""
 
 from triton_losses.core.formula import FORMULAS, partials_of, value_of
 from triton_losses.core.reduction import cast, divisor_of, given, widest
@@ -19,4 +21,7 @@ def backward(tensors, upstream, problem, wanted):
     factor = cast(upstream[0], wide) / divisor_of(operands[0], problem.reduction)
     values, wanted = [cast(v, wide) for v in operands], tuple(wanted[: len(operands)])
     partials = partials_of(FORMULAS[problem.formula], values, problem.scalars, problem.weighted, wanted)
-    return [cast(partial * factor, v.dtype) for partial, v in zip(partials, (v for v, want in zip(operands, wanted) if want))]
+    return [
+        cast(partial * factor, v.dtype)
+        for partial, v in zip(partials, (v for v, want in zip(operands, wanted) if want))
+    ]

@@ -46,4 +46,6 @@ def forward(tensors, problem):
 
 def statistics(tensors, problem):
     """log_p and entropy of each row, 0 where ignored."""
-    return tuple(losses_of((*tensors, None), problem._replace(formula=name))[0] for name in ("chosen_log_p", "row_entropy"))
+    return tuple(
+        losses_of((*tensors, None), problem._replace(formula=name))[0] for name in ("chosen_log_p", "row_entropy")
+    )

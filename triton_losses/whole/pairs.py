@@ -13,7 +13,9 @@ def values_of(tensors, problem):
     wide = widest(given(tensors))
     values, pairs = [cast(v, wide) for v in vectors], problem.pairs
     coordinate = FORMULAS[problem.coordinate].value
-    sums = [coordinate(values[i], values[j], *problem.coordinate_scalars).sum(1) for i, j in zip(pairs[::2], pairs[1::2])]
+    sums = [
+        coordinate(values[i], values[j], *problem.coordinate_scalars).sum(1) for i, j in zip(pairs[::2], pairs[1::2])
+    ]
     return values, sums, [] if target is None else [cast(target, wide)]
 
 
