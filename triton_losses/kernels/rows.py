@@ -285,17 +285,21 @@ def rule(args):
     """What was the fastest, or near it, on an H200: more threads for very long rows, and one vector at a time where a
     thread holds more.
     """
-    vectors = max(args["cols"] // args["VEC"], 1)
+    kind = args.get("KIND")
+    vec, edge = (kind.vec, kind.edge) if kind else (args["VEC"], args["EDGE"])
+    backward = getattr(kind, "backward", False) or args.get("BACKWARD")
+    slots = getattr(kind, "slots", args.get("SLOTS", ()))
+    vectors = max(args["cols"] // vec, 1)
     warps = max(1, min(16 if vectors >= 1 << 15 else 8, triton.next_power_of_2(vectors // (2 * WARP))))
-    holds_more = len(args.get("SLOTS", ())) > 2 and args["SLOTS"][2] > 0  # the mean of log p
-    if args.get("BACKWARD") and args["EDGE"] and vectors >= 1 << 12:
+    holds_more = len(slots) > 2 and slots[2] > 0  # the mean of log p
+    if backward and edge and vectors >= 1 << 12:
         return config(16, 1)
     return config(warps, 2 if vectors >= 2 * warps * WARP and not holds_more else 1)
 
 
 def configs(args):
     """The rule's and its neighbours: half and twice as many threads, and the other number of vectors at a time."""
-    best, vectors = rule(args), max(args["cols"] // args["VEC"], 1)
+    best, vectors = rule(args), max(args["cols"] // (args["KIND"].vec if "KIND" in args else args["VEC"]), 1)
     warps, unroll = best["num_warps"], best["UNROLL"]
     near = [(warps, unroll), (warps * 2, unroll), (warps // 2, unroll), (warps, 3 - unroll)]
     return [config(w, u) for w, u in near if 1 <= w <= 16 and (w == 1 or w * WARP * u <= 2 * vectors)]
