@@ -15,7 +15,7 @@ import warnings
 import pytest
 import torch
 
-from triton_losses.core import threads
+from triton_losses.core import dispatch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and not INTERPRET else [])
@@ -87,7 +87,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def calls_are_ours(monkeypatch):
     """Tests use small tensors, which on a CPU would go to ATen: they are to test what large ones meet."""
-    monkeypatch.setattr(threads, "ATEN", False)
+    monkeypatch.setattr(dispatch, "ATEN", False)
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def test_every_configuration_of_regions_builds_without_spills():
         for build in (forward, backward):
             configs = build.launch.configs(build.arguments)
             assert len(configs) > 2 and build.config in configs
-            pixels = {config["LANES"] * config["STEPS"] * build.arguments["VEC"] for config in configs}
+            pixels = {config["LANES"] * config["STEPS"] * build.arguments["KIND"].vec for config in configs}
             assert len(pixels) == 1  # a program's, whatever the configuration
             for config in configs:
                 if config != build.config:

@@ -26,15 +26,21 @@ pytestmark = [
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """The name of each kernel that was to be measured, and how many configurations of it were compiled for that."""
-    counts = []
+    counts, measured = [], {}
 
     def build(tuned, args, candidates):
         counts.append((tuned.kernel.__name__, len(candidates)))
+        measured[tuned.kernel] = args
+
+    def launch(self, *varying):
+        args = measured.pop(self.kernel, None)
+        if args is not None:  # what was measured has the types of what is launched
+            assert [type_of(args[name]) for name in self.kernel.arg_names[: len(varying)]] == [*map(type_of, varying)]
 
     monkeypatch.setenv("TRITON_LOSSES_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(Tuned, "build", build)
     monkeypatch.setattr(Tuned, "launch", lambda *_: None)
-    monkeypatch.setattr(Launch, "__call__", lambda *_: None)
+    monkeypatch.setattr(Launch, "__call__", launch)
     monkeypatch.setattr(tuning, "median_ms", lambda launch: 1.0)
     monkeypatch.setattr(tuning, "can_measure", lambda: True)
     monkeypatch.setattr(tuning, "device_name", lambda: "a GPU that is not there")
@@ -43,6 +49,12 @@ def compiled(monkeypatch, tmp_path):
     with kernels_launch_nothing():
         yield counts
     forget_choices()
+
+
+def type_of(value):
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
+    return value.dtype if isinstance(value, torch.Tensor) else type(value)
 
 
 def forget_choices():

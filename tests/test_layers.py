@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import pathlib
 import re
 import subprocess
@@ -11,10 +12,14 @@ import sys
 import pytest
 import torch
 
+import triton_losses
+import triton_losses.functional
+
 pytestmark = pytest.mark.not_interpreted
 ROOT = pathlib.Path(__file__).parents[1]
 CORE = {
     "compiler": 0,
+    "dispatch": 1,
     "op": 1,
     "formula": 1,
     "device_math": 1,
@@ -148,3 +153,39 @@ def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
     assert {name: (version + ".0").split(".")[:3] for name, version in promised.items()} == {
         name: v.split(".")[:3] for name, v in tested.items()
     }
+
+
+MOST_ARGUMENTS = 8
+OF_MANY = {
+    "Tuned.__init__": "what a kernel is launched with, given by name",
+    "LinearDistributionRows.forward": "torch.compile wants every tensor of an autograd.Function as an argument",
+}
+
+
+def functions_of(tree, owner=""):
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from functions_of(node, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            yield owner + node.name, node
+
+
+def test_no_private_function_takes_more_than_eight_arguments():
+    """Options travel as a Problem. Kernels' own code is another matter: Triton's arguments are flat."""
+    public = {*dir(triton_losses), *dir(triton_losses.functional)}
+    found = {}
+    for path in (ROOT / "triton_losses").rglob("*.py"):
+        for name, node in functions_of(ast.parse(path.read_text())):
+            of_triton = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if name not in public and not of_triton and not name.split(".")[-1].startswith("from_"):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                found[name] = len([n for n in names if n not in ("self", "ctx", "cls")])
+    assert {name for name, count in found.items() if count > MOST_ARGUMENTS} == set(OF_MANY)
+
+
+def test_every_public_function_has_type_hints():
+    functions = {**vars(triton_losses.functional), **vars(triton_losses)}.values()
+    for f in functions:
+        if inspect.isfunction(f):
+            assert not set(inspect.signature(f).parameters) - set(f.__annotations__), f.__name__
+            assert "return" in f.__annotations__, f.__name__

@@ -324,19 +324,13 @@ def test_the_op_is_well_behaved(device):
     for kind in ("products", "top_k"):
         from_teacher, _ = teacher(kind, (7,), device, torch.float32)
         tensors = [t for t in from_teacher.values() if isinstance(t, torch.Tensor)]
-        options = ("relative_entropy", [1.0], False, True, True, IGNORED, 0, 0, torch.float32, torch.float32)
-        arguments = (
-            hidden,
-            weight,
-            bias,
-            tensors,
-            labels_of("some", (7,), device),
-            torch.ones(7, device=device),
-            [True, False, True],
-            kind,
+        problem = family.Problem(
+            kind, "relative_entropy", (), 1.0, False, True, True, IGNORED, 0, 0, torch.float32, torch.float32
         )
-        tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(family.linear_distribution_rows_pass.overload, (*arguments, *options), test_utils=tests)
+        rows = [hidden, weight, bias, labels_of("some", (7,), device)]
+        arguments = rows, tensors, torch.ones(7, device=device), [True, False, True], *problem
+        op = family.linear_distribution_rows_pass.overload
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 # Memory

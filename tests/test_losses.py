@@ -9,7 +9,7 @@ from conftest import INTERPRET
 import reference.losses
 from reference.cases import CASES
 from triton_losses import functional
-from triton_losses.core import threads
+from triton_losses.core import dispatch
 
 # the interpreter truncates to bfloat16
 ROUNDING = {
@@ -151,7 +151,7 @@ def test_calls_that_go_to_aten_give_the_same(case, device, monkeypatch):
     """Small ones on a CPU, where ATen has the loss."""
     tensors, options = case.arguments(case.shapes[0], torch.float32, device)
     ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
-    monkeypatch.setattr(threads, "ATEN", True)
+    monkeypatch.setattr(dispatch, "ATEN", True)
     for small, large in zip(
         value_and_gradients(getattr(functional, case.name), case, tensors, options), ours, strict=True
     ):

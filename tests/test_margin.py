@@ -8,7 +8,7 @@ from conftest import INTERPRET
 from hypothesis import given, settings, strategies
 
 from triton_losses import functional
-from triton_losses.core import threads
+from triton_losses.core import dispatch
 from triton_losses.core.formula import FORMULAS
 from triton_losses.families.margin_rows import Problem, margin_rows, read
 
@@ -93,7 +93,7 @@ def test_the_ops_are_well_behaved(a_set, reduction, device):
 @pytest.fixture
 def aten(calls_are_ours, monkeypatch):
     """Calls with few numbers on a CPU go to ATen, as they do outside of tests."""
-    monkeypatch.setattr(threads, "ATEN", True)
+    monkeypatch.setattr(dispatch, "ATEN", True)
 
 
 @pytest.mark.not_interpreted

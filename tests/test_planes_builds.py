@@ -70,7 +70,7 @@ def test_every_access_to_a_plane_is_of_16_bytes(dtype, classes, name):
     formula reads of it.
     """
     forward, backward = forward_and_backward(name, images, "cross_entropy", dtype, classes)
-    held = backward.arguments["HELD"]
+    held = backward.arguments["KIND"].held
     for build, kinds in ((forward, ["load"]), (backward, ["load", "store"])):
         if held:
             wide = [kind for kind, bits in accesses(build.lines) if bits == 128]

@@ -326,23 +326,17 @@ def test_when_nothing_launches_the_rule_decides_and_nothing_is_remembered(gpu, m
     assert tuned.config(arguments()) == FAST
 
 
-def test_no_memory_for_the_sample_is_survived_and_not_remembered(gpu, tmp_path):
-    full = [True]
-
-    def sample(args):
-        if full:
-            raise torch.OutOfMemoryError("full")
-        return args
-
-    tuned = make(sample=sample)
-    assert tuned.config(arguments()) == SLOW and files(tmp_path) == []
-    full.clear()
+def test_no_memory_for_a_copy_is_survived_and_not_remembered(gpu, monkeypatch, tmp_path):
+    tuned = make(written=("x",))
+    with monkeypatch.context() as full:
+        full.setattr(tuning, "scratch", raises(torch.OutOfMemoryError("full")))
+        assert tuned.config(arguments()) == SLOW and files(tmp_path) == []
     assert tuned.config(arguments()) == FAST
 
 
-def test_the_sample_is_what_is_measured_and_all_rows_are_launched(gpu):
+def test_some_rows_are_measured_and_all_are_launched(gpu):
     kernel = Kernel()
-    run(make(kernel, sample=lambda args: {**args, "x": args["x"][:2], "rows": 2}), **arguments(rows=9))
+    run(make(kernel, bytes_each=lambda args: tuning.SAMPLE_BYTES // 2), **arguments(rows=9))
     assert [grid for grid, _ in kernel.launches] == [(2,), (2,), (2,), (9,)]
 
 

@@ -3,6 +3,7 @@
 import numbers
 
 import torch
+from torch import Tensor
 
 from triton_losses.blocks.elementwise import blocks
 from triton_losses.core.compiler import tl
@@ -10,7 +11,7 @@ from triton_losses.core.device_math import at_least, log1p, quotient, relu, sigm
 from triton_losses.core.formula import formula
 from triton_losses.core.op import readable
 from triton_losses.core.reduction import promoted, reduction_of, result_dtype
-from triton_losses.core.threads import aten_is_best, elements, share
+from triton_losses.core.threads import elements, share
 from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.labelled_elements import labelled_elements
@@ -80,8 +81,14 @@ def check_broadcasts_into(input, **options):
 
 
 def binary_cross_entropy_with_logits(
-    input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
-):
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
     """``-w (p₊ y log σ(x) + (1 - y) log(1 - σ(x)))``: binary cross entropy of logits, in a form that never overflows.
 
     input: logits, floating, any shape. target: chances in [0, 1], the input's size (else ValueError). weight,
@@ -103,15 +110,22 @@ def binary_cross_entropy_with_logits(
         raise RuntimeError(
             "binary_cross_entropy_with_logits is not differentiable with respect to weight: it must not require grad"
         )
-    if weight is None and pos_weight is None and aten_is_best(input, target):
-        return torch.nn.functional.binary_cross_entropy_with_logits(input, target, reduction=reduction)
     if pos_weight is None:
         # in torch the target's decides
-        return elementwise(logistic, (input, target), (), reduction, weight, target.dtype)
+        aten = torch.nn.functional.binary_cross_entropy_with_logits
+        return elementwise(logistic, (input, target), (), reduction, weight, target.dtype, aten=aten)
     return elementwise(weighted_logistic, (input, target, pos_weight), (), reduction, weight, target.dtype)
 
 
-def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none", *, background=-1):
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float | None = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+    *,
+    background: int = -1,
+) -> Tensor:
     """``-α_t (1 - p_t)^γ log p_t`` per logit, with ``p_t = σ(x)`` for y = 1 and ``1 - σ(x)`` for y = 0: the focal loss.
 
     inputs: logits, floating, any shape. targets: the inputs' size; 0 or 1, or any chance between. Or, without a one-hot
@@ -165,7 +179,14 @@ def check_chances(**tensors):
                 )
 
 
-def binary_cross_entropy(input, target, weight=None, size_average=None, reduce=None, reduction="mean"):
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``-w (y log x + (1 - y) log(1 - x))``, each logarithm at least -100: binary cross entropy of chances.
 
     input: chances, floating, any shape. target: chances, the input's size (else ValueError) and dtype; for CPU tensors,
@@ -212,7 +233,7 @@ def check_signs(input, target):
             raise ValueError(f"every label must be -1 or +1, got {part[part.abs() != 1][0].item()}")
 
 
-def hinge_loss(input, target, margin=1.0, reduction="mean"):
+def hinge_loss(input: Tensor, target: Tensor, margin: float = 1.0, reduction: str = "mean") -> Tensor:
     """``max(0, m - y x)``: the hinge loss of support vector machines.
 
     input: scores, floating, any shape. target: labels -1 or +1, floating or integers, the input's size (else
@@ -226,7 +247,7 @@ def hinge_loss(input, target, margin=1.0, reduction="mean"):
     return elementwise(hinge, (input, target), (margin,), reduction_of(reduction))
 
 
-def squared_hinge_loss(input, target, margin=1.0, reduction="mean"):
+def squared_hinge_loss(input: Tensor, target: Tensor, margin: float = 1.0, reduction: str = "mean") -> Tensor:
     """``max(0, m - y x)²``: the squared hinge loss, smooth at the margin.
 
     input, target, margin, reduction: as in ``hinge_loss``.
@@ -238,7 +259,7 @@ def squared_hinge_loss(input, target, margin=1.0, reduction="mean"):
     return elementwise(squared_hinge, (input, target), (margin,), reduction_of(reduction))
 
 
-def perceptron_loss(input, target, reduction="mean"):
+def perceptron_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """``max(0, -y x)``: the perceptron's loss, a hinge without margin.
 
     input, target, reduction: as in ``hinge_loss``. At x = 0 the gradient is ``-y``, so that learning may start there.
@@ -251,7 +272,7 @@ def perceptron_loss(input, target, reduction="mean"):
     return elementwise(hinge, (input, target), (0.0,), reduction_of(reduction))
 
 
-def exponential_loss(input, target, reduction="mean"):
+def exponential_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """``exp(-y x)``: the exponential loss that AdaBoost lowers.
 
     input, target, reduction: as in ``hinge_loss``. Friedman, Hastie and Tibshirani 2000, doi:10.1214/aos/1016218223.
@@ -263,7 +284,9 @@ def exponential_loss(input, target, reduction="mean"):
     return elementwise(exponential, (input, target), (), reduction_of(reduction))
 
 
-def soft_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
+def soft_margin_loss(
+    input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
+) -> Tensor:
     """``log(1 + exp(-y x))``: the logistic loss of labels -1 and +1, in a form that never overflows.
 
     input: logits, floating, any shape. target: labels -1 or +1 (other numbers are multiplied in all the same),
@@ -280,7 +303,14 @@ def soft_margin_loss(input, target, size_average=None, reduce=None, reduction="m
     return elementwise(soft_margin, (input, target), (), reduction, None, input.dtype)
 
 
-def multilabel_soft_margin_loss(input, target, weight=None, size_average=None, reduce=None, reduction="mean"):
+def multilabel_soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``-1/C Σ_j w_j (y_j log σ(x_j) + (1 - y_j) log(1 - σ(x_j)))``: binary cross entropy of logits, its mean over the
     classes.
 
@@ -315,7 +345,14 @@ def multilabel_soft_margin_loss(input, target, weight=None, size_average=None, r
     return (losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()).to(dtype)
 
 
-def hinge_embedding_loss(input, target, margin=1.0, size_average=None, reduce=None, reduction="mean"):
+def hinge_embedding_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``x`` where ``y = 1``, ``max(0, m - x)`` where ``y = -1``: distances of pairs that are alike (1) or not (-1).
 
     input: distances, floating. target: labels -1 or +1, broadcasts with input; any other number counts as both, as in

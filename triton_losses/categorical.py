@@ -3,6 +3,7 @@
 import numbers
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import tl
 from triton_losses.core.device_math import clamp
@@ -55,7 +56,15 @@ def as_rows(x, dim):
     return x if x.dim() == 2 and dim == 1 else x.movedim(dim, -1).reshape(-1, x.shape[dim])
 
 
-def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=0.0, reduction="mean", *, dim=None):
+def categorical_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    from_logits: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    *,
+    dim: int | None = None,
+) -> Tensor:
     """``-Σ_j y_j log p_j``, ``p = x / Σ x`` clipped to [1e-7, 1 - 1e-7], y smoothed by ε: cross entropy of two rows of
     chances.
 
@@ -83,7 +92,7 @@ def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=
     if from_logits:
         dtype = result_dtype(input, promoted(input, target))
         losses = distribution_rows(
-            formula, y, x, smoothing, given=True, one_read=True, reduction=reduction, out_dtype=dtype
+            formula, y, x, out_dtype=dtype, scalars=smoothing, given=True, one_read=True, reduction=reduction
         )
     else:
         formula = clipped_cross_entropy_smoothed if smoothing else clipped_cross_entropy
@@ -92,8 +101,14 @@ def categorical_cross_entropy(input, target, from_logits=False, label_smoothing=
 
 
 def sparse_categorical_cross_entropy(
-    input, target, from_logits=False, ignore_index=None, reduction="mean", *, dim=None
-):
+    input: Tensor,
+    target: Tensor,
+    from_logits: bool = False,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    *,
+    dim: int | None = None,
+) -> Tensor:
     """``-log p_t``, ``p = x / Σ x`` clipped to [1e-7, 1 - 1e-7]: cross entropy of a row of chances and the right class.
 
     input: chances, (C), (N, C) or (N, C, d1, ...), floating; they need not sum to 1. from_logits: whether they are
@@ -121,7 +136,7 @@ def sparse_categorical_cross_entropy(
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     x, labels = as_rows(input, dim), target.reshape(-1).long()
     if from_logits:
-        losses = label_rows(cross_entropy_plain, x, labels, None, (), int(ignore_index), reduction)
+        losses = label_rows(cross_entropy_plain, x, labels, ignore_index=int(ignore_index), reduction=reduction)
     else:
         losses = proportion_rows(clipped_cross_entropy, x, labels, CLIPPED, int(ignore_index), reduction)
     return losses.view(rest) if reduction == "none" else losses

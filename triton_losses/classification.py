@@ -3,10 +3,11 @@
 import numbers
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype, runs_kernels
+from triton_losses.core.dispatch import aten_serves
 from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
-from triton_losses.core.threads import aten_is_best
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
 from triton_losses.row_formulas import (
@@ -88,9 +89,7 @@ def check_probabilities(input, target, weight, ignore_index):
         raise RuntimeError(f"weight must have shape ({classes},), one for each class, got {list(weight.shape)}")
 
 
-def by_rows(
-    formula, input, target, weight, scalars, ignore_index, reduction, out_dtype=None, softcap=0.0, temperature=1.0
-):
+def by_rows(formula, input, target, weight, out_dtype=None, **options):
     """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension where there are two.
 
     The stride decides how an image is walked: in rows where its classes lie side by side (channels_last), else in
@@ -107,9 +106,8 @@ def by_rows(
         logits = input.movedim(1, -1).reshape(-1, input.shape[1])
     else:
         logits, labels = input.flatten(2), target.flatten(1)
-    options = scalars, int(ignore_index), reduction, out_dtype, softcap, temperature
-    losses = label_rows(formula, logits, labels, weight, *options)
-    if reduction != "none":
+    losses = label_rows(formula, logits, labels, weight, out_dtype, **options)
+    if options["reduction"] != "none":
         return losses
     # unbatched, so is the loss, though the target may have size 1
     return losses.view(target.shape if input.dim() > 1 else ())
@@ -124,7 +122,15 @@ def by_aten(name, input, target, weight, **options):
     return getattr(torch.nn.functional, name)(input, target, weight, **options)
 
 
-def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``-w_t x_t``: negative log likelihood, of log-probabilities x.
 
     input: (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape without C;
@@ -140,24 +146,24 @@ def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, r
     # a gather: nothing of ours is faster than ATen's own loop
     if input.device.type == "cpu" and not runs_kernels(input):
         return by_aten("nll_loss", input, target, weight, ignore_index=ignore_index, reduction=reduction)
-    return by_rows(negative_log_likelihood, input, target, weight, (), ignore_index, reduction)
+    return by_rows(negative_log_likelihood, input, target, weight, ignore_index=int(ignore_index), reduction=reduction)
 
 
 def cross_entropy(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
     *,
-    z_loss=0.0,
-    softcap=0.0,
-    temperature=1.0,
-    out_dtype=None,
-):
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """``-(1-ε) w_t log p_t - ε/C Σ_j w_j log p_j + z lse²``, ``p = softmax(x)``: cross entropy, smoothed by ε, with a
     z-loss.
 
@@ -181,21 +187,37 @@ def cross_entropy(
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
     if target.is_floating_point() or target.shape == input.shape:
-        options = ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, out_dtype
-        return probability_cross_entropy(input, target, weight, *options)
-    if aten_is_best(input) and not (z_loss or softcap) and temperature == 1:
-        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        loss = by_aten("cross_entropy", input, target, weight, **options)
+        check_logits(input)
+        check_probabilities(input, target, weight, ignore_index)
+        options = {"z_loss": float(z_loss), "scale": 1.0 / temperature, "reduction": reduction}
+        return probability_cross_entropy(input, target, weight, label_smoothing, softcap, out_dtype, **options)
+    if aten_serves(input) and not (z_loss or softcap) and temperature == 1:
+        loss = by_aten(
+            "cross_entropy",
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
         return loss if out_dtype is None else loss.to(out_dtype)
-    return by_rows(formula, input, target, weight, scalars, ignore_index, reduction, out_dtype, softcap, temperature)
+    return by_rows(
+        formula,
+        input,
+        target,
+        weight,
+        out_dtype,
+        scalars=scalars,
+        ignore_index=int(ignore_index),
+        softcap=float(softcap),
+        scale=1.0 / temperature,
+        reduction=reduction,
+    )
 
 
-def probability_cross_entropy(
-    input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, out_dtype
-):
+def probability_cross_entropy(input, target, weight, label_smoothing, softcap, out_dtype, **options):
     """Cross entropy against class probabilities, which need not sum to 1; the mean divides by the number of rows."""
-    check_logits(input)
-    check_probabilities(input, target, weight, ignore_index)
     classes = input.shape[min(input.dim() - 1, 1)]
     if input.dim() == 1:
         q, p = input[None], target[None]
@@ -214,22 +236,29 @@ def probability_cross_entropy(
         formula,
         p,
         q,
-        scalars,
+        weight,
+        out_dtype=result,
+        scalars=scalars,
         given=True,
         one_read=True,
-        temperature=temperature,
-        weight=weight,
-        z_loss=z_loss,
-        reduction=reduction,
-        out_dtype=result,
+        **options,
     )
+    reduction = options["reduction"]
     if reduction == "none":
         return losses.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
     # torch counts numbers, divided by the classes
     return losses if classes or reduction == "sum" else losses * float("nan")
 
 
-def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-100, reduction="mean"):
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    gamma: float = 2.0,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
     """``-α w_t (1 - p_t)^γ log p_t``, ``p = softmax(x)``: cross entropy that weighs down rows it already gets right.
 
     input: logits, (C), (N, C) or (N, C, d1, ...), floating. target: class indices, int64 or uint8, the input's shape
@@ -249,7 +278,7 @@ def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-1
         input,
         target,
         weight,
-        (gamma, 1.0 if alpha is None else alpha),
-        ignore_index,
-        reduction_of(reduction),
+        scalars=(float(gamma), 1.0 if alpha is None else float(alpha)),
+        ignore_index=int(ignore_index),
+        reduction=reduction_of(reduction),
     )

@@ -1,8 +1,10 @@
 """Compound losses for segmentation: Dice and a loss of the single pixels, from one read of the logits."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.formula import Formula
@@ -87,28 +89,28 @@ def class_weights_for(weight, input, background=True):
 
 
 def dice_ce_loss(
-    input,
-    target,
-    include_background=True,
-    to_onehot_y=False,
-    sigmoid=False,
-    softmax=False,
-    other_act=None,
-    squared_pred=False,
-    jaccard=False,
-    reduction="mean",
-    smooth_nr=1e-5,
-    smooth_dr=1e-5,
-    batch=False,
-    weight=None,
-    lambda_dice=1.0,
-    lambda_ce=1.0,
-    label_smoothing=0.0,
+    input: Tensor,
+    target: Tensor,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: Tensor | None = None,
+    lambda_dice: float = 1.0,
+    lambda_ce: float = 1.0,
+    label_smoothing: float = 0.0,
     *,
-    ignore_index=None,
-    process_group=None,
-    return_stats=False,
-):
+    ignore_index: int | None = None,
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``λ₁ Dice + λ₂ CE``: Dice, and cross entropy of softmax or, with sigmoid or one class, binary cross entropy; from
     one read.
 
@@ -138,30 +140,30 @@ def dice_ce_loss(
 
 
 def dice_focal_loss(
-    input,
-    target,
-    include_background=True,
-    to_onehot_y=False,
-    sigmoid=False,
-    softmax=False,
-    other_act=None,
-    squared_pred=False,
-    jaccard=False,
-    reduction="mean",
-    smooth_nr=1e-5,
-    smooth_dr=1e-5,
-    batch=False,
-    gamma=2.0,
-    weight=None,
-    lambda_dice=1.0,
-    lambda_focal=1.0,
-    alpha=None,
+    input: Tensor,
+    target: Tensor,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    lambda_dice: float = 1.0,
+    lambda_focal: float = 1.0,
+    alpha: float | None = None,
     *,
-    use_softmax=False,
-    ignore_index=None,
-    process_group=None,
-    return_stats=False,
-):
+    use_softmax: bool = False,
+    ignore_index: int | None = None,
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``λ₁ Dice + λ₂ Focal``, the focal loss of each class's sigmoid or, with use_softmax, of softmax's rows.
 
     One read where both parts take the input alike, sigmoid with sigmoid or softmax with use_softmax. gamma: >= 0.
@@ -192,19 +194,19 @@ def dice_focal_loss(
 
 
 def combo_loss(
-    input,
-    target,
-    dice_weight=0.5,
-    bce_weight=0.5,
-    reduction="mean",
-    smooth=1e-6,
+    input: Tensor,
+    target: Tensor,
+    dice_weight: float = 0.5,
+    bce_weight: float = 0.5,
+    reduction: str = "mean",
+    smooth: float = 1e-6,
     *,
-    batch=False,
-    weight=None,
-    ignore_index=None,
-    process_group=None,
-    return_stats=False,
-):
+    batch: bool = False,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``w₁ (1 - (2 Σ p t + s) / (Σ p + Σ t + s)) + w₂ BCE``, ``p = σ(x)``: Dice and binary cross entropy of each class;
     one read.
 

@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype, tl
 from triton_losses.core.device_math import exp
@@ -26,7 +27,14 @@ def pointwise_divergence_of_logs(x, y):
     return value, -p, value + p
 
 
-def kl_div(input, target, size_average=None, reduce=None, reduction="mean", log_target=False):
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
     """``y (log y - x)``, of log-probabilities x and probabilities y; ``e^y (y - x)`` where log_target: Kullback-Leibler
     divergence.
 
@@ -59,18 +67,18 @@ def kl_div(input, target, size_average=None, reduce=None, reduction="mean", log_
 
 
 def distillation_loss(
-    student_logits,
-    teacher_logits,
-    temperature=1.0,
-    direction="forward",
-    beta=0.5,
-    reduction="mean",
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    beta: float = 0.5,
+    reduction: str = "mean",
     *,
-    labels=None,
-    ignore_index=-100,
-    temperature_squared=False,
-    out_dtype=None,
-):
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature_squared: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(teacher / T)``, ``q = softmax(student / T)``: what a student has yet to
     learn.
 
@@ -99,9 +107,9 @@ def distillation_loss(
     if student_logits.shape != teacher_logits.shape:
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         raise ValueError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
-    for name, value in (("teacher_logits", teacher_logits), ("labels", labels)):
-        if value is not None and value.device != student_logits.device:
-            found = f"{student_logits.device}, and {name} on {value.device}"
+    for name, given in (("teacher_logits", teacher_logits), ("labels", labels)):
+        if given is not None and given.device != student_logits.device:
+            found = f"{student_logits.device}, and {name} on {given.device}"
             raise RuntimeError(f"expected all tensors to be on the same device, but found student_logits on {found}")
     chosen, scalars, one_read = divergence_formula(direction, beta)
     if not 0 < temperature < float("inf"):
@@ -118,13 +126,13 @@ def distillation_loss(
         chosen,
         p,
         q,
-        scalars,
-        temperature=temperature,
-        one_read=one_read,
         labels=labels,
+        out_dtype=out_dtype,
+        scalars=scalars,
+        scale=1.0 / temperature,
+        one_read=one_read,
         ignore_index=int(ignore_index),
         reduction=reduction,
-        factor=temperature**2 if temperature_squared else 1.0,
-        out_dtype=out_dtype,
+        factor=float(temperature**2) if temperature_squared else 1.0,
     )
     return losses.view(student_logits.shape[:-1]) if reduction == "none" else losses

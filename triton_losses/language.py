@@ -2,9 +2,10 @@
 whole.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.reduction import DTYPES, reduction_of
@@ -81,26 +82,26 @@ def mean_of(total, weight):
 
 
 def linear_cross_entropy(
-    input,
-    linear_weight,
-    target,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
     *,
-    linear_bias=None,
-    weight=None,
-    reduction="mean",
-    ignore_index=None,
-    label_smoothing=0.0,
-    options=None,
-    softcap=0.0,
-    temperature=1.0,
-    z_loss=0.0,
-    token_weights=None,
-    shift=False,
-    chunk_bytes=0,
-    kept_tokens=0,
-    out_dtype=None,
-    return_stats=False,
-):
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
+    shift: bool = False,
+    chunk_bytes: int = 0,
+    kept_tokens: int = 0,
+    out_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
+) -> Any:
     """``cross_entropy(softcap · tanh((x Wᵀ + b) / softcap) / T, target)``, whose logits and their gradient are never
     whole.
 
@@ -142,16 +143,21 @@ def linear_cross_entropy(
         target = next_tokens(target, ignore_index)
     dtype = out_dtype or compute_dtype(input.dtype)
     factors = None if token_weights is None else token_weights.reshape(-1).to(compute_dtype(input.dtype))
-    given = {
-        "bias": linear_bias,
-        "class_weights": weight,
-        "scalars": scalars,
-        "ignore_index": ignore_index,
-        "softcap": softcap,
-    }
-    given |= {"temperature": temperature, "chunk_bytes": chunk_bytes, "kept_tokens": kept_tokens}
-    rows = input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1).long()  # a byte has no room for -100
-    found = linear_rows(formula, *rows, upstream=factors, total=reduction != "none", stats=return_stats, **given)
+    labels = target.reshape(-1).long()  # a byte has no room for -100
+    tensors = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, labels, weight
+    found = linear_rows(
+        formula,
+        tensors,
+        factors,
+        total=reduction != "none",
+        scalars=scalars,
+        ignore_index=ignore_index,
+        softcap=float(softcap),
+        scale=1.0 / temperature,
+        chunk_bytes=chunk_bytes,
+        kept_tokens=kept_tokens,
+        stats=return_stats,
+    )
     if reduction == "none":
         loss = (found.losses if factors is None else found.losses * factors).to(dtype).view(target.shape)
     elif reduction == "sum":
@@ -186,18 +192,18 @@ def stats_of(found, target):
 
 
 def linear_log_probs(
-    input,
-    linear_weight,
-    target,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
     *,
-    linear_bias=None,
-    temperature=1.0,
-    softcap=0.0,
-    return_entropy=False,
-    ignore_index=-100,
-    chunk_bytes=0,
-    kept_tokens=0,
-):
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+    chunk_bytes: int = 0,
+    kept_tokens: int = 0,
+) -> Any:
     """``log softmax(softcap · tanh((x Wᵀ + b) / softcap) / T)[target]`` of each token, whose logits are never whole.
 
     input: hidden states x, (..., features). linear_weight: W, (classes, features). linear_bias: b, (classes,). target:
@@ -213,13 +219,10 @@ def linear_log_probs(
     check_shape_of_logits(temperature, softcap)
     found = linear_rows(
         log_p_beside_entropy if return_entropy else chosen_log_p,
-        input.reshape(-1, input.shape[-1]),
-        linear_weight,
-        target.reshape(-1).long(),
-        bias=linear_bias,
+        (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, target.reshape(-1).long(), None),
         ignore_index=ignore_index,
-        softcap=softcap,
-        temperature=temperature,
+        softcap=float(softcap),
+        scale=1.0 / temperature,
         chunk_bytes=chunk_bytes,
         kept_tokens=kept_tokens,
     )
@@ -227,7 +230,15 @@ def linear_log_probs(
     return (log_p, found.entropy.view(target.shape)) if return_entropy else log_p
 
 
-def log_probs(logits, target, *, temperature=1.0, softcap=0.0, return_entropy=False, ignore_index=-100):
+def log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+) -> Any:
     """``log softmax(softcap · tanh(x / softcap) / T)[target]`` of each token, straight from logits.
 
     logits: x, (..., classes), floating. target: (...), class indices; 0 comes back where it equals ignore_index.
@@ -247,7 +258,7 @@ def log_probs(logits, target, *, temperature=1.0, softcap=0.0, return_entropy=Fa
     if target.dtype not in (torch.int64, torch.uint8):
         raise NotImplementedError(f"target must hold class indices, int64 or uint8, got {target.dtype}")
     rows = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).long()
-    options = {"ignore_index": ignore_index, "softcap": softcap, "temperature": temperature}
+    options = {"ignore_index": ignore_index, "softcap": float(softcap), "scale": 1.0 / temperature}
     if return_entropy:
         log_p, entropy = row_statistics(*rows, **options)
         return log_p.view(target.shape), entropy.view(target.shape)
@@ -312,28 +323,28 @@ def check_classes(students, teachers):
 
 
 def linear_distillation_loss(
-    student_hidden,
-    student_weight,
-    teacher_hidden=None,
-    teacher_weight=None,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     *,
-    temperature=1.0,
-    direction="forward",
-    beta=0.5,
-    labels=None,
-    ignore_index=-100,
-    student_bias=None,
-    teacher_bias=None,
-    teacher_logits=None,
-    teacher_ids=None,
-    teacher_log_probs=None,
-    tail=True,
-    reduction="mean",
-    temperature_squared=False,
-    chunk_bytes=0,
-    kept_tokens=0,
-    out_dtype=None,
-):
+    temperature: float = 1.0,
+    direction: str = "forward",
+    beta: float = 0.5,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
+    tail: bool = True,
+    reduction: str = "mean",
+    temperature_squared: bool = False,
+    chunk_bytes: int = 0,
+    kept_tokens: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(y / T)``, ``q = softmax((x Wᵀ + b) / T)``: distillation without
     either's logits whole.
 
@@ -379,19 +390,16 @@ def linear_distillation_loss(
         labels = labels.reshape(-1).long()
     found = linear_distribution_rows(
         formula,
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        student_weight,
+        (student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, labels),
         kind,
         teacher,
-        bias=student_bias,
-        labels=labels,
+        total=reduction != "none",
         scalars=scalars,
+        scale=1.0 / temperature,
         student_first=direction == "reverse",
         one_read=one_read,
         tail=tail,
-        temperature=temperature,
         ignore_index=int(ignore_index),
-        total=reduction != "none",
         chunk_bytes=chunk_bytes,
         kept_tokens=kept_tokens,
     )

@@ -3,8 +3,10 @@ end.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.op import readable
@@ -77,8 +79,15 @@ def check_class_labels(labels, kept, classes):
 
 
 def lovasz_loss(
-    input, target, mode="softmax", per_image=False, ignore_index=None, reduction="mean", *, classes="present"
-):
+    input: Tensor,
+    target: Tensor,
+    mode: str = "softmax",
+    per_image: bool = False,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    *,
+    classes: str | Sequence[int] | None = "present",
+) -> Tensor:
     """``Δ̄_J(m)``, the Lovász extension of the Jaccard loss: of ``m = |t - softmax(x)|`` per class, or ``m = 1 - (2t -
     1) x``.
 

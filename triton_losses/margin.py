@@ -3,10 +3,11 @@
 import numbers
 
 import torch
+from torch import Tensor
 
-from triton_losses.core import threads
 from triton_losses.core.compiler import INTERPRET, runs_kernels, tl
 from triton_losses.core.device_math import sign
+from triton_losses.core.dispatch import aten_serves, transformed
 from triton_losses.core.formula import formula
 from triton_losses.core.op import is_watched, readable
 from triton_losses.core.reduction import DTYPES, reduction_of
@@ -25,9 +26,6 @@ def squared_margin_excess(d, margin):
     z = margin + d
     excess = tl.where(z > 0.0, z, 0.0)
     return excess * excess, 2.0 * excess
-
-
-WIDE = (torch.float32, torch.float64)
 
 
 def check_scores(input, target):
@@ -81,11 +79,9 @@ def by_aten(formula, input, target, weight, margin, reduction):
     ATen refuses what the checks would refuse, but it does not say which label was wrong. The loss is ours in a graph
     that is being recorded, under torch.func, and of 16-bit numbers.
     """
-    if not threads.ATEN or INTERPRET or is_watched(input, target, weight):
+    if not aten_serves(input) or is_watched(input, target, weight) or transformed():
         return None
-    if torch._C._are_functorch_transforms_active() or target is None or not (input.is_cpu and target.is_cpu):
-        return None
-    if input.dim() != 2 or not 0 < input.numel() <= threads.SMALL or input.dtype not in WIDE:
+    if target is None or not target.is_cpu or input.dim() != 2 or not input.numel():
         return None
     if weight is not None and not fits(weight, input):
         return None
@@ -101,7 +97,16 @@ def fits(weight, input):
     return alike and not weight.requires_grad
 
 
-def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=None, reduce=None, reduction="mean"):
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: float = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``1/C Σ_{j≠t} w_t max(0, m - x_t + x_j)^p``: the multi-class hinge loss of class t against every other.
 
     input: scores, (N, C) or (C), floating, C > 0. target: class indices, int64, (N) or (); outside [0, C) they raise
@@ -141,7 +146,9 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
     return losses if target.dim() or reduction != "none" else losses.view(())
 
 
-def multilabel_margin_loss(input, target, size_average=None, reduce=None, reduction="mean"):
+def multilabel_margin_loss(
+    input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
+) -> Tensor:
     """``1/C Σ_{t∈T} Σ_{j∉T} max(0, 1 - x_t + x_j)``: the hinge loss of every class of a set T against every other
     class.
 

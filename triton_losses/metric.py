@@ -2,15 +2,17 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import tl
 from triton_losses.core.device_math import at_least, at_least_tiny, power, relu, root, root_slope, sign, step
-from triton_losses.core.formula import formula
+from triton_losses.core.dispatch import aten_serves
+from triton_losses.core.formula import Formula, formula
 from triton_losses.core.op import readable
 from triton_losses.core.reduction import DTYPES, reduction_of
-from triton_losses.core.threads import aten_is_best
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.pairs import pairs
 
@@ -114,14 +116,22 @@ def are_real(*tensors):
 
 def are_atens(*tensors):
     """Few numbers on a CPU, and of a type that ATen computes in without rounding in between."""
-    return aten_is_best(tensors[0], most=FEW) and all(t.element_size() >= 4 for t in tensors)
+    return aten_serves(tensors[0], most=FEW) and all(t.element_size() >= 4 for t in tensors)
 
 
 def promoted(*tensors):
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
-def margin_ranking_loss(input1, input2, target, margin=0, size_average=None, reduce=None, reduction="mean"):
+def margin_ranking_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``max(0, m - y (x₁ - x₂))``: the first score is to be the larger where ``y = 1``, the second where ``y = -1``.
 
     input1, input2: scores, floating, shapes that broadcast and have as many dimensions (else RuntimeError). target:
@@ -158,14 +168,23 @@ def check_triplet(anchor, positive, negative):
         )
 
 
-POWERS = {1: absolute_difference, 2: squared_difference}
+POWERS: dict[float, Formula] = {1: absolute_difference, 2: squared_difference}
 TRIPLET = (0, 1), (0, 2)
 SWAPPED = *TRIPLET, (1, 2)
 
 
 def triplet_margin_loss(
-    anchor, positive, negative, margin=1.0, p=2, eps=1e-6, swap=False, size_average=None, reduce=None, reduction="mean"
-):
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``max(0, m + ‖a - b‖ - ‖a - c‖)``: an anchor a is to lie nearer to a positive b than to a negative c, by the
     margin m.
 
@@ -197,8 +216,8 @@ def triplet_margin_loss(
     distance, of_distance = POWERS.get(p, power_of_difference), (eps,) if p in POWERS else (eps, p)
     formula, of = (triplet_swapped, SWAPPED) if swap else (triplet, TRIPLET)
     options = {
-        "scalars": (margin, p),
-        "coordinate_scalars": of_distance,
+        "scalars": (float(margin), float(p)),
+        "coordinate_scalars": tuple(map(float, of_distance)),
         "reduction": reduction,
         "dtype": promoted(*vectors),
     }
@@ -206,8 +225,15 @@ def triplet_margin_loss(
 
 
 def triplet_margin_with_distance_loss(
-    anchor, positive, negative, *, distance_function=None, margin=1.0, swap=False, reduction="mean"
-):
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    distance_function: Callable[[Tensor, Tensor], Tensor] | None = None,
+    margin: float = 1.0,
+    swap: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
     """``max(0, m + d(a, b) - d(a, c))``: the triplet margin loss of any distance d.
 
     distance_function: takes two tensors such as anchor and positive and returns their distances; whatever it is,
@@ -233,7 +259,15 @@ def triplet_margin_with_distance_loss(
 COSINE = (0, 1), (0, 0), (1, 1)
 
 
-def cosine_embedding_loss(input1, input2, target, margin=0, size_average=None, reduce=None, reduction="mean"):
+def cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``1 - cos(a, b)`` where ``y = 1``, ``max(0, cos(a, b) - m)`` where ``y = -1``: vectors that point alike, or do
     not.
 
@@ -250,7 +284,7 @@ def cosine_embedding_loss(input1, input2, target, margin=0, size_average=None, r
     plain = input1.dim() == input2.dim() == target.dim() + 1 <= 2 and input1.shape[-1] == input2.shape[-1]
     if not plain or not are_real(input1, input2) or are_atens(input1, input2):  # what is not plain is refused as a rule
         return torch.nn.functional.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
-    options = {"scalars": (margin,), "reduction": reduction, "dtype": promoted(input1, input2)}
+    options = {"scalars": (float(margin),), "reduction": reduction, "dtype": promoted(input1, input2)}
     return pairs(cosine_embedding, product, (input1, input2), COSINE, target.detach(), **options)
 
 
@@ -267,7 +301,9 @@ def check_pairs(input1, input2, target):
         )
 
 
-def cosine_similarity_loss(input1, input2, target, reduction="mean", eps=1e-8):
+def cosine_similarity_loss(
+    input1: Tensor, input2: Tensor, target: Tensor, reduction: str = "mean", eps: float = 1e-8
+) -> Tensor:
     """``(cos(a, b) - y)²``: how alike two vectors are is to be y.
 
     ``cos(a, b) = a·b / (max(‖a‖, ε) max(‖b‖, ε))``. input1, input2: (..., D), floating, one shape. target: (...),
@@ -280,11 +316,13 @@ def cosine_similarity_loss(input1, input2, target, reduction="mean", eps=1e-8):
     """
     reduction = reduction_of(reduction)
     check_pairs(input1, input2, target)
-    options = {"scalars": (eps,), "reduction": reduction, "dtype": promoted(input1, input2)}
+    options = {"scalars": (float(eps),), "reduction": reduction, "dtype": promoted(input1, input2)}
     return pairs(squared_cosine_error, product, (input1, input2), COSINE, target, **options)
 
 
-def contrastive_loss(input1, input2, target, margin=1.0, reduction="mean"):
+def contrastive_loss(
+    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 1.0, reduction: str = "mean"
+) -> Tensor:
     """``y d² + (1 - y) max(0, m - d)²``, ``d = ‖a - b‖``: similar vectors (y = 1) are to meet, others to lie m apart.
 
     target 1 means similar, 0 dissimilar, as in Keras; in the paper it is the other way round, and everything halved.
@@ -306,7 +344,7 @@ def contrastive_loss(input1, input2, target, margin=1.0, reduction="mean"):
         if not (low >= 0 and high <= 1):
             raise ValueError(f"every target must be in [0, 1], got {low.item()} to {high.item()}")
     options = {
-        "scalars": (margin,),
+        "scalars": (float(margin),),
         "coordinate_scalars": (0.0,),
         "reduction": reduction,
         "dtype": promoted(input1, input2),

@@ -14,8 +14,10 @@ sequence whatever the reduction.
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from triton_losses.core.compiler import compute_dtype
@@ -107,7 +109,7 @@ def supervised(nll, chosen):
     return widened("nll", nll)
 
 
-def sequence_log_probs(token_log_probs, mask=None, average=False):
+def sequence_log_probs(token_log_probs: Tensor, mask: Tensor | None = None, average: bool = False) -> Tensor:
     """``Σ_t m_t log p_t``, or its mean over the tokens that count: log-probabilities of sequences from those of their
     tokens.
 
@@ -127,18 +129,18 @@ def sequence_log_probs(token_log_probs, mask=None, average=False):
 
 
 def dpo_loss(
-    chosen_log_probs,
-    rejected_log_probs,
-    reference_chosen_log_probs=None,
-    reference_rejected_log_probs=None,
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    reference_chosen_log_probs: Tensor | None = None,
+    reference_rejected_log_probs: Tensor | None = None,
     *,
-    beta=0.1,
-    loss_type="sigmoid",
-    label_smoothing=0.0,
-    reference_free=False,
-    reduction="mean",
-    return_rewards=False,
-):
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    reference_free: bool = False,
+    reduction: str = "mean",
+    return_rewards: bool = False,
+) -> Any:
     """``-(1 - ε) log σ(β h) - ε log σ(-β h)``, with ``h = log π(y₊)/π_ref(y₊) - log π(y₋)/π_ref(y₋)``: direct
     preference optimisation.
 
@@ -171,7 +173,15 @@ def dpo_loss(
     return answer(losses, reduction, (beta * chosen, beta * rejected), return_rewards)
 
 
-def simpo_loss(chosen_log_probs, rejected_log_probs, *, beta=2.0, gamma=0.5, reduction="mean", return_rewards=False):
+def simpo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    reduction: str = "mean",
+    return_rewards: bool = False,
+) -> Any:
     """``-log σ(β (log π(y₊)/|y₊| - log π(y₋)/|y₋|) - γ)``: simple preference optimisation, without a reference model.
 
     Log-probabilities: (batch,), averaged over tokens. beta: > 0. gamma: >= 0, the target margin between rewards (the
@@ -193,7 +203,15 @@ def log_odds(log_p):
     return log_p - torch.log(-torch.expm1(log_p.clamp(max=-tiny)))  # 1 - exp would lose the digits of a p close to 1
 
 
-def orpo_loss(chosen_log_probs, rejected_log_probs, *, beta=0.1, nll=None, reduction="mean", return_rewards=False):
+def orpo_loss(
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
+    *,
+    beta: float = 0.1,
+    nll: Tensor | None = None,
+    reduction: str = "mean",
+    return_rewards: bool = False,
+) -> Any:
     """``-log p₊ - λ log σ(log p₊/(1 - p₊) - log p₋/(1 - p₋))``, with ``log p = log π(y)/|y|``: odds ratio preference
     optimisation.
 
@@ -212,17 +230,17 @@ def orpo_loss(chosen_log_probs, rejected_log_probs, *, beta=0.1, nll=None, reduc
 
 
 def cpo_loss(
-    chosen_log_probs,
-    rejected_log_probs,
+    chosen_log_probs: Tensor,
+    rejected_log_probs: Tensor,
     *,
-    beta=0.1,
-    alpha=1.0,
-    loss_type="sigmoid",
-    label_smoothing=0.0,
-    nll=None,
-    reduction="mean",
-    return_rewards=False,
-):
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    nll: Tensor | None = None,
+    reduction: str = "mean",
+    return_rewards: bool = False,
+) -> Any:
     """``-log σ(β (log π(y₊) - log π(y₋))) - α log π(y₊)``: contrastive preference optimisation, without a reference
     model.
 
@@ -242,17 +260,17 @@ def cpo_loss(
 
 
 def kto_loss(
-    log_probs,
-    reference_log_probs,
-    labels,
-    kl,
+    log_probs: Tensor,
+    reference_log_probs: Tensor,
+    labels: Tensor,
+    kl: Tensor | float,
     *,
-    beta=0.1,
-    desirable_weight=1.0,
-    undesirable_weight=1.0,
-    reduction="mean",
-    return_rewards=False,
-):
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reduction: str = "mean",
+    return_rewards: bool = False,
+) -> Any:
     """``λ₊ (1 - σ(β (r - z)))`` where an answer is good, ``λ₋ (1 - σ(β (z - r)))`` where not, ``r = log
     π(y)/π_ref(y)``: KTO.
 
@@ -282,21 +300,21 @@ def kto_loss(
 
 
 def grpo_loss(
-    token_log_probs,
-    advantages,
-    mask=None,
-    old_token_log_probs=None,
-    reference_token_log_probs=None,
+    token_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    old_token_log_probs: Tensor | None = None,
+    reference_token_log_probs: Tensor | None = None,
     *,
-    beta=0.0,
-    epsilon_low=0.2,
-    epsilon_high=None,
-    loss_type="grpo",
-    importance_sampling_level="token",
-    max_completion_length=None,
-    num_items_in_batch=None,
-    reduction="mean",
-):
+    beta: float = 0.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float | None = None,
+    loss_type: str = "grpo",
+    importance_sampling_level: str = "token",
+    max_completion_length: int | None = None,
+    num_items_in_batch: int | float | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``-min(ρ A, clip(ρ, 1 - ε₋, 1 + ε₊) A) + β (e^d - d - 1)``, ``ρ = π/π_old``, ``d = log π_ref/π``, per token:
     GRPO.
 
@@ -367,7 +385,7 @@ def grpo_loss(
     if loss_type == "grpo":
         return (losses.sum(-1) / lengths).mean()
     if loss_type == "dr_grpo":
-        return losses.sum() / (losses.shape[0] * max_completion_length)
+        return losses.sum() / (losses.shape[0] * max_completion_length)  # type: ignore[operator] # checked above
     own = loss_type == "bnpo" or num_items_in_batch is None
     tokens = counted.sum() if own else torch.as_tensor(num_items_in_batch)
     return losses.sum() / tokens.clamp(min=1)

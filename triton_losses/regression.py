@@ -1,16 +1,18 @@
 """Regression losses: how far is a number from the number it should be?"""
 
+import functools
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype, tl
 from triton_losses.core.device_math import at_least, clamp, division, exp, log_cosh, sign, tanh
 from triton_losses.core.formula import formula
 from triton_losses.core.op import readable
 from triton_losses.core.reduction import promoted, reduction_of, result_dtype
-from triton_losses.core.threads import aten_is_best
 from triton_losses.families.elementwise import elementwise
 
 
@@ -119,10 +121,10 @@ def in_one_shape(input, target, weight=None):
     return torch.broadcast_tensors(input, target)
 
 
-def mean_by_weight(formula, input, target, reduction, weight):
+def mean_by_weight(formula, input, target, reduction, weight, aten):
     """Losses whose weighted mean divides by the sum of the weights."""
     if weight is None:
-        return elementwise(formula, (input, target), (), reduction)
+        return elementwise(formula, (input, target), (), reduction, aten=aten)
     dtype = result_dtype(input, torch.promote_types(torch.promote_types(input.dtype, target.dtype), weight.dtype))
     if reduction != "mean":
         return elementwise(formula, (input, target), (), reduction, weight, dtype)
@@ -130,7 +132,14 @@ def mean_by_weight(formula, input, target, reduction, weight):
     return (total / weight.sum(dtype=total.dtype)).to(dtype)  # rounded once
 
 
-def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
     """``(x - y)²``: mean squared error.
 
     input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). weight: the input's
@@ -142,12 +151,17 @@ def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", we
     """
     input, target = in_one_shape(input, target, weight)
     reduction = reduction_of(reduction, size_average, reduce)
-    if weight is None and aten_is_best(input, target):
-        return torch.nn.functional.mse_loss(input, target, reduction=reduction)
-    return mean_by_weight(squared_error, input, target, reduction, weight)
+    return mean_by_weight(squared_error, input, target, reduction, weight, torch.nn.functional.mse_loss)
 
 
-def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
     """``|x - y|``: mean absolute error; its gradient at 0 is 0.
 
     input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). weight: the input's
@@ -159,12 +173,17 @@ def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", wei
     """
     input, target = in_one_shape(input, target, weight)
     reduction = reduction_of(reduction, size_average, reduce)
-    if weight is None and aten_is_best(input, target):
-        return torch.nn.functional.l1_loss(input, target, reduction=reduction)
-    return mean_by_weight(absolute_error, input, target, reduction, weight)
+    return mean_by_weight(absolute_error, input, target, reduction, weight, torch.nn.functional.l1_loss)
 
 
-def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mean", beta=1.0):
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
     """``d²/(2β)`` where ``|d| < β``, else ``|d| - β/2``, with ``d = x - y``: smooth L1.
 
     input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). beta: in units of
@@ -178,15 +197,16 @@ def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mea
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta: beta must be >= 0, got {beta}")
     reduction = reduction_of(reduction, size_average, reduce)
-    if aten_is_best(input, target):
-        return torch.nn.functional.smooth_l1_loss(input, target, reduction=reduction, beta=beta)
+    aten = functools.partial(torch.nn.functional.smooth_l1_loss, beta=beta)
     if beta < 1e-37:  # 1 / beta would overflow in float32
-        return elementwise(absolute_error, (input, target), (), reduction)
+        return elementwise(absolute_error, (input, target), (), reduction, aten=aten)
     beta = min(beta, 1e37)  # infinity · 0 would be NaN
-    return elementwise(smooth_absolute_error, (input, target), (beta, 1 / beta), reduction)
+    return elementwise(smooth_absolute_error, (input, target), (beta, 1 / beta), reduction, aten=aten)
 
 
-def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
+def huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
     """``d²/2`` where ``|d| <= δ``, else ``δ(|d| - δ/2)``, with ``d = x - y``: the Huber loss.
 
     input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). delta: in units of
@@ -201,15 +221,14 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta: delta must be > 0, got {delta}")
     reduction = reduction_of(reduction)
-    # no slower than blocks, and without their scratch
-    if weight is None and aten_is_best(input, target, most=math.inf):
-        return torch.nn.functional.huber_loss(input, target, reduction=reduction, delta=delta)
     # torch asks nothing of the target
     dtype = input.dtype if weight is None else torch.promote_types(input.dtype, weight.dtype)
-    return elementwise(huber, (input, target), (delta,), reduction, weight, dtype)
+    aten = functools.partial(torch.nn.functional.huber_loss, delta=delta)
+    # ATen's is no slower than blocks of any size, and has no scratch memory
+    return elementwise(huber, (input, target), (delta,), reduction, weight, dtype, aten=aten, aten_up_to=math.inf)
 
 
-def log_cosh_loss(input, target, reduction="mean"):
+def log_cosh_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """``log cosh(x - y)``: about ``d²/2`` near 0 and ``|d| - log 2`` far from it, smooth everywhere.
 
     input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). reduction: "mean",
@@ -241,7 +260,9 @@ def variance_of(input, var):
     )
 
 
-def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"):
+def gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
     """``(log v + (x - y)²/v)/2``: negative log likelihood of a normal distribution with mean x and variance v.
 
     input, target: floating, shapes that broadcast. var: >= 0 (else ValueError; looked at for CPU tensors only), a
@@ -256,15 +277,22 @@ def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"
     variance, dtype = variance_of(input, var), promoted(input, target)
     if isinstance(var, torch.Tensor):
         dtype = torch.promote_types(dtype, var.dtype)
-    operands, wide = (input, target, variance), compute_dtype(dtype)
-    shape = torch.broadcast_shapes(*(v.shape for v in operands))
-    operands = [v if v.shape == shape else v.to(wide) for v in operands]  # gradients that are summed are rounded once
+    wide, shape = compute_dtype(dtype), torch.broadcast_shapes(input.shape, target.shape, variance.shape)
+    # gradients that are summed are rounded once
+    operands = [v if v.shape == shape else v.to(wide) for v in (input, target, variance)]
     return elementwise(gaussian, operands, (eps, HALF_LOG_TAU if full else 0.0), reduction_of(reduction), None, dtype)
 
 
 def poisson_nll_loss(
-    input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None, reduction="mean"
-):
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``exp(x) - y x``: negative log likelihood of a count y that is Poisson distributed with the rate exp(x).
 
     input: floating: the logarithm of the rate, or with log_input=False the rate itself, then ``x - y log(x + eps)``.
@@ -286,7 +314,9 @@ def check_quantile(quantile):
         raise ValueError(f"a quantile must be in [0, 1], got {quantile}")
 
 
-def quantile_loss(input, target, quantile=0.5, reduction="mean"):
+def quantile_loss(
+    input: Tensor, target: Tensor, quantile: float | Sequence[float] = 0.5, reduction: str = "mean"
+) -> Tensor:
     """``max(q d, (q - 1) d)`` with ``d = y - x``: the pinball loss, least where x is the q-quantile of y.
 
     input, target: floating, any shapes that broadcast (sizes that differ draw torch's warning). quantile: in [0, 1]
@@ -297,14 +327,17 @@ def quantile_loss(input, target, quantile=0.5, reduction="mean"):
     >>> quantile_loss(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]), quantile=0.9, reduction="none")
     tensor([0.9000, 0.1000])
     """
-    if isinstance(quantile, (list, tuple)):
+    if isinstance(quantile, Sequence):
         return multi_quantile_loss(input, target, quantile, reduction)
     check_quantile(quantile)
+    quantile = float(quantile)
     input, target = in_one_shape(input, target)
     return elementwise(pinball, (input, target), (0.5 * quantile, 0.5 * (1 - quantile)), reduction_of(reduction))
 
 
-def multi_quantile_loss(input, target, quantiles=(0.1, 0.5, 0.9), reduction="mean"):
+def multi_quantile_loss(
+    input: Tensor, target: Tensor, quantiles: Sequence[float] = (0.1, 0.5, 0.9), reduction: str = "mean"
+) -> Tensor:
     """``max(q_k d_k, (q_k - 1) d_k)`` with ``d_k = y - x_k``: the pinball loss of several quantiles at once.
 
     input: (..., K), floating, its last dimension the K quantiles in their order; target: (...) (else ValueError).

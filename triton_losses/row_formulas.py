@@ -93,15 +93,15 @@ def cross_entropy_formula(label_smoothing, z_loss):
     if not z_loss >= 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}")
     if label_smoothing:
-        return cross_entropy_smoothed, (label_smoothing, z_loss)
-    return (cross_entropy_with_z_loss, (z_loss,)) if z_loss else (cross_entropy_plain, ())
+        return cross_entropy_smoothed, (float(label_smoothing), float(z_loss))
+    return (cross_entropy_with_z_loss, (float(z_loss),)) if z_loss else (cross_entropy_plain, ())
 
 
 def of_probabilities(label_smoothing, classes):
     """The formula of class probabilities that are smoothed so, and its scalars."""
     if not label_smoothing:
         return cross_entropy_of_probabilities, ()
-    return cross_entropy_of_smoothed_probabilities, (label_smoothing, label_smoothing / max(classes, 1))
+    return cross_entropy_of_smoothed_probabilities, (float(label_smoothing), label_smoothing / max(classes, 1))
 
 
 def check_shape_of_logits(temperature, softcap):
@@ -160,5 +160,5 @@ def divergence_formula(direction, beta):
     if direction == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must be > 0 and < 1, got {beta}")
     if direction == "jsd":
-        return jensen_shannon, (beta, 1.0 - beta), False
+        return jensen_shannon, (float(beta), 1.0 - beta), False
     return (total_variation, (), False) if direction == "tv" else (relative_entropy, (), True)

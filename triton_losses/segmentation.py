@@ -1,5 +1,10 @@
 """Region losses for segmentation: Dice and its kin, of the overlap between what is predicted and what is there."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
 from triton_losses.region_scores import (
     Image,
     OfClasses,
@@ -15,30 +20,30 @@ W_TYPES = ("square", "simple", "uniform")
 
 
 def dice_loss(
-    input,
-    target,
-    include_background=True,
-    to_onehot_y=False,
-    sigmoid=False,
-    softmax=False,
-    other_act=None,
-    squared_pred=False,
-    jaccard=False,
-    reduction="mean",
-    smooth_nr=1e-5,
-    smooth_dr=1e-5,
-    batch=False,
-    weight=None,
-    soft_label=False,
-    ignore_index=None,
+    input: Tensor,
+    target: Tensor,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: Tensor | None = None,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
     *,
-    log_loss=False,
-    classes=None,
-    average="macro",
-    empty="smooth",
-    process_group=None,
-    return_stats=False,
-):
+    log_loss: bool = False,
+    classes: Sequence[int] | None = None,
+    average: str = "macro",
+    empty: str = "smooth",
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``1 - (2 Σ p t + s₁) / (Σ p + Σ t + s₂)`` per image and class, sums over pixels: the Dice loss.
 
     input: (B, C, *), floating: logits with sigmoid or softmax, any values with other_act (a function), else
@@ -67,28 +72,28 @@ def dice_loss(
 
 
 def jaccard_loss(
-    input,
-    target,
-    include_background=True,
-    to_onehot_y=False,
-    sigmoid=False,
-    softmax=False,
-    other_act=None,
-    reduction="mean",
-    smooth_nr=1e-5,
-    smooth_dr=1e-5,
-    batch=False,
-    weight=None,
-    soft_label=False,
-    ignore_index=None,
+    input: Tensor,
+    target: Tensor,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: Tensor | None = None,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
     *,
-    log_loss=False,
-    classes=None,
-    average="macro",
-    empty="smooth",
-    process_group=None,
-    return_stats=False,
-):
+    log_loss: bool = False,
+    classes: Sequence[int] | None = None,
+    average: str = "macro",
+    empty: str = "smooth",
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``1 - (Σ p t + s₁) / (Σ p + Σ t - Σ p t + s₂)`` per image and class: the Jaccard loss, or soft IoU.
 
     input, target and options: as in ``dice_loss``. Rahman and Wang 2016, doi:10.1007/978-3-319-50835-1_22; soft_label:
@@ -104,30 +109,30 @@ def jaccard_loss(
 
 
 def tversky_loss(
-    input,
-    target,
-    include_background=True,
-    to_onehot_y=False,
-    sigmoid=False,
-    softmax=False,
-    other_act=None,
-    alpha=0.5,
-    beta=0.5,
-    reduction="mean",
-    smooth_nr=1e-5,
-    smooth_dr=1e-5,
-    batch=False,
-    soft_label=False,
-    ignore_index=None,
+    input: Tensor,
+    target: Tensor,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
     *,
-    weight=None,
-    log_loss=False,
-    classes=None,
-    average="macro",
-    empty="smooth",
-    process_group=None,
-    return_stats=False,
-):
+    weight: Tensor | None = None,
+    log_loss: bool = False,
+    classes: Sequence[int] | None = None,
+    average: str = "macro",
+    empty: str = "smooth",
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``1 - (Σ p t + s₁) / (Σ p t + α Σ p(1-t) + β Σ (1-p)t + s₂)`` per image and class: the Tversky loss.
 
     alpha: α, of what is wrongly predicted. beta: β, of what is missed; both >= 0, else ValueError. At ½ and ½ this is
@@ -144,31 +149,31 @@ def tversky_loss(
 
 
 def focal_tversky_loss(
-    input,
-    target,
-    include_background=True,
-    to_onehot_y=False,
-    sigmoid=False,
-    softmax=False,
-    other_act=None,
-    alpha=0.3,
-    beta=0.7,
-    gamma=0.75,
-    reduction="mean",
-    smooth_nr=1e-5,
-    smooth_dr=1e-5,
-    batch=False,
-    soft_label=False,
-    ignore_index=None,
+    input: Tensor,
+    target: Tensor,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    gamma: float = 0.75,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
     *,
-    weight=None,
-    log_loss=False,
-    classes=None,
-    average="macro",
-    empty="smooth",
-    process_group=None,
-    return_stats=False,
-):
+    weight: Tensor | None = None,
+    log_loss: bool = False,
+    classes: Sequence[int] | None = None,
+    average: str = "macro",
+    empty: str = "smooth",
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``(1 - TI)^γ`` per image and class, TI the Tversky index: looks at the hard regions first for γ < 1.
 
     gamma: γ > 0, else ValueError. The defaults are the paper's: ¾ = 1 / (4/3), and 0.7 of what is missed, its α and
@@ -194,26 +199,26 @@ def tversky(image, options, alpha, beta, of_classes):
 
 
 def generalized_dice_loss(
-    input,
-    target,
-    include_background=True,
-    to_onehot_y=False,
-    sigmoid=False,
-    softmax=False,
-    other_act=None,
-    w_type="square",
-    reduction="mean",
-    smooth_nr=1e-5,
-    smooth_dr=1e-5,
-    batch=False,
-    soft_label=False,
-    ignore_index=None,
+    input: Tensor,
+    target: Tensor,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Callable[[Tensor], Tensor] | None = None,
+    w_type: str = "square",
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
     *,
-    log_loss=False,
-    classes=None,
-    process_group=None,
-    return_stats=False,
-):
+    log_loss: bool = False,
+    classes: Sequence[int] | None = None,
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Any:
     """``1 - (2 Σ_c w_c Σ p t + s₁) / (Σ_c w_c (Σ p + Σ t) + s₂)`` per image, ``w_c = 1 / (Σ t)²``: the generalized Dice
     loss.
 

@@ -1,8 +1,10 @@
 """Sequence losses: many steps, and fewer labels that nobody has aligned with them."""
 
 import numbers
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from triton_losses.core.op import readable
 from triton_losses.core.reduction import reduction_of, result_dtype
@@ -103,16 +105,16 @@ def over_alignments(
 
 
 def ctc_loss(
-    log_probs,
-    targets,
-    input_lengths,
-    target_lengths,
-    blank=0,
-    reduction="mean",
-    zero_infinity=False,
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
     *,
-    exact_gradient=False,
-):
+    exact_gradient: bool = False,
+) -> Tensor:
     """``-log Σ_a Π_t p_t(a_t)``, over all alignments a of the target: connectionist temporal classification, of
     log-probabilities log p.
 
@@ -135,8 +137,14 @@ def ctc_loss(
 
 
 def ctc_loss_with_logits(
-    logits, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False
-):
+    logits: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
     """``-log Σ_a Π_t p_t(a_t)``, ``p_t = softmax(x_t)``: ``ctc_loss``, of logits x.
 
     logits: (T, N, C), or (T, C) unbatched, floating; they are read once forward, and once backward. All else is as in

@@ -27,23 +27,19 @@ from typing import NamedTuple
 import torch
 
 from triton_losses.core.compiler import runs_kernels
+from triton_losses.core.dispatch import aten_serves, plain_torch_serves
 from triton_losses.core.launch import on_device_of
-from triton_losses.core.op import DEVICES, define, differentiated_again, is_watched, keeps_for_backward, read_whole
-from triton_losses.core.threads import aten_is_best
+from triton_losses.core.op import (
+    define,
+    differentiated_again,
+    fields_of,
+    is_watched,
+    keeps_for_backward,
+    problem_of,
+    read_whole,
+)
 
-SCHEMA = {
-    str: "str",
-    int: "int",
-    float: "float",
-    bool: "bool",
-    torch.SymInt: "SymInt",  # an integer that a compiled graph does not fix
-    torch.dtype: "ScalarType",
-    int | None: "int?",
-    tuple[float, ...]: "float[]",
-    tuple[int, ...]: "int[]",
-    tuple[bool, ...]: "bool[]",
-}
-BRIDGES = {}  # by the type of the problem: torch.compile follows a type to what it stands for
+BRIDGES: dict[type, "Bridge"] = {}  # by the type of the problem: torch.compile follows a type to what it stands for
 
 
 class Bridge:
@@ -57,7 +53,7 @@ class Bridge:
         self.problem, self.inputs, self.outputs = problem, inputs, outputs
         self.whole, self.blocks, self.kernels = whole, blocks, kernels
         self.compiled_whole = compiled_whole
-        fields = ", ".join(f"{SCHEMA[kind]} {field}" for field, kind in typing.get_type_hints(problem).items())
+        fields = fields_of(problem)
         self.forward_op = define(f"{name}_forward", f"(Tensor?[] tensors, {fields}) -> Tensor[]", self.flat_forward)
         gradients = "Tensor?[] tensors, Tensor[] saved, Tensor?[] upstream, bool[] wanted"
         self.backward_op = define(f"{name}_backward", f"({gradients}, {fields}) -> Tensor[]", self.flat_backward)
@@ -66,13 +62,11 @@ class Bridge:
     def __call__(self, problem, *tensors):
         while tensors[-1] is None:
             tensors = tensors[:-1]
-        if torch.compiler.is_compiling():
-            if self.compiled_whole or tensors[0].device.type not in DEVICES:
-                found = self.in_plain_torch(problem, tensors)
-            else:
-                found = BY_DEVICE[len(tensors)].apply(problem, *tensors)
-        elif torch._C._are_functorch_transforms_active() or tensors[0].device.type not in DEVICES:
+        compiling = torch.compiler.is_compiling()
+        if plain_torch_serves(tensors[0], compiling) or compiling and self.compiled_whole:
             found = self.in_plain_torch(problem, tensors)
+        elif compiling:
+            found = BY_DEVICE[len(tensors)].apply(problem, *tensors)
         elif runs_kernels(tensors[0]):
             found = APPLY[len(tensors)](problem, *tensors)
         else:
@@ -80,7 +74,7 @@ class Bridge:
         return found[0] if self.outputs == 1 else found
 
     def on_a_cpu(self, problem, tensors):
-        if hasattr(self.blocks, "small") and aten_is_best(tensors[0]) and not torch._C._len_torch_dispatch_stack():
+        if hasattr(self.blocks, "small") and aten_serves(tensors[0]) and not torch._C._len_torch_dispatch_stack():
             found = self.blocks.small(self.padded(tensors), problem)
             if found is not None:
                 return found
@@ -119,13 +113,10 @@ class Bridge:
     # The same as ops, whose arguments are flat
 
     def flat_forward(self, tensors, *fields):
-        return self.read_forward(tensors, self.problem_of(fields))
+        return self.read_forward(tensors, problem_of(self.problem, fields))
 
     def flat_backward(self, tensors, saved, upstream, wanted, *fields):
-        return self.read_backward(tensors, saved, upstream, self.problem_of(fields), tuple(wanted))
-
-    def problem_of(self, fields):
-        return self.problem(*[tuple(field) if isinstance(field, list) else field for field in fields])
+        return self.read_backward(tensors, saved, upstream, problem_of(self.problem, fields), tuple(wanted))
 
     # By the whole reading
 

@@ -14,7 +14,7 @@ except ImportError:
 if triton is None:
     INTERPRET = False
 
-    class tl:  # a formula's `tl` is only ever called in its PyTorch reading, which binds the name anew
+    class tl:  # type: ignore[no-redef] # a formula's `tl` is only ever called in its PyTorch reading, which binds the name anew
         constexpr = staticmethod(lambda value: value)
 
     def jit(fn=None, **_):

@@ -20,7 +20,9 @@ import torch
 
 from triton_losses.core.compiler import jit, tl
 
-FORMULAS = {}  # by name: an op carries a formula's name, for torch.compile cannot carry a compiled function
+FORMULAS: dict[
+    str, "Formula"
+] = {}  # by name: an op carries a formula's name, for torch.compile cannot carry a compiled function
 
 
 class Eager:

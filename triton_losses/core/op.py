@@ -6,16 +6,29 @@ FakeTensor never look inside. Run with `shapes_only()` true, the same body alloc
 
 import functools
 import threading
+import typing
 
 import torch
 
 from triton_losses.core.compiler import INTERPRET, runs_kernels
+from triton_losses.core.dispatch import DEVICES
 from triton_losses.core.launch import on_device_of
 
 is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 LIBRARY = torch.library.Library("triton_losses", "DEF")
 STATE = threading.local()
-DEVICES = ("cpu", "cuda", "xpu")  # with blocks or kernels
+SCHEMA = {
+    str: "str",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    torch.SymInt: "SymInt",  # an integer that a compiled graph does not fix
+    torch.dtype: "ScalarType",
+    int | None: "int?",
+    tuple[float, ...]: "float[]",
+    tuple[int, ...]: "int[]",
+    tuple[bool, ...]: "bool[]",
+}
 
 
 def shapes_only():
@@ -60,6 +73,41 @@ def op(fn):
 
     call.overload = overload
     return call
+
+
+def fields_of(problem):
+    """The fields of a NamedTuple as arguments in the schema of an op."""
+    return ", ".join(f"{SCHEMA[kind]} {field}" for field, kind in typing.get_type_hints(problem).items())
+
+
+def problem_of(problem, fields):
+    """The NamedTuple of what an op was given for its fields: lists for tuples."""
+    return problem(*[tuple(field) if isinstance(field, list) else field for field in fields])
+
+
+def problem_op(arguments, problem):
+    """Define ``triton_losses::<fn>``, of the function's ``arguments`` and of a problem, which is its last one.
+
+    Its first argument is a list of tensors, its result another. As for `op`, no op is called where none is needed.
+    """
+    count = len(problem._fields)
+
+    def decorate(fn):
+        def flat(*args):
+            return fn(*args[:-count], problem_of(problem, args[-count:]))
+
+        overload = define(fn.__name__, f"({arguments}, {fields_of(problem)}) -> Tensor[]", flat)
+
+        @functools.wraps(fn)
+        def call(tensors, *args):
+            if is_watched(*tensors):
+                return overload(tensors, *args[:-1], *args[-1])
+            return on_device_of(tensors[0], fn, tensors, *args)
+
+        call.overload = overload
+        return call
+
+    return decorate
 
 
 def is_watched(*tensors):

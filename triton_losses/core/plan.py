@@ -11,7 +11,7 @@ import torch
 
 MOST = 4096  # plans of one function; a program with more kinds of calls than that finds them anew
 
-found = []  # the plans of every such function
+found: list[dict] = []  # the plans of every such function
 
 
 def kind_of(tensor):

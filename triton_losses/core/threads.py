@@ -12,31 +12,13 @@ import threading
 
 import torch
 
-from triton_losses.core.compiler import runs_kernels
-
 BYTES = 1 << 20  # of a block: a few of them fit the cache, and the allocator keeps rather than returns them
 RUN = 16  # blocks that a thread takes at a time, at most
-SMALL = 1 << 15  # elements up to which a call is all overhead
-ATEN = True  # whether it is called at all: tests say no
 MOST_THREADS = 16  # beyond it Python's lock, taken once an operation, is what they wait for
 
-pools = {}  # by number of threads
+pools: dict[int, concurrent.futures.ThreadPoolExecutor] = {}  # by number of threads
 making = threading.Lock()
 os.register_at_fork(after_in_child=pools.clear)  # threads do not survive a fork
-
-
-def aten_is_best(*tensors, most=SMALL):
-    """True for up to ``most`` elements on a CPU, of tensors of one shape and wide type: there ATen's own kernel serves,
-    if it has one.
-    """
-    x = tensors[0]
-    if (
-        torch.compiler.is_compiling() or not ATEN or x.device.type != "cpu" or runs_kernels(x) or x.numel() > most
-    ):  # a graph is for any size
-        return False
-    return x.dtype in (torch.float32, torch.float64) and all(
-        t.dtype == x.dtype and t.shape == x.shape for t in tensors[1:]
-    )
 
 
 def elements(dtype):

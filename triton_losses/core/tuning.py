@@ -16,6 +16,8 @@ import logging
 import os
 import pathlib
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,7 +30,8 @@ from triton_losses.core.op import shapes_only
 LAUNCH_OPTIONS = {
     "sanitize_overflow": False,  # a kernel with debug=True asserts what it says, not every integer addition
 }
-DOES_NOT_LAUNCH = (torch.OutOfMemoryError,)
+SAMPLE_BYTES = 256 << 20
+DOES_NOT_LAUNCH: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
 if triton is not None:
     import triton.testing
     from triton.compiler.errors import CompileTimeAssertionFailure
@@ -39,31 +42,27 @@ if triton is not None:
 log = logging.getLogger("triton_losses")
 one_at_a_time = threading.Lock()  # for all kernels: two that are measured at once would time each other
 autotune = os.environ.get("TRITON_LOSSES_AUTOTUNE", "1") != "0"
-made = []  # every Tuned
-name_of = functools.cache(lambda index: gpu().get_device_name(index))
+made: list["Tuned"] = []  # every one
 
 
 class Tuned:
     """A @triton.jit kernel whose launch configuration is chosen once per GPU and ``key(args)``.
 
-    configs   the configurations to try, or a function of args that lists them: few, for each takes a first call its
-              time
-    rule      args -> the configuration when nothing is measured
-    key       args -> what the choice may depend on: formula, class of width, dtype, alignment; never the rows, which
-              vary by step
-    size      the kernel's argument that says how many rows (or elements, or images) there are: its last one of
-              ``tl.int64``
-    programs  size, arguments with the configuration -> how many programs
-    sample    args -> the launch on at most 256 MB of rows, for measuring
-    written   names of the tensors that the kernel reads and overwrites: measured on copies
-    fuse      whether the compiler may make one operation, rounded once, of a multiplication and an addition
+    configs     what to try, or a function of args that lists it: few, for each takes a first call its time
+    rule        args -> the configuration when nothing is measured
+    key         args -> what the choice may depend on: formula, class of width, dtype, alignment; never the rows
+    size        the argument that says how many rows (or elements, or images) there are: the last one of ``tl.int64``
+    programs    size, arguments with the configuration -> how many programs
+    bytes_each  args -> the bytes of one row (or element, or image): at most 256 MB of them are measured
+    written     names of the tensors of rows that the kernel reads and overwrites: measured on copies
+    fuse        whether the compiler may make one operation, rounded once, of a multiplication and an addition
     """
 
-    def __init__(self, kernel, *, configs, rule, key, programs, size, sample=None, written=(), fuse=True):
+    def __init__(self, kernel, *, configs, rule, key, programs, size, bytes_each=None, written=(), fuse=True):
         self.kernel, self.rule, self.key, self.size = kernel, rule, key, size
         self.programs_of = programs
         self.configs = configs if callable(configs) else lambda args: configs
-        self.sample, self.written, self.chosen = sample, written, {}
+        self.bytes_each, self.written, self.chosen = bytes_each, written, {}
         made.append(self)
         self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # said always: Triton 3.10 flips the default
 
@@ -166,8 +165,12 @@ class Tuned:
                     raise error
 
     def sampled(self, args):
-        args = self.sample(args) if self.sample else args
-        return {**args, **{name: scratch(args[name]) for name in self.written if args[name] is not None}}
+        """The arguments for measuring: of so many rows that they take SAMPLE_BYTES, with copies of what is written."""
+        if self.bytes_each:
+            most = SAMPLE_BYTES // max(self.bytes_each(args), 1)
+            args = {**args, self.size: min(args[self.size], max(most, 1))}
+        rows = args[self.size]
+        return {**args, **{name: scratch(args[name][:rows]) for name in self.written if args[name] is not None}}
 
     def path(self, key, args):
         # the formula's too
@@ -206,6 +209,11 @@ def gpu():
     return next((kind for kind in (torch.cuda, torch.xpu) if kind.is_available()), None)  # ROCm calls itself cuda
 
 
+@functools.cache
+def name_of(index):
+    return gpu().get_device_name(index)
+
+
 def device_name():
     return name_of(gpu().current_device()) if gpu() else "no GPU"
 
@@ -231,7 +239,7 @@ def median_ms(launch):
     return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
 
 
-def set_autotune(enabled):
+def set_autotune(enabled: bool) -> None:
     """Let kernels be measured at their first call (True), or have each follow its rule of thumb (False).
 
     >>> set_autotune(False)  # measured choices are not used either: the same configuration on every machine
@@ -244,7 +252,7 @@ def set_autotune(enabled):
     plan.forget()
 
 
-def tune(loss, *tensors, **options):
+def tune(loss: Callable[..., Any], *tensors: Any, **options: Any) -> None:
     """Choose the launch configurations of ``loss(*tensors, **options)`` now, forward and backward, not at its first
     call.
 

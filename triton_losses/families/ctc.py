@@ -29,7 +29,7 @@ from triton_losses.whole import ctc as whole
 if triton is not None:
     from triton_losses.kernels import ctc as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 WIDEST = 1 << 13  # labels and a blank: of more, a program's states would not fit its registers, and plain PyTorch walks
 

@@ -31,20 +31,20 @@ from triton_losses.whole import distribution_rows as whole
 if triton is not None:
     from triton_losses.kernels import distribution_rows as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class Problem(NamedTuple):
     formula: str
-    scalars: tuple[float, ...]
-    given: bool  # p is probabilities
-    one_read: bool  # the formula follows the rule of one read
-    scale: float  # 1 / T
-    z_loss: float
-    factor: float  # of the loss
-    ignore_index: int
-    reduction: str  # the mean is over the rows that count
-    dtype: torch.dtype  # of the result
+    scalars: tuple[float, ...] = ()
+    given: bool = False  # p is probabilities, else logits
+    one_read: bool = False  # the formula follows the rule of one read
+    scale: float = 1.0  # 1 / temperature
+    z_loss: float = 0.0
+    factor: float = 1.0  # of the loss
+    ignore_index: int = -100  # the label of a row that costs nothing
+    reduction: str = "mean"  # over the rows that count
+    dtype: torch.dtype = torch.float32  # of the result
 
 
 class Pass(NamedTuple):
@@ -57,32 +57,13 @@ class Pass(NamedTuple):
 read = Bridge("distribution_rows", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks, kernels=kernels)
 
 
-def distribution_rows(
-    formula,
-    p,
-    q,
-    scalars=(),
-    *,
-    temperature=1.0,
-    given=False,
-    one_read=False,
-    weight=None,
-    z_loss=0.0,
-    factor=1.0,
-    labels=None,
-    ignore_index=-100,
-    reduction="mean",
-    out_dtype=None,
-):
-    """``formula`` of every pair of rows of ``p`` and ``q`` (rows, columns), both logits unless p is given as
-    probabilities.
+def distribution_rows(formula, p, q, weight=None, labels=None, out_dtype=None, **options):
+    """``formula`` of every pair of rows of ``p`` and ``q`` (rows, columns).
 
-    labels: (rows,); rows with ignore_index cost nothing. out_dtype: of the result; the promoted type, or float32 under
-    autocast, when None. The other options: see Problem.
+    weight: of the columns. labels: (rows,). out_dtype: of the result; the promoted type, or float32 under autocast,
+    when None. options: fields of Problem.
     """
-    dtype, scalars = out_dtype or result_dtype(q, promoted(p, q)), tuple(map(float, scalars))
-    scale, z_loss, factor = 1.0 / temperature, float(z_loss), float(factor)
-    problem = Problem(formula.name, scalars, given, one_read, scale, z_loss, factor, ignore_index, reduction, dtype)
+    problem = Problem(formula.name, dtype=out_dtype or result_dtype(q, promoted(p, q)), **options)
     if weight is not None and weight.requires_grad:
         return whole.forward((p, q, weight, labels), problem)
     if q.shape[1] == 0:

@@ -13,13 +13,14 @@ import torch
 from triton_losses.blocks import elementwise as blocks
 from triton_losses.core.bridge import Bridge
 from triton_losses.core.compiler import triton
+from triton_losses.core.dispatch import SMALL, aten_serves
 from triton_losses.core.reduction import promoted, result_dtype
 from triton_losses.whole import elementwise as whole
 
 if triton is not None:
     from triton_losses.kernels import elementwise as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class Problem(NamedTuple):
@@ -35,11 +36,15 @@ read = Bridge(
 )
 
 
-def elementwise(formula, operands, scalars=(), reduction="mean", weight=None, dtype=None):
+def elementwise(formula, operands, scalars=(), reduction="mean", weight=None, dtype=None, aten=None, aten_up_to=SMALL):
     """Reduce ``weight * formula(*operands, *scalars)``; operands and weight broadcast; the mean is over elements.
 
     dtype: of the result, unless autocast makes it float32; the operands' promoted type when None.
+    aten: ATen's function of the operands and the reduction for the same loss without weights; it serves up to
+    aten_up_to elements on a CPU.
     """
+    if aten is not None and weight is None and aten_serves(*operands, most=aten_up_to):
+        return aten(*operands, reduction=reduction)
     x = operands[0]
     dtype = result_dtype(x, dtype or promoted(*operands[:2]))
     if weight is not None:

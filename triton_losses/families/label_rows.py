@@ -39,27 +39,27 @@ from triton_losses.whole import label_rows as whole
 if triton is not None:
     from triton_losses.kernels import label_rows as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class Problem(NamedTuple):
     formula: str
-    scalars: tuple[float, ...]
-    ignore_index: int
-    softcap: float  # 0: none
-    scale: float
-    reduction: str  # the mean divides by the sum of the rows' weights
-    dtype: torch.dtype  # of the result
+    scalars: tuple[float, ...] = ()
+    ignore_index: int = -100
+    softcap: float = 0.0  # 0: none
+    scale: float = 1.0  # 1 / temperature
+    reduction: str = "mean"  # divides by the sum of the rows' weights
+    dtype: torch.dtype = torch.float32  # of the result
 
 
 class StatisticsProblem(NamedTuple):
     """The same, whose loss is log_p and the entropy, differentiable both."""
 
     formula: str
-    scalars: tuple[float, ...]
-    ignore_index: int
-    softcap: float
-    scale: float
+    scalars: tuple[float, ...] = ()
+    ignore_index: int = -100
+    softcap: float = 0.0
+    scale: float = 1.0
 
 
 def statistics_of(reading):
@@ -79,34 +79,19 @@ read_statistics = Bridge(
 )
 
 
-def label_rows(
-    formula,
-    logits,
-    labels,
-    class_weights=None,
-    scalars=(),
-    ignore_index=-100,
-    reduction="mean",
-    out_dtype=None,
-    softcap=0.0,
-    temperature=1.0,
-):
+def label_rows(formula, logits, labels, class_weights=None, out_dtype=None, **options):
     """``formula`` of every row of ``logits`` whose label is not ``ignore_index``: (rows, classes), or (images, classes,
     pixels).
 
-    The mean divides by the sum of the rows' weights. out_dtype: of the result; the logits', or float32 under autocast,
-    when None.
+    out_dtype: of the result; the logits', or float32 under autocast, when None. options: fields of Problem.
     """
-    dtype = out_dtype or result_dtype(logits)
-    scale = 1.0 if temperature == 1 else 1.0 / temperature
-    problem = Problem(formula.name, tuple(map(float, scalars)), ignore_index, float(softcap), scale, reduction, dtype)
+    problem = Problem(formula.name, dtype=out_dtype or result_dtype(logits), **options)
     return read(problem, logits, labels, class_weights)
 
 
-def row_statistics(logits, labels, ignore_index=-100, softcap=0.0, temperature=1.0):
+def row_statistics(logits, labels, **options):
     """log_p and entropy of every row of ``logits`` (rows, classes), float32 or wider; 0 where ignored."""
-    problem = StatisticsProblem("log_p_beside_entropy", (), ignore_index, float(softcap), 1.0 / temperature)
-    return read_statistics(problem, logits, labels)
+    return read_statistics(StatisticsProblem("log_p_beside_entropy", **options), logits, labels)
 
 
 def walk(tensors, problem, task):

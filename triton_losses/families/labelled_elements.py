@@ -21,7 +21,7 @@ from triton_losses.whole import labelled_elements as whole
 if triton is not None:
     from triton_losses.kernels import labelled_elements as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class Problem(NamedTuple):
@@ -30,7 +30,11 @@ class Problem(NamedTuple):
     background: int
     reduction: str  # the mean is over elements
     dtype: torch.dtype  # of the result
-    weighted = False  # no field: what the whole reading of elementwise losses asks of a problem
+
+    @property
+    def weighted(self):
+        """What the whole reading of elementwise losses asks of a problem."""
+        return False
 
 
 read = Bridge("labelled_elements", Problem, inputs=2, outputs=1, whole=whole, blocks=blocks, kernels=kernels)

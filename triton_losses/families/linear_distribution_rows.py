@@ -12,12 +12,14 @@ For a sum of losses the forward makes the gradient too, as LinearSum does: three
 each row the backward runs the same op once more, now with the upstream gradient: nothing is kept of the forward.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from triton_losses.core.compiler import compute_dtype, runs_kernels
-from triton_losses.core.op import differentiated_again, is_plain, op, read_whole
-from triton_losses.families import top_k_rows
-from triton_losses.families.distribution_rows import Pass, Problem, in_plain_torch, walk
+from triton_losses.core.op import differentiated_again, is_plain, problem_op, read_whole
+from triton_losses.families import distribution_rows, top_k_rows
+from triton_losses.families.distribution_rows import Pass, in_plain_torch, walk
 from triton_losses.families.linear_rows import (
     cast,
     dtype_of_product,
@@ -30,6 +32,33 @@ from triton_losses.families.linear_rows import (
 )
 
 VECTOR = 16  # numbers: rows of two tensors whose strides are multiples of it start at the same place within a vector
+
+
+class Problem(NamedTuple):
+    kind: str  # what the teacher has of a row
+    formula: str
+    scalars: tuple[float, ...] = ()
+    scale: float = 1.0  # 1 / temperature
+    student_first: bool = False  # the student is the formula's p, else its q
+    one_read: bool = False  # as in distribution_rows
+    tail: bool = False  # top_k: the other classes count, as one
+    ignore_index: int = -100
+    chunk_bytes: int = 0  # as in linear_rows
+    kept_tokens: int = 0
+    dtype: torch.dtype = torch.float32  # of the student's products
+    teacher_dtype: torch.dtype = torch.float32
+
+    @property
+    def wide(self):
+        """The type that losses are computed in."""
+        return compute_dtype(torch.promote_types(self.dtype, self.teacher_dtype))
+
+    def of_rows(self):
+        """The problem of a chunk's rows: a loss of each."""
+        one_read, ignore_index = self.one_read, self.ignore_index
+        return distribution_rows.Problem(
+            self.formula, self.scalars, False, one_read, self.scale, 0.0, 1.0, ignore_index, "none", self.wide
+        )
 
 
 def stored_rows(stored):
@@ -65,177 +94,100 @@ def product_rows(hidden, weight, bias=None):
     return rows_of
 
 
-@op
-def linear_distribution_rows_pass(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    teacher: list[torch.Tensor],
-    labels: torch.Tensor | None,
-    upstream: torch.Tensor | None,
-    wanted: list[bool],
-    kind: str,
-    formula: str,
-    scalars: list[float],
-    student_first: bool,
-    one_read: bool,
-    tail: bool,
-    ignore_index: int,
-    chunk_bytes: int,
-    kept_tokens: int,
-    dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@problem_op("Tensor?[] tensors, Tensor[] teacher, Tensor? upstream, bool[] wanted", Problem)
+def linear_distribution_rows_pass(tensors, teacher, upstream, wanted, problem):
     """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else
     empty).
+
+    tensors: hidden, weight, bias, labels.
     """
-    losses = hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(dtype, teacher_dtype))
-    problem = problem_of(formula, scalars, one_read, ignore_index, losses.dtype)
+    losses, of_rows = tensors[0].new_zeros(tensors[0].shape[0], dtype=problem.wide), problem.of_rows()
+    kind, student_first = problem.kind, problem.student_first
     if kind != "top_k":
-        rows_of = product_rows(*in_dtype(teacher_dtype, *teacher)) if kind == "products" else stored_rows(*teacher)
+        products = kind == "products"
+        rows_of = product_rows(*in_dtype(problem.teacher_dtype, *teacher)) if products else stored_rows(*teacher)
 
     def visit(part, label, logits, _):
         factors = upstream[part] if any(wanted) else None
         if kind == "top_k":
-            found = top_k_rows.walk(logits, *(t[part] for t in teacher), label, problem, student_first, tail, factors)
+            own = [t[part] for t in teacher]
+            found = top_k_rows.walk(logits, *own, label, of_rows, student_first, problem.tail, factors)
         else:
             pair, grads = (logits, rows_of(part)), (logits if any(wanted) else None, None)
             pair, grads = (pair, grads) if student_first else (pair[::-1], grads[::-1])
-            found = walk((*pair, None, label), problem, Pass(grads, factors))
+            found = walk((*pair, None, label), of_rows, Pass(grads, factors))
         losses[part] = found
 
-    return losses, *sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
+    return [losses, *sweep(visit, tensors, wanted, problem)]
 
 
-def wide_dtype(dtype, teacher_dtype):
-    return compute_dtype(torch.promote_types(dtype, teacher_dtype))
-
-
-def problem_of(formula, scalars, one_read, ignore_index, dtype):
-    """A loss of each row. scalars: 1 / T, then the formula's."""
-    scale, *scalars = scalars
-    return Problem(formula, tuple(scalars), False, one_read, scale, 0.0, 1.0, ignore_index, "none", dtype)
-
-
-def whole(
-    hidden,
-    weight,
-    bias,
-    teacher,
-    labels,
-    kind,
-    formula,
-    scalars,
-    student_first,
-    one_read,
-    tail,
-    ignore_index,
-    _,
-    __,
-    dtype,
-    teacher_dtype,
-):
+def whole(tensors, teacher, problem):
     """Losses in plain torch, all logits at once."""
-    wide = wide_dtype(dtype, teacher_dtype)
-    ours = torch.nn.functional.linear(*in_dtype(dtype, hidden, weight, bias))
-    problem = problem_of(formula, scalars, one_read, ignore_index, wide)
-    if kind == "top_k":
-        ours, theirs = top_k_rows.whole_bins(ours, *teacher, labels, ignore_index, tail, problem.scale, wide)
-        problem = problem._replace(scale=1.0)
-    elif kind == "products":
-        theirs = torch.nn.functional.linear(*in_dtype(teacher_dtype, *teacher))
+    *tensors, labels = tensors
+    wide, of_rows = problem.wide, problem.of_rows()
+    ours = torch.nn.functional.linear(*in_dtype(problem.dtype, *tensors))
+    if problem.kind == "top_k":
+        options = problem.ignore_index, problem.tail, problem.scale, wide
+        ours, theirs = top_k_rows.whole_bins(ours, *teacher, labels, *options)
+        of_rows = of_rows._replace(scale=1.0)
+    elif problem.kind == "products":
+        theirs = torch.nn.functional.linear(*in_dtype(problem.teacher_dtype, *teacher))
     else:
         theirs = teacher[0].reshape(ours.shape)
-    pair = (ours, theirs) if student_first else (theirs, ours)
-    return in_plain_torch(problem, *pair, None, labels)
+    pair = (ours, theirs) if problem.student_first else (theirs, ours)
+    return in_plain_torch(of_rows, *pair, None, labels)
 
 
 class LinearDistributionRows(torch.autograd.Function):
-    """The loss of each row, or their sum with its gradient made in the forward."""
+    """The loss of each row, or their sum with its gradient made in the forward. wanted: those made there."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, first, second, third, total, wanted, options):
+    def forward(ctx, hidden, weight, bias, labels, first, second, third, wanted, total, problem):
         # by name: torch.compile without gradients miscounts *teacher
-        teacher = [t for t in (first, second, third) if t is not None]
-        upstream = hidden.new_ones(hidden.shape[0], dtype=wide_dtype(*options[-2:])) if any(wanted) else None
-        losses, *grads = linear_distribution_rows_pass(
-            hidden, weight, bias, teacher, labels, upstream, wanted, *options
-        )
-        ctx.total, ctx.options, ctx.wanted = total, options, wanted
-        keep_gradients(ctx, (hidden, weight, bias, labels, first, second, third), grads if total else ())
+        tensors, teacher = (hidden, weight, bias, labels), [t for t in (first, second, third) if t is not None]
+        upstream = hidden.new_ones(hidden.shape[0], dtype=problem.wide) if any(wanted) else None
+        losses, *grads = linear_distribution_rows_pass(tensors, teacher, upstream, wanted, problem)
+        ctx.total, ctx.problem, ctx.wanted = total, problem, wanted
+        keep_gradients(ctx, (*tensors, first, second, third), grads if total else ())
         return losses.sum() if total else losses
 
     @staticmethod
     def backward(ctx, dout):
-        saved = ctx.saved_tensors
-        hidden, weight, bias, labels, *teacher = saved[:7]
-        teacher = [t for t in teacher if t is not None]
-        wanted = list(ctx.needs_input_grad[:3])
+        saved, problem, wanted = ctx.saved_tensors, ctx.problem, list(ctx.needs_input_grad[:3])
+        tensors, teacher = saved[:4], [t for t in saved[4:7] if t is not None]
 
         def gradients(upstream, wanted):
-            return linear_distribution_rows_pass(hidden, weight, bias, teacher, labels, upstream, wanted, *ctx.options)[
-                1:
-            ]
+            return linear_distribution_rows_pass(tensors, teacher, upstream, wanted, problem)[1:]
 
         if differentiated_again() or read_whole(dout):
             with torch.enable_grad():
-                losses = whole(hidden, weight, bias, teacher, labels, *ctx.options)
+                losses = whole(tensors, teacher, problem)
                 result = losses.sum() if ctx.total else losses
-            leaves = [t for t, want in zip((hidden, weight, bias), wanted) if want]
+            leaves = [t for t, want in zip(tensors, wanted) if want]
             found = iter(torch.autograd.grad(result, leaves, dout, create_graph=differentiated_again()))
             grads = [next(found) if want else None for want in wanted]
         elif ctx.total:
-            ones = dout.new_ones(hidden.shape[0], dtype=wide_dtype(*ctx.options[-2:]))
+            ones = dout.new_ones(tensors[0].shape[0], dtype=problem.wide)
             grads = kept_gradients(ctx, saved[7:], dout, lambda: gradients(ones, ctx.wanted))
         else:
             grads = gradients(dout.contiguous(), wanted)
-        return *cast(grads, (hidden, weight, bias), wanted), *[None] * 7
+        return *cast(grads, tensors[:3], wanted), *[None] * 7
 
 
-def linear_distribution_rows(
-    formula,
-    hidden,
-    weight,
-    kind,
-    teacher,
-    *,
-    bias=None,
-    labels=None,
-    scalars=(),
-    student_first=False,
-    one_read=False,
-    tail=False,
-    temperature=1.0,
-    ignore_index=-100,
-    total=False,
-    chunk_bytes=0,
-    kept_tokens=0,
-):
+def linear_distribution_rows(formula, tensors, kind, teacher, total=False, **options):
     """``formula`` of every row of logits and the teacher's, 0 where ignored; ``total``: their sum, which takes one
     product less.
 
-    hidden: (rows, features). weight: (classes, features). kind, teacher: what the teacher has of every row, and the
-    tensors. labels: (rows,) or None. student_first: the student is the formula's p, else its q.
+    tensors: hidden (rows, features), weight (classes, features), bias, labels (rows,) or None. kind, teacher: what the
+    teacher has of every row, and the tensors. options: fields of Problem.
     """
+    hidden, weight, bias, _ = tensors
     dtype = dtype_of_product(hidden, weight)
     teacher_dtype = dtype_of_product(*teacher[:2]) if kind == "products" else teacher[-1].dtype
-    scalars = [1.0 / temperature, *(float(s) for s in scalars)]
-    options = (
-        kind,
-        formula.name,
-        scalars,
-        student_first,
-        one_read,
-        tail,
-        ignore_index,
-        chunk_bytes,
-        kept_tokens,
-        dtype,
-        teacher_dtype,
-    )
+    problem = Problem(kind, formula.name, dtype=dtype, teacher_dtype=teacher_dtype, **options)
     if is_plain(hidden):
-        losses = whole(hidden, weight, bias, teacher, labels, *options)
+        losses = whole(tensors, teacher, problem)
         return losses.sum() if total else losses
     wanted = [total and t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
     teacher = *teacher, *[None] * (3 - len(teacher))
-    return LinearDistributionRows.apply(hidden, weight, bias, labels, *teacher, total, wanted, options)
+    return LinearDistributionRows.apply(*tensors, *teacher, wanted, total, problem)

@@ -19,12 +19,31 @@ from typing import NamedTuple
 import torch
 
 from triton_losses.core.compiler import compute_dtype, runs_kernels
-from triton_losses.core.op import differentiated_again, is_plain, op, read_whole, shapes_only
+from triton_losses.core.op import differentiated_again, is_plain, problem_op, read_whole, shapes_only
 from triton_losses.core.rows import Pass
-from triton_losses.families.label_rows import Problem, walk
+from triton_losses.families import label_rows
+from triton_losses.families.label_rows import walk
 from triton_losses.whole.label_rows import losses_of
 
 ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
+BESIDE_ENTROPY = "log_p_beside_entropy"
+
+
+class Problem(NamedTuple):
+    formula: str
+    scalars: tuple[float, ...] = ()
+    ignore_index: int = -100
+    softcap: float = 0.0  # 0: none
+    scale: float = 1.0  # 1 / temperature
+    chunk_bytes: int = 0  # of logits at a time; 0: as many as are best
+    kept_tokens: int = 0  # upper bound of the rows that are not ignored; 0: unknown
+    dtype: torch.dtype = torch.float32  # of the products
+    stats: bool = False  # the rows' entropies and likeliest classes are wanted in any case
+
+    def of_rows(self, dtype):
+        """The problem of a chunk's rows: a loss of each."""
+        softcap, scale = self.softcap, self.scale
+        return label_rows.Problem(self.formula, self.scalars, self.ignore_index, softcap, scale, "none", dtype)
 
 
 def padded(classes):
@@ -40,7 +59,7 @@ def rows_of_chunk(row_bytes, device, chunk_bytes):
     return max(1, rows if rows < 64 else min(most_rows, rows // 64 * 64))
 
 
-def parts_of(rows, labels, ignore_index, chunk, kept_tokens):
+def parts_of(rows, labels, chunk, ignore_index, kept_tokens):
     """The rows of each chunk: slices where all count, as they do without labels, else indices of those that do."""
     if labels is None:
         kept_tokens = 0
@@ -56,12 +75,12 @@ def parts_of(rows, labels, ignore_index, chunk, kept_tokens):
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
-def chunks(hidden, weight, bias, labels, ignore_index, chunk_bytes, kept_tokens):
+def chunks(hidden, weight, bias, labels, problem):
     """(rows, their hidden states, labels and logits, the room of these) of each chunk; all share one buffer."""
     classes = weight.shape[0]
-    chunk = rows_of_chunk(padded(classes) * hidden.itemsize, hidden.device, chunk_bytes)
+    chunk = rows_of_chunk(padded(classes) * hidden.itemsize, hidden.device, problem.chunk_bytes)
     buffer = hidden.new_empty(min(chunk, len(hidden)), padded(classes))
-    for part in parts_of(len(hidden), labels, ignore_index, chunk, kept_tokens):
+    for part in parts_of(len(hidden), labels, chunk, problem.ignore_index, problem.kept_tokens):
         x = hidden[part]
         room = buffer[: len(x)]
         yield part, x, None if labels is None else labels[part], product(x, weight, bias, room[:, :classes]), room
@@ -72,17 +91,19 @@ def product(hidden, weight, bias, out):
     return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens):
+def sweep(visit, tensors, wanted, problem):
     """``visit(rows, their labels, their logits, their room)`` of each chunk makes its logits their gradient where any
     is wanted.
 
-    wanted: of hidden, weight and bias. Returns their gradients, in float32 or wider, those wanted, else empty.
+    tensors: hidden, weight, bias, labels; wanted: of the first three. Returns their gradients, in float32 or wider,
+    those wanted, else empty. problem: this family's, or that of linear_distribution_rows.
     """
-    grads = gradients_of(hidden, weight, bias, wanted, compute_dtype(dtype))
+    hidden, weight, bias, labels = tensors
+    grads = gradients_of(hidden, weight, bias, wanted, compute_dtype(problem.dtype))
     if not shapes_only():
         first = True
-        x, w, b = in_dtype(dtype, hidden, weight, bias)
-        for part, x, label, logits, room in chunks(x, w, b, labels, ignore_index, chunk_bytes, kept_tokens):
+        x, w, b = in_dtype(problem.dtype, hidden, weight, bias)
+        for part, x, label, logits, room in chunks(x, w, b, labels, problem):
             visit(part, label, logits, room)
             if any(wanted):
                 add_gradients(grads, part, x, w, logits, wanted, first)
@@ -108,82 +129,48 @@ def in_dtype(dtype, *tensors):
     return [t if t is None else t.to(dtype) for t in tensors]
 
 
-@op
-def linear_rows_forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    class_weights: torch.Tensor | None,
-    upstream: torch.Tensor | None,
-    wanted: list[bool],
-    formula: str,
-    scalars: list[float],
-    ignore_index: int,
-    softcap: float,
-    scale: float,
-    chunk_bytes: int,
-    kept_tokens: int,
-    dtype: torch.dtype,
-    stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@problem_op("Tensor?[] tensors, Tensor? upstream, bool[] wanted", Problem)
+def linear_rows_forward(tensors, upstream, wanted, problem):
     """Losses, weights (0 where ignored), what a backward needs of each row, and the likeliest class of each where stats
     are asked for (-1 where ignored; else empty); then, where wanted, the gradients of Σ upstream · loss by hidden,
-    weight and bias (else empty)."""
-    rows, wide = hidden.shape[0], compute_dtype(dtype)
-    losses, weights, saved = (hidden.new_zeros(shape, dtype=wide) for shape in ((rows,), (rows,), (4, rows)))
-    likeliest = labels.new_full((rows if stats else 0,), -1, dtype=torch.int64)
+    weight and bias (else empty).
 
-    problem = Problem(formula, tuple(scalars), ignore_index, softcap, scale, "none", wide)
+    tensors: hidden, weight, bias, labels, class weights.
+    """
+    *tensors, class_weights = tensors
+    hidden, labels = tensors[0], tensors[3]
+    rows, wide = hidden.shape[0], compute_dtype(problem.dtype)
+    losses, weights, saved = (hidden.new_zeros(shape, dtype=wide) for shape in ((rows,), (rows,), (4, rows)))
+    likeliest = labels.new_full((rows if problem.stats else 0,), -1, dtype=torch.int64)
 
     def visit(part, label, logits, room):
         kept = saved.new_empty(4, len(label))
-        best = likeliest.new_empty(len(label)) if stats else None
+        best = likeliest.new_empty(len(label)) if problem.stats else None
         making = {"grad": logits, "upstream": upstream[part], "room": room} if any(wanted) else {}
-        task = Pass(kept, forward=True, entropy=stats, likeliest=best, **making)
-        losses[part], some = walk((logits, label, class_weights), problem, task)
-        if stats:
+        task = Pass(kept, forward=True, entropy=problem.stats, likeliest=best, **making)
+        losses[part], some = walk((logits, label, class_weights), problem.of_rows(wide), task)
+        if problem.stats:
             likeliest[part] = best
         weights[part] = 1.0 if some is None else some
         saved[:, part] = kept
 
-    grads = sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
-    return losses, weights, saved, likeliest, *grads
+    return [losses, weights, saved, likeliest, *sweep(visit, tensors, wanted, problem)]
 
 
-@op
-def linear_rows_backward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    class_weights: torch.Tensor | None,
-    saved: torch.Tensor,
-    upstream: torch.Tensor,
-    operands: list[torch.Tensor],
-    wanted: list[bool],
-    formula: str,
-    scalars: list[float],
-    ignore_index: int,
-    softcap: float,
-    scale: float,
-    chunk_bytes: int,
-    kept_tokens: int,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@problem_op("Tensor?[] tensors, Tensor saved, Tensor upstream, Tensor[] operands, bool[] wanted", Problem)
+def linear_rows_backward(tensors, saved, upstream, operands, wanted, problem):
     """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted
     (else empty).
     """
-
-    problem = Problem(formula, tuple(scalars), ignore_index, softcap, scale, "none", compute_dtype(dtype))
+    *tensors, class_weights = tensors
+    of_rows = problem.of_rows(compute_dtype(problem.dtype))
 
     def visit(part, label, logits, _):
-        task = Pass(
-            saved[:, part].contiguous(), grad=logits, upstream=upstream[part], operands=[v[part] for v in operands]
-        )
-        walk((logits, label, class_weights), problem, task)
+        own = [v[part] for v in operands]
+        task = Pass(saved[:, part].contiguous(), grad=logits, upstream=upstream[part], operands=own)
+        walk((logits, label, class_weights), of_rows, task)
 
-    return sweep(visit, hidden, weight, bias, labels, wanted, dtype, ignore_index, chunk_bytes, kept_tokens)
+    return list(sweep(visit, tensors, wanted, problem))
 
 
 def gradients_of(hidden, weight, bias, wanted, wide):
@@ -206,72 +193,56 @@ def add_gradients(grads, part, x, weight, logits, wanted, first):
         d_bias += logits.sum(0, dtype=d_bias.dtype)
 
 
-def whole(hidden, weight, bias, labels, class_weights, operands, formula, scalars, ignore_index, softcap, scale, dtype):
-    """Losses and weights in plain torch, all logits at once."""
-    logits = torch.nn.functional.linear(*in_dtype(dtype, hidden, weight, bias))
-    problem = Problem(formula, tuple(scalars), ignore_index, softcap, scale, "none", dtype)
-    return losses_of((logits, labels, class_weights), problem, operands)
+def whole(tensors, problem, formula=None):
+    """Losses and weights in plain torch, all logits at once; of another formula of the same rows where it is given."""
+    hidden, weight, bias, labels, class_weights = tensors
+    logits = torch.nn.functional.linear(*in_dtype(problem.dtype, hidden, weight, bias))
+    of_rows = problem.of_rows(problem.dtype)
+    return losses_of((logits, labels, class_weights), of_rows if formula is None else of_rows._replace(formula=formula))
+
+
+def whole_entropy(tensors, problem):
+    return whole((*tensors[:4], None), problem, "row_entropy")[0]
 
 
 class LinearRows(torch.autograd.Function):
     """losses, entropies (where the formula saves them), weights, saved, likeliest: the first two are differentiable."""
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        labels,
-        class_weights,
-        formula,
-        scalars,
-        ignore_index,
-        softcap,
-        scale,
-        chunk_bytes,
-        kept,
-        dtype,
-        stats,
-    ):
-        ctx.options = formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype
-        found = linear_rows_forward(hidden, weight, bias, labels, class_weights, None, [False] * 3, *ctx.options, stats)
-        losses, weights, saved, likeliest, *_ = found
-        entropy = torch.where(labels != ignore_index, saved[3], 0) if formula == BESIDE_ENTROPY else saved.new_empty(0)
+    def forward(ctx, hidden, weight, bias, labels, class_weights, problem):
+        ctx.problem, tensors = problem, (hidden, weight, bias, labels, class_weights)
+        losses, weights, saved, likeliest, *_ = linear_rows_forward(tensors, None, [False] * 3, problem)
+        beside = problem.formula == BESIDE_ENTROPY
+        entropy = torch.where(labels != problem.ignore_index, saved[3], 0) if beside else saved.new_empty(0)
         ctx.mark_non_differentiable(weights, saved, likeliest)
-        ctx.save_for_backward(hidden, weight, bias, labels, class_weights, saved)
+        ctx.save_for_backward(*tensors, saved)
         return losses, entropy, weights, saved, likeliest
 
     @staticmethod
     def backward(ctx, dout, d_entropy, *_):
         *tensors, saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
-        wanted = list(ctx.needs_input_grad[:3])
-        formula, *options = ctx.options
+        wanted, problem = list(ctx.needs_input_grad[:3]), ctx.problem
+        beside = problem.formula == BESIDE_ENTROPY
         if differentiated_again() or read_whole(dout):
-            d_entropy = d_entropy if formula == BESIDE_ENTROPY else None
-            grads = differentiable_gradients(tensors, ctx.options, dout, wanted, d_entropy=d_entropy)
+            d_entropy = d_entropy if beside else None
+            grads = differentiable_gradients(tensors, problem, dout, wanted, d_entropy=d_entropy)
         else:
             operands = []
-            if formula == BESIDE_ENTROPY:
-                formula, operands, dout = "along", [dout, d_entropy], torch.ones_like(dout)
-            grads = linear_rows_backward(*tensors, saved, dout.contiguous(), operands, wanted, formula, *options)
-        return *cast(grads, tensors[:3], wanted), *[None] * 11
+            if beside:
+                problem, operands, dout = problem._replace(formula="along"), [dout, d_entropy], torch.ones_like(dout)
+            grads = linear_rows_backward(tensors, saved, dout.contiguous(), operands, wanted, problem)
+        return *cast(grads, tensors[:3], wanted), None, None, None
 
 
-BESIDE_ENTROPY = "log_p_beside_entropy"
-
-
-def differentiable_gradients(tensors, options, dout, wanted, upstream=None, d_entropy=None):
+def differentiable_gradients(tensors, problem, dout, wanted, upstream=None, d_entropy=None):
     """By autograd, of all logits at once: for second derivatives."""
-    *tensors, labels, class_weights = tensors
-    formula, *options, _, _, dtype = options
     with torch.enable_grad():
-        losses = whole(*tensors, labels, class_weights, (), formula, *options, dtype)[0]
+        losses = whole(tensors, problem)[0]
         results, douts = [losses if upstream is None else (losses * upstream).sum()], [dout]
         if d_entropy is not None:
-            results.append(whole(*tensors, labels, None, (), "row_entropy", *options, dtype)[0])
+            results.append(whole_entropy(tensors, problem))
             douts.append(d_entropy)
-    leaves = [t for t, want in zip((*tensors, upstream), wanted) if want]
+    leaves = [t for t, want in zip((*tensors[:3], upstream), wanted) if want]
     found = iter(torch.autograd.grad(results, leaves, douts, create_graph=differentiated_again()))
     return [next(found) if want else None for want in wanted]
 
@@ -301,48 +272,29 @@ class LinearSum(torch.autograd.Function):
     """Σ upstream · losses, losses, weights, saved, likeliest: the first is differentiable."""
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        labels,
-        class_weights,
-        upstream,
-        wanted,
-        formula,
-        scalars,
-        ignore_index,
-        softcap,
-        scale,
-        chunk_bytes,
-        kept,
-        dtype,
-        stats,
-    ):
-        ctx.options = formula, scalars, ignore_index, softcap, scale, chunk_bytes, kept, dtype
-        found = linear_rows_forward(hidden, weight, bias, labels, class_weights, upstream, wanted, *ctx.options, stats)
-        losses, weights, saved, likeliest, *grads = found
+    def forward(ctx, hidden, weight, bias, labels, class_weights, upstream, wanted, problem):
+        ctx.problem, ctx.wanted, tensors = problem, wanted, (hidden, weight, bias, labels, class_weights)
+        losses, weights, saved, likeliest, *grads = linear_rows_forward(tensors, upstream, wanted, problem)
         ctx.mark_non_differentiable(losses, weights, saved, likeliest)
-        ctx.wanted = wanted
-        keep_gradients(ctx, (hidden, weight, bias, labels, class_weights, upstream, losses), grads)
+        keep_gradients(ctx, (*tensors, upstream, losses), grads)
         return (losses * upstream).sum(), losses, weights, saved, likeliest
 
     @staticmethod
     def backward(ctx, dout, *_):
-        saved = ctx.saved_tensors
+        saved, problem = ctx.saved_tensors, ctx.problem
         *tensors, upstream, losses = saved[:7]
         wanted, upstream_wanted = ctx.needs_input_grad[:3], ctx.needs_input_grad[5]
         if differentiated_again() or read_whole(dout):
-            *grads, d_upstream = differentiable_gradients(
-                tensors, ctx.options, dout, [*wanted, upstream_wanted], upstream
-            )
+            all_wanted = [*wanted, upstream_wanted]
+            *grads, d_upstream = differentiable_gradients(tensors, problem, dout, all_wanted, upstream)
         else:
             d_upstream = losses * dout if upstream_wanted else None
-            # noqa: E731
-            make_again = lambda: linear_rows_forward(*tensors, upstream, ctx.wanted, *ctx.options, False)[4:]
+
+            def make_again():
+                return linear_rows_forward(tensors, upstream, ctx.wanted, problem._replace(stats=False))[4:]
+
             grads = kept_gradients(ctx, saved[7:], dout, make_again)
-        return *cast(grads, tensors[:3], wanted), None, None, d_upstream, *[None] * 10
+        return *cast(grads, tensors[:3], wanted), None, None, d_upstream, None, None
 
 
 def dtype_of_product(hidden, weight):
@@ -363,55 +315,28 @@ class Rows(NamedTuple):
     likeliest: torch.Tensor | None = None
 
 
-def linear_rows(
-    formula,
-    hidden,
-    weight,
-    labels,
-    *,
-    bias=None,
-    class_weights=None,
-    upstream=None,
-    scalars=(),
-    ignore_index=-100,
-    softcap=0.0,
-    temperature=1.0,
-    total=False,
-    chunk_bytes=0,
-    kept_tokens=0,
-    stats=False,
-):
+def linear_rows(formula, tensors, upstream=None, total=False, **options):
     """``formula`` of each row of logits, as Rows; ``total``: Σ upstream · losses, which takes one product less.
 
-    hidden: (rows, features). weight: (classes, features). labels: (rows,). The logits are made in hidden's dtype, or
-    autocast's. stats: have saved[3] hold entropies, and likeliest the likeliest classes, in any case.
+    tensors: hidden (rows, features), weight (classes, features), bias, labels (rows,), class weights. The logits are
+    made in hidden's dtype, or autocast's. options: fields of Problem.
     """
+    hidden, weight, bias, labels, class_weights = tensors
     dtype = dtype_of_product(hidden, weight)
-    options = formula.name, [float(s) for s in scalars], ignore_index, float(softcap), 1.0 / temperature
+    problem = Problem(formula.name, dtype=dtype, **options)
     if total:
         ones = hidden.new_ones(hidden.shape[0], dtype=compute_dtype(dtype))
         upstream = ones if upstream is None else upstream.to(compute_dtype(dtype))
     if is_plain(hidden):
-        if stats:
+        if problem.stats:
             raise NotImplementedError(
                 "stats of the rows are for plain calls on a CPU or GPU, not for torch.func's transforms"
             )
-        losses, weights = whole(hidden, weight, bias, labels, class_weights, (), *options, dtype)
-        entropy = (
-            whole(hidden, weight, bias, labels, None, (), "row_entropy", *options[1:], dtype)[0]
-            if formula.name == BESIDE_ENTROPY
-            else None
-        )
+        losses, weights = whole(tensors, problem)
+        entropy = whole_entropy(tensors, problem) if formula.name == BESIDE_ENTROPY else None
         return Rows((losses * upstream).sum() if total else None, losses, entropy, weights)
     if not total:
-        return Rows(
-            None,
-            *LinearRows.apply(
-                hidden, weight, bias, labels, class_weights, *options, chunk_bytes, kept_tokens, dtype, stats
-            ),
-        )
+        return Rows(None, *LinearRows.apply(*tensors, problem))
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
-    found = LinearSum.apply(
-        hidden, weight, bias, labels, class_weights, upstream, wanted, *options, chunk_bytes, kept_tokens, dtype, stats
-    )
+    found = LinearSum.apply(*tensors, upstream, wanted, problem)
     return Rows(found[0], found[1], None, *found[2:])

@@ -26,7 +26,7 @@ from triton_losses.whole import margin_rows as whole
 if triton is not None:
     from triton_losses.kernels import margin_rows as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class Problem(NamedTuple):

@@ -22,28 +22,28 @@ from triton_losses.whole import pairs as whole
 if triton is not None:
     from triton_losses.kernels import pairs as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class Problem(NamedTuple):
     coordinate: str  # g
-    coordinate_scalars: tuple[float, ...]
-    pairs: tuple[int, ...]  # two places of vectors for each sum
     formula: str  # f
-    scalars: tuple[float, ...]
-    reduction: str
+    pairs: tuple[int, ...]  # two places of vectors for each sum
     dtype: torch.dtype  # of the result
+    scalars: tuple[float, ...] = ()  # of f
+    coordinate_scalars: tuple[float, ...] = ()  # of g
+    reduction: str = "mean"
 
 
 read = Bridge("pairs", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks, kernels=kernels)
 
 
-def pairs(formula, coordinate, vectors, of, target=None, *, scalars=(), coordinate_scalars=(), reduction="mean", dtype):
+def pairs(formula, coordinate, vectors, of, target=None, *, dtype, **options):
     """``formula`` of the sums of ``coordinate`` over each pair of ``vectors``, given by their places in ``of``, and the
     target.
 
-    vectors: two or three tensors (..., D) that broadcast. target: (...). scalars: of the formula; coordinate_scalars:
-    of the other. dtype: of the result, unless autocast makes it float32.
+    vectors: two or three tensors (..., D) that broadcast. target: (...). dtype: of the result, unless autocast makes it
+    float32. options: fields of Problem.
     """
     x = vectors[0]
     for v in (*vectors[1:], target):
@@ -59,14 +59,7 @@ def pairs(formula, coordinate, vectors, of, target=None, *, scalars=(), coordina
     if len(shape) != 2:
         vectors = [v.reshape(math.prod(shape[:-1]), shape[-1]) for v in vectors]
         target = target if target is None else target.reshape(-1)
-    problem = Problem(
-        coordinate.name,
-        tuple(map(float, coordinate_scalars)),
-        tuple(place for pair in of for place in pair),
-        formula.name,
-        tuple(map(float, scalars)),
-        reduction,
-        result_dtype(x, dtype),
-    )
+    places, dtype = tuple(place for pair in of for place in pair), result_dtype(x, dtype)
+    problem = Problem(coordinate.name, formula.name, places, dtype, **options)
     losses = read(problem, *vectors, *[None] * (3 - len(vectors)), target)
-    return losses.view(shape[:-1]) if reduction == "none" and len(shape) != 2 else losses
+    return losses.view(shape[:-1]) if problem.reduction == "none" and len(shape) != 2 else losses

@@ -25,7 +25,7 @@ from triton_losses.whole import proportion_rows as whole
 if triton is not None:
     from triton_losses.kernels import proportion_rows as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class Problem(NamedTuple):

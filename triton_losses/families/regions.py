@@ -34,7 +34,7 @@ from triton_losses.whole import regions as whole
 if triton is not None:
     from triton_losses.kernels import regions as kernels
 else:
-    kernels = None
+    kernels = None  # type: ignore[assignment]
 
 
 class SumsProblem(NamedTuple):

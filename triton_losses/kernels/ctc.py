@@ -20,14 +20,27 @@ from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import flat_kind_of, planned
 from triton_losses.core.tuning import Tuned
-from triton_losses.kernels.ctc_walk import walk_launch
+from triton_losses.kernels.ctc_walk import LENGTHS, STRIDES, walk_launch
+from triton_losses.kernels.ctc_walk import Kind as WalkKind
 from triton_losses.kernels.elementwise import triton_type
 from triton_losses.kernels.finish import finish
+from triton_losses.kernels.rows import Kind as RowKind
 from triton_losses.kernels.rows import configs as row_configs
 from triton_losses.kernels.rows import edge_of, row_statistics, span_of, write_zeros
 from triton_losses.kernels.rows import rule as row_rule
 
-STRIDES = ["step_stride", "sample_stride"]
+
+class Kind(NamedTuple):
+    """What the backward's kernel is built for."""
+
+    compute: tl.dtype  # of the gradient
+    vec: int  # classes in 16 bytes
+    edge: bool  # whether a row may start or end within such a vector
+    block: int  # a power of 2 that holds blank and the labels of a target
+    from_logits: bool  # else from log-probabilities
+    probabilities: bool  # the gradient has them in it: not where it is the derivative by log-probabilities
+    zero_infinity: bool
+    mean: bool  # the loss is a mean of losses that are divided by the lengths of their targets
 
 
 @triton.jit(
@@ -45,9 +58,7 @@ def statistics_kernel(
     samples: tl.int64,
     rows: tl.int64,  # steps * samples
     cols,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,  # of kernels/rows.py
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -55,93 +66,66 @@ def statistics_kernel(
     program = tl.program_id(0).to(tl.int64)
     t = program // samples
     n = program % samples
-    highest = tl.full((), 0.0, COMPUTE)
-    log_total = tl.full((), 0.0, COMPUTE)
+    highest = tl.full((), 0.0, KIND.compute)
+    log_total = tl.full((), 0.0, KIND.compute)
     if t < tl.load(input_lengths + n).to(tl.int64):
-        start = t * step_stride + n * sample_stride
-        highest, log_total, _, _, _ = row_statistics(
-            inputs,
-            start,
-            cols,
-            0.0,
-            None,
-            None,
-            False,
-            False,
-            False,
-            False,
-            False,
-            False,
-            "evict_first",
-            EDGE,
-            COMPUTE,
-            VEC,
-            LANES,
-            UNROLL,
-        )
+        row = (t * step_stride + n * sample_stride, cols)
+        highest, log_total, _, _, _ = row_statistics(inputs, row, 0.0, None, None, KIND, LANES, UNROLL)
     tl.store(state + 2 * samples + n * steps + t, highest)
     tl.store(state + 2 * samples + rows + n * steps + t, log_total)
 
 
 @triton.jit
-def load_inputs(pointers, mask, PROBABILITIES: tl.constexpr, COMPUTE: tl.constexpr):
+def load_inputs(pointers, mask, KIND: tl.constexpr):
     """Nothing is read of what is not needed."""
-    if not PROBABILITIES:
-        return tl.full(pointers.shape, 0.0, COMPUTE)
+    if not KIND.probabilities:
+        return tl.full(pointers.shape, 0.0, KIND.compute)
     elif mask is None:
-        return tl.load(pointers, eviction_policy="evict_first").to(COMPUTE)
+        return tl.load(pointers, eviction_policy="evict_first").to(KIND.compute)
     else:
-        return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+        return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first").to(KIND.compute)
 
 
 @triton.jit
-def probability(x, highest, log_total, PROBABILITIES: tl.constexpr):
-    if PROBABILITIES:
+def probability(x, of_row, KIND: tl.constexpr):
+    highest, log_total, _ = of_row
+    if KIND.probabilities:
         return tl.exp2(((x - highest) - log_total) * LOG2E)
     else:
         return x
 
 
 @triton.jit
+def write_tile(x, grad, mask, of_row, KIND: tl.constexpr, EVICT: tl.constexpr):
+    g = probability(x, of_row, KIND) * of_row[2]
+    tl.store(grad, g.to(grad.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+
+
+@triton.jit
 def write_probabilities(
-    inputs,
-    grad,
-    start,
-    cols,
-    highest,
-    log_total,
-    factor,
-    PROBABILITIES: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
-    LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
+    inputs, grad, start, cols, of_row, KIND: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr
 ):
     """The gradient of one row, as if the target had none of its classes."""
-    head, vectors = span_of(start, cols, VEC, EDGE)
-    first = (start + head) // VEC * VEC  # says that it is aligned
+    head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
+    first = (start + head) // KIND.vec * KIND.vec  # says that it is aligned
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
-            tiles += (load_inputs(inputs + first + (v + u * LANES) * VEC + tile, None, PROBABILITIES, COMPUTE),)
+            tiles += (load_inputs(inputs + first + (v + u * LANES) * KIND.vec + tile, None, KIND),)
         for u in tl.static_range(UNROLL):
-            at = grad + first + (v + u * LANES) * VEC + tile
-            g = probability(tiles[u], highest, log_total, PROBABILITIES) * factor
-            tl.store(at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
+            write_tile(tiles[u], grad + first + (v + u * LANES) * KIND.vec + tile, None, of_row, KIND, "evict_first")
     for v in range(unmasked, vectors, LANES):
         mask = (v + lanes < vectors)[:, None]
-        x = load_inputs(inputs + first + v * VEC + tile, mask, PROBABILITIES, COMPUTE)
-        g = probability(x, highest, log_total, PROBABILITIES) * factor
-        tl.store(grad + first + v * VEC + tile, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-    if EDGE:
-        columns, exists = edge_of(head, vectors, cols, VEC)
-        x = load_inputs(inputs + start + columns, exists, PROBABILITIES, COMPUTE)
-        g = probability(x, highest, log_total, PROBABILITIES) * factor
-        tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=exists)
+        x = load_inputs(inputs + first + v * KIND.vec + tile, mask, KIND)
+        write_tile(x, grad + first + v * KIND.vec + tile, mask, of_row, KIND, "evict_first")
+    if KIND.edge:
+        columns, exists = edge_of(head, vectors, cols, KIND.vec)
+        write_tile(
+            load_inputs(inputs + start + columns, exists, KIND), grad + start + columns, exists, of_row, KIND, ""
+        )
 
 
 @triton.jit
@@ -151,48 +135,34 @@ def within_class(value, this, next_value, following):
 
 
 @triton.jit
-def write_own_classes(
-    inputs,
-    grad,
-    start,
-    places,
-    likely,
-    width,
-    length,
-    highest,
-    log_total,
-    factor,
-    PROBABILITIES: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def write_own_classes(inputs, grad, places, likely, width, length, of_row, KIND: tl.constexpr):
     """The gradient of one row at blank and at the target's classes: p less their occupancies, which sum to 1."""
-    k = tl.arange(0, BLOCK)
+    k = tl.arange(0, KIND.block)
     exists = k <= length
     place = tl.load(places + k, mask=exists, other=0)
     this = tl.load(places + width + k, mask=exists, other=-1)
     following = tl.load(places + width + k + 1, mask=k < length, other=-1)
     blank = tl.sum(tl.load(likely + k, mask=exists, other=0.0), 0)
     values = tl.load(likely + width + place - 1, mask=exists & (place > 0), other=0.0)
-    values = tl.where(exists & (place == 0), blank, values).to(COMPUTE)
+    values = tl.where(exists & (place == 0), blank, values).to(KIND.compute)
     occupancies, _ = tl.associative_scan((values / tl.sum(values, 0), this), 0, within_class)
     is_last = exists & (this != following)
-    x = load_inputs(inputs + start + this, is_last, PROBABILITIES, COMPUTE)
-    g = (probability(x, highest, log_total, PROBABILITIES) - occupancies) * factor
-    tl.store(grad + start + this, g.to(grad.dtype.element_ty), mask=is_last)
+    x = load_inputs(inputs + this, is_last, KIND)
+    g = (probability(x, of_row, KIND) - occupancies) * of_row[2]
+    tl.store(grad + this, g.to(grad.dtype.element_ty), mask=is_last)
 
 
 @triton.jit(
     repr=lambda spec: "ctc_backward_gradient",
     do_not_specialize=[*STRIDES, "upstream_stride", "steps", "width", "samples", "rows"],
-    do_not_specialize_on_alignment=["input_lengths", "target_lengths", "state", "places", "likely", "upstream"],
+    do_not_specialize_on_alignment=[*LENGTHS, "state", "places", "likely", "upstream"],
 )
 def gradient_kernel(
     inputs,  # (steps, samples, cols), at t * step_stride + n * sample_stride
     grad,  # the same
     input_lengths,
     target_lengths,
-    state,  # (samples,) of other things, (samples,) losses, then where FROM_LOGITS (2, samples, steps) statistics
+    state,  # (samples,) of other things, (samples,) losses, then where from_logits (2, samples, steps) statistics
     places,  # (samples, 2, width): the places of blank and of the labels, sorted by class, and their classes
     likely,  # (samples, steps, 2, width): how likely each blank and each label is
     upstream,  # at n * upstream_stride
@@ -204,14 +174,7 @@ def gradient_kernel(
     samples: tl.int64,
     rows: tl.int64,  # steps * samples
     cols,
-    FROM_LOGITS: tl.constexpr,
-    PROBABILITIES: tl.constexpr,
-    ZERO_INFINITY: tl.constexpr,
-    MEAN: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -222,40 +185,27 @@ def gradient_kernel(
     start = t * step_stride + n * sample_stride
     loss = tl.load(state + samples + n)
     active = t < tl.load(input_lengths + n).to(tl.int64)
-    if ZERO_INFINITY:
+    if KIND.zero_infinity:
         active = active & (loss != float("inf"))
     if active:
         length = tl.load(target_lengths + n).to(tl.int32)
-        factor = tl.load(upstream + n * upstream_stride).to(COMPUTE)
-        if MEAN:
-            factor = factor / tl.cast(samples, COMPUTE) / tl.maximum(length, 1).to(COMPUTE)
-        factor = tl.where(tl.abs(loss) < float("inf"), factor, float("nan")).to(COMPUTE)
-        highest = tl.full((), 0.0, COMPUTE)
-        log_total = tl.full((), 0.0, COMPUTE)
-        if FROM_LOGITS:
+        factor = tl.load(upstream + n * upstream_stride).to(KIND.compute)
+        if KIND.mean:
+            factor = factor / tl.cast(samples, KIND.compute) / tl.maximum(length, 1).to(KIND.compute)
+        factor = tl.where(tl.abs(loss) < float("inf"), factor, float("nan")).to(KIND.compute)
+        highest = tl.full((), 0.0, KIND.compute)
+        log_total = tl.full((), 0.0, KIND.compute)
+        if KIND.from_logits:
             highest += tl.load(state + 2 * samples + n * steps + t)
             log_total += tl.load(state + 2 * samples + rows + n * steps + t)
-        write_probabilities(
-            inputs, grad, start, cols, highest, log_total, factor, PROBABILITIES, EDGE, COMPUTE, VEC, LANES, UNROLL
-        )
+        of_row = (highest, log_total, factor)
+        write_probabilities(inputs, grad, start, cols, of_row, KIND, LANES, UNROLL)
         tl.debug_barrier()  # what follows writes over some of what other threads have written
-        write_own_classes(
-            inputs,
-            grad,
-            start,
-            places + n * 2 * width,
-            likely + (n * steps + t) * 2 * width,
-            width,
-            length,
-            highest,
-            log_total,
-            factor,
-            PROBABILITIES,
-            COMPUTE,
-            BLOCK,
-        )
+        of_sample = places + n * 2 * width
+        of_step = likely + (n * steps + t) * 2 * width
+        write_own_classes(inputs + start, grad + start, of_sample, of_step, width, length, of_row, KIND)
     else:
-        write_zeros(grad, start, cols, EDGE, VEC, LANES)
+        write_zeros(grad, start, cols, KIND.edge, KIND.vec, LANES)
 
 
 def wide_enough(config, block):
@@ -265,13 +215,13 @@ def wide_enough(config, block):
 
 
 def gradient_configs(args):
-    found = [wide_enough(config, args["BLOCK"]) for config in row_configs(args)]
+    found = [wide_enough(config, args["KIND"].block) for config in row_configs(args)]
     return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
 def row_key(args):
-    x, flags = args["inputs"], [args.get(name) for name in ("EDGE", "PROBABILITIES", "BLOCK")]
-    return triton.next_power_of_2(args["cols"]), str(x.dtype), *flags, x.data_ptr() % 16 == 0
+    x = args["inputs"]
+    return triton.next_power_of_2(args["cols"]), str(x.dtype), x.data_ptr() % 16 == 0, *args["KIND"][1:]
 
 
 options = {"key": row_key, "programs": lambda rows, fixed: rows, "size": "rows"}
@@ -279,7 +229,7 @@ statistics_launch = Tuned(statistics_kernel, configs=row_configs, rule=row_rule,
 gradient_launch = Tuned(
     gradient_kernel,
     configs=gradient_configs,
-    rule=lambda args: wide_enough(row_rule(args), args["BLOCK"]),
+    rule=lambda args: wide_enough(row_rule(args), args["KIND"].block),
     **options,
 )
 
@@ -289,38 +239,32 @@ def readable(inputs):
     return inputs if inputs.is_contiguous() or inputs.transpose(0, 1).is_contiguous() else inputs.contiguous()
 
 
+def target_stride_of(targets):
+    """From one target to the next; of targets one after another how many labels there are."""
+    return targets.stride(0) if targets.dim() == 2 else targets.shape[0]
+
+
 class Shape(NamedTuple):
     """What of a call's sizes its kernels are built for."""
 
     cols: int
-    edge: bool  # whether a row may start or end within a vector of 16 bytes
-    block: int  # a power of 2 that holds blank and the labels of a target
+    vec: int
+    edge: bool
+    block: int
     padded: bool
 
 
 def shape_of(inputs, targets, width):
     (step, sample, _), cols, vec = inputs.stride(), inputs.shape[2], 16 // inputs.element_size()
     edge = cols % vec != 0 or step % vec != 0 or sample % vec != 0
-    return Shape(cols, edge, 1 << (max(width, 16) - 1).bit_length(), targets.dim() == 2)
+    return Shape(cols, vec, edge, 1 << (max(width, 16) - 1).bit_length(), targets.dim() == 2)
 
 
 def sizes_of(inputs):
     """Arguments of all kernels."""
-    steps, samples, cols = inputs.shape
-    return {
-        "inputs": inputs,
-        "step_stride": inputs.stride(0),
-        "sample_stride": inputs.stride(1),
-        "steps": steps,
-        "samples": samples,
-        "cols": cols,
-        "COMPUTE": triton_type(compute_dtype(inputs.dtype)),
-    }
-
-
-def of_rows(inputs, shape):
-    """Arguments of those with a program a row."""
-    return {"rows": inputs.shape[0] * inputs.shape[1], "EDGE": shape.edge, "VEC": 16 // inputs.element_size()}
+    (steps, samples, cols), (step_stride, sample_stride, _) = inputs.shape, inputs.stride()
+    strides = {"step_stride": step_stride, "sample_stride": sample_stride}
+    return {"inputs": inputs, "steps": steps, "samples": samples, "rows": steps * samples, "cols": cols, **strides}
 
 
 class ForwardPlan(NamedTuple):
@@ -331,12 +275,9 @@ class ForwardPlan(NamedTuple):
 
 @planned(kind=flat_kind_of)
 def forward_plan(tensors, shape, options):
-    inputs, targets, input_lengths, target_lengths, out, state, scratch, likely, places = tensors
+    inputs, targets, input_lengths, target_lengths, out, state, places, likely, scratch = tensors
     blank, from_logits, _, zero_infinity, reduction, _, store = options
-    sizes = sizes_of(inputs)
-    statistics = None
-    if from_logits:
-        statistics = statistics_launch.bind(input_lengths=input_lengths, state=state, **sizes, **of_rows(inputs, shape))
+    compute = triton_type(compute_dtype(inputs.dtype))
     arguments = {
         "targets": targets,
         "input_lengths": input_lengths,
@@ -346,18 +287,18 @@ def forward_plan(tensors, shape, options):
         "places": places,
         "mantissas": likely,
         "scratch": scratch,
-        "target_stride": targets.stride(0) if shape.padded else targets.shape[0],
+        "target_stride": target_stride_of(targets),
         "width": scratch.shape[1],
         "blank": blank,
-        "PADDED": shape.padded,
-        "STORE": store,
-        "FROM_LOGITS": from_logits,
-        "ZERO_INFINITY": zero_infinity,
-        "MEAN": reduction == "mean",
-        "BLOCK": shape.block,
-        **sizes,
+        **sizes_of(inputs),
     }
-    return ForwardPlan(statistics, *[walk_launch.bind(APART=apart, **arguments) for apart in (True, False)])
+    statistics = None
+    if from_logits:
+        statistics = statistics_launch.bind(KIND=RowKind(compute, shape.vec, shape.edge), **arguments)
+    mean = reduction == "mean"
+    kind = WalkKind(compute, shape.block, shape.padded, from_logits, store, zero_infinity, mean, apart=True)
+    apart = walk_launch.bind(KIND=kind, **arguments)
+    return ForwardPlan(statistics, apart, walk_launch.bind(KIND=kind._replace(apart=False), **arguments))
 
 
 def forward(tensors, problem):
@@ -378,30 +319,12 @@ def forward(tensors, problem):
         targets = targets.contiguous()
     scratch = state.new_empty((8 + 2 * stored) * samples, width)
     losses = out if none or samples == 1 else state
-    shape = shape_of(inputs, targets, width)
-    pointers = inputs, targets, input_lengths, target_lengths, losses, state, scratch, likely, places
-    found = forward_plan(pointers, shape, problem[1:])
-    step_stride, sample_stride, _ = inputs.stride()
+    pointers = inputs, targets, input_lengths, target_lengths, losses, state, places, likely, scratch
+    found = forward_plan(pointers, shape_of(inputs, targets, width), problem[1:])
+    strides = inputs.stride()[:2]
     if problem.from_logits:
-        found.statistics(inputs, input_lengths, state, step_stride, sample_stride, steps, samples, steps * samples)
-    target_stride = targets.stride(0) if shape.padded else targets.shape[0]
-    walking = (
-        inputs,
-        targets,
-        input_lengths,
-        target_lengths,
-        losses,
-        state,
-        places,
-        likely,
-        scratch,
-        step_stride,
-        sample_stride,
-        target_stride,
-        steps,
-        width,
-        samples,
-    )
+        found.statistics(inputs, input_lengths, state, *strides, steps, samples, steps * samples)
+    walking = *pointers, *strides, target_stride_of(targets), steps, width, samples
     found.apart(*walking)
     found.together(*walking)
     if losses is state:
@@ -413,6 +336,8 @@ def forward(tensors, problem):
 def backward_plan(tensors, shape, options):
     inputs, grad, input_lengths, target_lengths, state, places, likely, upstream = tensors
     _, from_logits, exact, zero_infinity, reduction, _, _ = options
+    compute, probabilities = triton_type(compute_dtype(inputs.dtype)), from_logits or not exact
+    flags = from_logits, probabilities, zero_infinity, reduction == "mean"
     return gradient_launch.bind(
         grad=grad,
         input_lengths=input_lengths,
@@ -423,26 +348,20 @@ def backward_plan(tensors, shape, options):
         upstream=upstream,
         upstream_stride=upstream.stride(0) if upstream.dim() else 0,
         width=likely.shape[3],
-        FROM_LOGITS=from_logits,
-        PROBABILITIES=from_logits or not exact,
-        ZERO_INFINITY=zero_infinity,
-        MEAN=reduction == "mean",
-        BLOCK=shape.block,
+        KIND=Kind(compute, shape.vec, shape.edge, shape.block, *flags),
         **sizes_of(inputs),
-        **of_rows(inputs, shape),
     )
 
 
 def backward(tensors, saved, upstream, problem, wanted):
-    inputs, targets, input_lengths, target_lengths = tensors
+    inputs, targets, *lengths = tensors
     if shapes_only():
         return [torch.empty_like(readable(inputs))]
     inputs, (state, places, likely), (dout,) = readable(inputs), saved, upstream
     steps, samples, _ = inputs.shape
-    step_stride, sample_stride, _ = inputs.stride()
     grad = torch.empty_like(inputs)
-    pointers = inputs, grad, input_lengths, target_lengths, state, places, likely, dout
+    pointers = inputs, grad, *lengths, state, places, likely, dout
     launch = backward_plan(pointers, shape_of(inputs, targets, problem.width), problem[1:])
-    dout_stride = dout.stride(0) if dout.dim() else 0
-    launch(*pointers, step_stride, sample_stride, dout_stride, steps, problem.width, samples, steps * samples)
+    strides = *inputs.stride()[:2], dout.stride(0) if dout.dim() else 0
+    launch(*pointers, *strides, steps, problem.width, samples, steps * samples)
     return [grad]

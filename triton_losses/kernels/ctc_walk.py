@@ -8,6 +8,8 @@ Each sample is walked from both ends at once. One launch goes up to the middle; 
 over what the other direction left behind, and puts in its place how likely each state is.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,20 @@ from triton_losses.core.device_math import LN2, LOG2E, division
 from triton_losses.core.tuning import Tuned
 
 NEVER = tl.constexpr(-1e30)  # the power of 2 of a 0; sums of a few stay finite, which -inf would not
+STRIDES, LENGTHS = ("step_stride", "sample_stride"), ("input_lengths", "target_lengths")  # arguments of these kernels
+
+
+class Kind(NamedTuple):
+    """What a launch that walks is built for."""
+
+    compute: tl.dtype  # of the recursion
+    block: int  # a power of 2 that holds blank and the labels of a target
+    padded: bool  # targets are (samples, more); else one after another
+    from_logits: bool  # else from log-probabilities
+    store: bool  # how likely each state is: the backward needs it
+    zero_infinity: bool
+    mean: bool  # the loss of a sample is divided by its number of labels
+    apart: bool  # from the ends to the middle; else together, from there on
 
 
 @triton.jit
@@ -70,8 +86,9 @@ def transition(state, k, skip):
 
 
 @triton.jit
-def load_states(mantissas, powers, at, k, length, width, reverse):
+def load_states(mantissas, powers, at, target):
     """Of one step: blanks and labels in the direction's own order, as mantissas and powers."""
+    k, length, width, reverse = target
     blank = at + tl.where(reverse, length - k, k)
     label = at + width + tl.where(reverse, length - 1 - k, k)
     return (
@@ -83,14 +100,15 @@ def load_states(mantissas, powers, at, k, length, width, reverse):
 
 
 @triton.jit
-def store_states(pointer, at, blank, label, k, length, width, reverse):
+def store_states(pointer, at, blank, label, target):
+    k, length, width, reverse = target
     tl.store(pointer + at + tl.where(reverse, length - k, k), blank, mask=k <= length)
     tl.store(pointer + at + width + tl.where(reverse, length - 1 - k, k), label, mask=k < length)
 
 
 @triton.jit
 def likelihood_of(state, other, k, length):
-    """Σ over the states of what has led to them times what follows from them on."""
+    """Σ over the states of what has led to them times what follows from them on: a mantissa and a power."""
     blank, blank_power, label, label_power = state
     blank = tl.where(k <= length, blank * other[0], 0.0).to(blank.dtype)
     label = tl.where(k < length, label * other[2], 0.0).to(blank.dtype)
@@ -114,33 +132,35 @@ def sum_of(numbers, count, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_labels(targets, first, place, length, room, PADDED: tl.constexpr):
-    """Labels of the target that begins at ``first``; 0 where it has none."""
+def load_labels(labels, place, KIND: tl.constexpr):
+    """Labels at these places of a target; 0 where it has none."""
+    targets, first, length, room = labels
     mask = (place >= 0) & (place < length)
-    if not PADDED:  # nobody has looked whether the lengths add up
+    if not KIND.padded:  # nobody has looked whether the lengths add up
         mask = mask & (first + place < room)
     return tl.load(targets + first + place, mask=mask, other=0).to(tl.int64)
 
 
 @triton.jit
-def class_at(targets, first, place, length, room, blank, cols, PADDED: tl.constexpr):
+def class_at(labels, place, blank, cols, KIND: tl.constexpr):
     """The class of a label, by places from 1; -1 of blank, at place 0, and of a label that wrongly is blank."""
-    label = load_labels(targets, first, place - 1, length, room, PADDED)
+    label = load_labels(labels, place - 1, KIND)
     label = tl.minimum(tl.maximum(label, 0), cols - 1).to(tl.int32)
     return tl.where((place == 0) | (label == blank), -1, label)
 
 
 @triton.jit
-def sort_by_class(targets, first, length, room, places, width, blank, cols, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def sort_by_class(labels, places, width, blank, cols, KIND: tl.constexpr):
     """Write the places of blank and of the labels in the order of their classes, then those classes.
 
     Each counts how many come before it: little work beside the walks, which other programs do meanwhile.
     """
-    place = tl.arange(0, BLOCK)
-    own = class_at(targets, first, place, length, room, blank, cols, PADDED)
-    rank = tl.zeros((BLOCK,), tl.int32)
+    length = labels[2]
+    place = tl.arange(0, KIND.block)
+    own = class_at(labels, place, blank, cols, KIND)
+    rank = tl.full((KIND.block,), 0, tl.int32)
     for i in range(0, length + 1):
-        other = class_at(targets, first, i, length, room, blank, cols, PADDED)
+        other = class_at(labels, i, blank, cols, KIND)
         rank += ((other < own) | ((other == own) & (i < place))).to(tl.int32)
     tl.store(places + rank, place, mask=place <= length)
     tl.store(places + width + rank, tl.where(own < 0, blank, own), mask=place <= length)
@@ -150,76 +170,54 @@ def sort_by_class(targets, first, length, room, places, width, blank, cols, PADD
 
 
 @triton.jit
-def fetch(inputs, highest, t, step_stride, blank, labels, k, length, left, FROM_LOGITS: tl.constexpr):
+def fetch(sample, t, left, k, length, KIND: tl.constexpr):
     """The numbers that a step needs, as they lie in memory: a conversion would wait for them."""
+    inputs, step_stride, blank, own, highest = sample
     at = inputs + t * step_stride
     active = left > 0
     top = 0.0
-    if FROM_LOGITS:
+    if KIND.from_logits:
         top = tl.load(highest + t, mask=active, other=0.0)
-    of_labels = tl.load(at + labels, mask=k < tl.where(active, length, 0), other=0.0)
+    of_labels = tl.load(at + own, mask=k < tl.where(active, length, 0), other=0.0)
     return (of_labels, tl.load(at + blank, mask=active, other=0.0), top)
 
 
 @triton.jit
-def write_loss(
-    likelihood,
-    power,
-    state,
-    out,
-    n,
-    samples,
-    steps,
-    last,
-    length,
-    FROM_LOGITS: tl.constexpr,
-    ZERO_INFINITY: tl.constexpr,
-    MEAN: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    exact = 0.0 - (power.to(tl.float64) + tl.log2(likelihood.to(tl.float64))) * LN2
-    if FROM_LOGITS:  # its probabilities were over the likeliest classes'
-        exact += sum_of(state + (2 + steps) * samples + n * steps, last, tl.float64)
-    loss = exact.to(COMPUTE)
-    tl.store(state + samples + n, loss)
-    if ZERO_INFINITY:
-        loss = tl.where(loss == float("inf"), 0.0, loss).to(COMPUTE)
-    if MEAN:
-        loss = division(loss, tl.maximum(length, 1).to(COMPUTE))
-    tl.store(out + n, loss.to(out.dtype.element_ty))
+def write_loss(likelihood, kept, out, log_totals, last, length, KIND: tl.constexpr):
+    """Write the loss of one sample, as the backward wants it and as the result has it."""
+    mantissa, power = likelihood
+    exact = 0.0 - (power.to(tl.float64) + tl.log2(mantissa.to(tl.float64))) * LN2
+    if KIND.from_logits:  # its probabilities were over the likeliest classes'
+        exact += sum_of(log_totals, last, tl.float64)
+    loss = exact.to(KIND.compute)
+    tl.store(kept, loss)
+    if KIND.zero_infinity:
+        loss = tl.where(loss == float("inf"), 0.0, loss).to(KIND.compute)
+    if KIND.mean:
+        loss = division(loss, tl.maximum(length, 1).to(KIND.compute))
+    tl.store(out, loss.to(out.dtype.element_ty))
 
 
 def name_of_walk(spec):
-    return "ctc_forward_" + ("apart" if spec.constants["APART"] else "together")
+    return "ctc_forward_" + ("apart" if spec.constants["KIND"].apart else "together")
 
 
 @triton.jit(
     repr=name_of_walk,
     debug=True,
-    do_not_specialize=["step_stride", "sample_stride", "target_stride", "steps", "width", "samples", "blank"],
-    do_not_specialize_on_alignment=[
-        "targets",
-        "input_lengths",
-        "target_lengths",
-        "out",
-        "state",
-        "places",
-        "mantissas",
-        "scratch",
-    ],
+    do_not_specialize=[*STRIDES, "target_stride", "steps", "width", "samples", "blank"],
+    do_not_specialize_on_alignment=[*LENGTHS, "targets", "out", "state", "places", "mantissas", "scratch"],
 )
 def walk_kernel(
     inputs,  # (steps, samples, cols) logits or log-probabilities, at t * step_stride + n * sample_stride
-    targets,  # (samples, more), at n * target_stride; where not PADDED (target_stride,), all labels one after another
+    targets,  # (samples, more), at n * target_stride; where not padded (target_stride,), all labels one after another
     input_lengths,  # (samples,)
     target_lengths,  # (samples,)
     out,  # (samples,) losses, as the result has them or, where it is one number, as it adds them up; written together
-    state,  # (samples,) of other things, then (samples,) losses, written together; where FROM_LOGITS then (2, samples,
-    # steps) statistics
-    places,  # (samples, 2, width) where STORE, as sort_by_class leaves them; written apart
-    mantissas,  # (samples, steps, 2, width) where STORE, blanks, then labels: states; in their place how likely each is
-    scratch,  # (2, 2, samples, 2, width): mantissas, then powers, of each direction's states before it meets the other;
-    # where STORE then (samples, steps, 2, width): the powers of the states
+    state,  # (2, samples): others, losses (written together); then where from_logits (2, samples, steps) statistics
+    places,  # (samples, 2, width) where they are stored, as sort_by_class leaves them; written apart
+    mantissas,  # (samples, steps, 2, width) where stored: of blanks, then labels; at last how likely each of these is
+    scratch,  # (2, 2, samples, 2, width): what each direction carries to the middle; where stored the powers as well
     step_stride: tl.int64,
     sample_stride: tl.int64,
     target_stride: tl.int64,
@@ -228,17 +226,10 @@ def walk_kernel(
     samples: tl.int64,
     cols,
     blank,
-    PADDED: tl.constexpr,
-    APART: tl.constexpr,
-    STORE: tl.constexpr,
-    FROM_LOGITS: tl.constexpr,
-    ZERO_INFINITY: tl.constexpr,
-    MEAN: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
+    KIND: tl.constexpr,
+    DEPTH: tl.constexpr,  # steps that are read ahead
 ):
-    """Two programs a sample, from either end of it; apart and to STORE a third, which sorts the labels."""
+    """Two programs a sample, from either end of it; apart, where states are stored, a third, which sorts the labels."""
     program = tl.program_id(0)
     reverse = program >= samples
     n = (program % samples).to(tl.int64)
@@ -249,16 +240,17 @@ def walk_kernel(
     last = tl.minimum(tl.maximum(last, 0), steps.to(tl.int32))
     length = tl.minimum(tl.maximum(length, 0), width.to(tl.int32) - 1)
     first = n * target_stride
-    if not PADDED:
+    if not KIND.padded:
         first = tl.maximum(sum_of(target_lengths, n, tl.int64), 0)
-    if APART and STORE:
+    labels = (targets, first, length, target_stride)
+    if KIND.apart and KIND.store:
         if program >= 2 * samples:
-            places += n * 2 * width
-            sort_by_class(targets, first, length, target_stride, places, width, blank, cols, PADDED, BLOCK)
+            sort_by_class(labels, places + n * 2 * width, width, blank, cols, KIND)
             return
-    k = tl.arange(0, BLOCK)
-    own = load_labels(targets, first, tl.where(reverse, length - 1 - k, k), length, target_stride, PADDED)
-    previous = load_labels(targets, first, tl.where(reverse, length - k, k - 1), length, target_stride, PADDED)
+    k = tl.arange(0, KIND.block)
+    target = (k, length, width, reverse)
+    own = load_labels(labels, tl.where(reverse, length - 1 - k, k), KIND)
+    previous = load_labels(labels, tl.where(reverse, length - k, k - 1), KIND)
     fits = (own >= 0) & (own < cols)
     tl.device_assert(fits, "a label is out of bounds: it is no class")
     skip = (own != previous) & (k > 0)
@@ -268,70 +260,56 @@ def walk_kernel(
     powers = scratch + 8 * samples * width
     here = (tl.where(reverse, samples, 0) + n) * 2 * width
     across = (tl.where(reverse, 0, samples) + n) * 2 * width
-    if APART:  # before the first step all is as if a blank had been
-        begun = tl.where(k == 0, 1.0, 0.0).to(COMPUTE)
-        nothing = tl.full((BLOCK,), NEVER, COMPUTE)
-        states = (begun, tl.where(k == 0, 0.0, NEVER).to(COMPUTE), tl.full((BLOCK,), 0.0, COMPUTE), nothing)
+    if KIND.apart:  # before the first step all is as if a blank had been
+        begun = tl.where(k == 0, 1.0, 0.0).to(KIND.compute)
+        nothing = tl.full((KIND.block,), NEVER, KIND.compute)
+        begun_power = tl.where(k == 0, 0.0, NEVER).to(KIND.compute)
+        states = (begun, begun_power, tl.full((KIND.block,), 0.0, KIND.compute), nothing)
         begin = middle - middle
         end = middle
     else:
-        states = load_states(scratch, carried_powers, here, k, length, width, reverse)
-        other = load_states(scratch, carried_powers, across, k, length, width, reverse)
-        total, total_power = likelihood_of(transition(states, k, skip), other, k, length)
+        states = load_states(scratch, carried_powers, here, target)
+        other = load_states(scratch, carried_powers, across, target)
+        likelihood = likelihood_of(transition(states, k, skip), other, k, length)
         if reverse == 0:
-            write_loss(
-                total,
-                total_power,
-                state,
-                out,
-                n,
-                samples,
-                steps,
-                last,
-                length,
-                FROM_LOGITS,
-                ZERO_INFINITY,
-                MEAN,
-                COMPUTE,
-            )
-        inverse = 1.0 / total
+            log_totals = state + (2 + steps) * samples + n * steps
+            write_loss(likelihood, state + samples + n, out + n, log_totals, last, length, KIND)
+        inverse = 1.0 / likelihood[0]
         begin = middle
         end = last
-    if APART or STORE:
-        inputs += n * sample_stride
-        highest = state + 2 * samples + n * steps
+    if KIND.apart or KIND.store:
+        sample = (inputs + n * sample_stride, step_stride, blank, own, state + 2 * samples + n * steps)
         queue = ()
         for d in tl.static_range(DEPTH):
             t = tl.where(reverse, last - 1 - begin - d, begin + d).to(tl.int64)
-            queue += fetch(inputs, highest, t, step_stride, blank, own, k, length, end - begin - d, FROM_LOGITS)
+            queue += fetch(sample, t, end - begin - d, k, length, KIND)
         for i in range(begin, end):
             t = tl.where(reverse, last - 1 - i, i).to(tl.int64)
             at = (n * steps + t) * 2 * width
-            of_labels = queue[0].to(COMPUTE)
-            of_blank = queue[1].to(COMPUTE)
-            if FROM_LOGITS:  # over the likeliest class's
+            of_labels = queue[0].to(KIND.compute)
+            of_blank = queue[1].to(KIND.compute)
+            if KIND.from_logits:  # over the likeliest class's
                 of_labels -= queue[2]
                 of_blank -= queue[2]
             blank_mantissa, blank_power = power_of(of_blank)
             label_mantissa, label_power = power_of(of_labels)
             ahead = tl.where(reverse, t - DEPTH, t + DEPTH)
-            left = end - i - DEPTH
-            queue = queue[3:] + fetch(inputs, highest, ahead, step_stride, blank, own, k, length, left, FROM_LOGITS)
+            queue = queue[3:] + fetch(sample, ahead, end - i - DEPTH, k, length, KIND)
             b, b_power, y, y_power = transition(states, k, skip)
-            if not APART:
-                other = load_states(mantissas, powers, at, k, length, width, reverse)
-                through_blank = b * other[0] * tl.exp2(b_power + other[1] - total_power) * inverse
-                through_label = y * other[2] * tl.exp2(y_power + other[3] - total_power) * inverse
-                store_states(mantissas, at, through_blank, through_label, k, length, width, reverse)
+            if not KIND.apart:
+                other = load_states(mantissas, powers, at, target)
+                through_blank = b * other[0] * tl.exp2(b_power + other[1] - likelihood[1]) * inverse
+                through_label = y * other[2] * tl.exp2(y_power + other[3] - likelihood[1]) * inverse
+                store_states(mantissas, at, through_blank, through_label, target)
             b, b_power = normal(b * blank_mantissa, b_power + blank_power)
             y, y_power = normal(y * label_mantissa, y_power + label_power)
             states = (b, b_power, y, y_power)
-            if APART and STORE:
-                store_states(mantissas, at, b, y, k, length, width, reverse)
-                store_states(powers, at, b_power, y_power, k, length, width, reverse)
-    if APART:
-        store_states(scratch, here, states[0], states[2], k, length, width, reverse)
-        store_states(carried_powers, here, states[1], states[3], k, length, width, reverse)
+            if KIND.apart and KIND.store:
+                store_states(mantissas, at, b, y, target)
+                store_states(powers, at, b_power, y_power, target)
+    if KIND.apart:
+        store_states(scratch, here, states[0], states[2], target)
+        store_states(carried_powers, here, states[1], states[3], target)
 
 
 def configuration(warps, depth):
@@ -340,25 +318,21 @@ def configuration(warps, depth):
 
 def rule(args):
     """Up to 4 states a lane in one warp, which knows no barrier."""
-    return configuration(max(1, min(args["BLOCK"] // (4 * WARP), 32)), 4)
+    return configuration(max(1, min(args["KIND"].block // (4 * WARP), 32)), 4)
 
 
 def configs(args):
     """The rule's and its neighbours: half and twice as many warps, and twice as many steps read ahead."""
-    best = rule(args)["num_warps"]
+    best, block = rule(args)["num_warps"], args["KIND"].block
     near = [(best, 4), (best, 8), (best * 2, 4), (best // 2, 4)]
-    return [
-        configuration(w, depth)
-        for w, depth in near
-        if 1 <= w <= 32 and args["BLOCK"] <= 8 * w * WARP <= max(8 * args["BLOCK"], 8 * WARP)
-    ]
+    return [configuration(w, d) for w, d in near if 1 <= w <= 32 and block <= 8 * w * WARP <= max(8 * block, 8 * WARP)]
 
 
 walk_launch = Tuned(
     walk_kernel,
     configs=configs,
     rule=rule,
-    key=lambda args: (args["BLOCK"], str(args["inputs"].dtype), args["APART"], args["STORE"], args["FROM_LOGITS"]),
-    programs=lambda samples, fixed: samples * (1 + fixed["APART"] + fixed["STORE"]),
+    key=lambda args: (str(args["inputs"].dtype), *args["KIND"][1:]),  # the dtype says in which type sums are made
+    programs=lambda samples, fixed: samples * (1 + fixed["KIND"].apart + fixed["KIND"].store),
     size="samples",
 )

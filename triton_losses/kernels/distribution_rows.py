@@ -8,6 +8,8 @@ reduced, the losses, and, where there are labels, 1 for each row that counts; th
 of q, Σ ∂f/∂log p and Σ ∂f/∂log q; at last, where there are labels and a reduction, how many rows count.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,74 +30,59 @@ VECTOR = 16  # bytes; both rows of a pair must start at the same place within on
 SAVED = 6  # numbers a row that the backward reads
 
 
+class Kind(NamedTuple):
+    """What a kernel is built for, beside its formula."""
+
+    compute: tl.dtype
+    vec: int  # columns in 16 bytes
+    edge: bool  # whether a row may start or end within such a vector
+    given: bool  # p is probabilities
+    one_read: bool  # the formula follows the rule of one read
+    weighted: bool  # each column has a weight
+    labelled: bool  # a row whose label is ignore_index does not count
+    ahead: int  # runs of ``state`` before what the backward reads; 2 where the rows that count are counted
+    mean: bool  # the upstream gradient is of the mean of the losses
+    wanted: tuple[bool, ...]  # gradients, of p and of q; none in the forward
+
+
 @triton.jit(
     repr=name_of("distribution_rows_forward"),
     do_not_specialize=["rows", "ignore_index"],
     do_not_specialize_on_alignment=["labels", "losses", "state"],
 )
 def forward_kernel(
-    p,
-    q,  # (rows, cols), row r at r * stride_p, r * stride_q
-    weight,  # (cols,) where WEIGHTED
-    labels,  # (rows,) where LABELLED
-    losses,  # (rows,); where COUNTED (2, rows): losses, and 1 for each row that counts
-    state,  # (AHEAD, rows) of other things, then (6, rows) for the backward
+    pair,  # p and q (rows, cols), row r at r * strides[0] and r * strides[1]
+    weight,  # (cols,) where weighted
+    labels,  # (rows,) where labelled
+    losses,  # (rows,); where rows are counted (2, rows): losses, and 1 for each row that counts
+    state,  # (ahead, rows) of other things, then (6, rows) for the backward
     rows: tl.int64,
     cols,
-    stride_p,
-    stride_q,
+    strides,
     ignore_index,
     factors,
     scalars,
     FORMULA: tl.constexpr,
-    GIVEN: tl.constexpr,
-    ONE_READ: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    scale, z_loss, factor = exact(factors, COMPUTE)
-    values = exact(scalars, COMPUTE)
-    zero = tl.zeros((), COMPUTE)
+    scale, z_loss, factor = exact(factors, KIND.compute)
+    values = exact(scalars, KIND.compute)
+    zero = tl.zeros((), KIND.compute)
     found = (zero, zero, zero, zero, zero, zero, zero)
     counts = zero
     kept = True
-    if LABELLED:
+    if KIND.labelled:
         kept = tl.load(labels + row).to(tl.int64) != ignore_index
     if kept:
         counts += 1.0
-        at_p = row * stride_p
-        at_q = row * stride_q
-        if ONE_READ:
-            found = in_one_read(
-                p,
-                q,
-                at_p,
-                at_q,
-                weight,
-                cols,
-                scale,
-                values,
-                FORMULA,
-                GIVEN,
-                WEIGHTED,
-                EDGE,
-                COMPUTE,
-                VEC,
-                LANES,
-                UNROLL,
-            )
+        starts = (row * strides[0], row * strides[1])
+        if KIND.one_read:
+            found = in_one_read(pair, starts, cols, weight, scale, values, FORMULA, KIND, LANES, UNROLL)
         else:
-            found = in_two_reads(
-                p, q, at_p, at_q, weight, cols, scale, values, FORMULA, WEIGHTED, EDGE, COMPUTE, VEC, LANES, UNROLL
-            )
+            found = in_two_reads(pair, starts, cols, weight, scale, values, FORMULA, KIND, LANES, UNROLL)
     highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q, loss = found
     if z_loss != 0.0:
         lse = highest_q + log_total_q
@@ -103,43 +90,34 @@ def forward_kernel(
         slope_q -= 2.0 * z_loss * lse
     row_saved = (highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q)
     tl.store(losses + row, (loss * factor).to(losses.dtype.element_ty))  # every program writes every output
-    if COUNTED:
+    if KIND.ahead == 2:
         tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
     for i in tl.static_range(6):
-        tl.store(state + (AHEAD + i) * rows + row, row_saved[i])
+        tl.store(state + (KIND.ahead + i) * rows + row, row_saved[i])
 
 
 @triton.jit
-def store_gradients(
-    pair,
-    grad_p,
-    grad_q,
-    weights,
-    mask,
-    scale,
-    rowwise,
-    upstream,
-    scalars,
-    FORMULA: tl.constexpr,
-    GIVEN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    WANT_P: tl.constexpr,
-    WANT_Q: tl.constexpr,
-    EVICT: tl.constexpr,
+def write_gradients(
+    pointers, tiles, mask, of_row, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr, EVICT: tl.constexpr
 ):
-    """Write the gradients of one pair of tiles."""
-    highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q = rowwise
-    a, b = pair
-    if not GIVEN:
-        a = (a - highest_p) - log_total_p
-    b = (b - highest_q) - log_total_q
-    _, d_p, d_q = read_formula(a, b, weights, mask, scalars, FORMULA, WEIGHTED)
-    if WANT_P:
-        g = d_p * upstream if GIVEN else (d_p - exp(a) * slope_p) * (upstream * scale)
-        tl.store(grad_p, g.to(grad_p.dtype.element_ty), mask=mask, eviction_policy=EVICT)
-    if WANT_Q:
-        g = (d_q - exp(b) * slope_q) * (upstream * scale)
-        tl.store(grad_q, g.to(grad_q.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+    """Write the gradients at each of these tiles; pointers: where the row starts that the tiles' offsets are of."""
+    p, q, grad_p, grad_q, weight = pointers
+    highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q, scale, upstream = of_row
+    pairs = ()
+    for i in tl.static_range(len(tiles)):  # all loads first, so that they travel together
+        pairs += (load_pair((p + tiles[i], q + tiles[i]), mask, scale, KIND, EVICT),)
+    for i in tl.static_range(len(tiles)):
+        a, b = pairs[i]
+        if not KIND.given:
+            a = (a - highest_p) - log_total_p
+        b = (b - highest_q) - log_total_q
+        _, d_p, d_q = read_formula(a, b, weight + tiles[i], mask, scalars, FORMULA, KIND)
+        if KIND.wanted[0]:
+            g = d_p * upstream if KIND.given else (d_p - exp(a) * slope_p) * (upstream * scale)
+            tl.store(grad_p + tiles[i], g.to(grad_p.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+        if KIND.wanted[1]:
+            g = (d_q - exp(b) * slope_q) * (upstream * scale)
+            tl.store(grad_q + tiles[i], g.to(grad_q.dtype.element_ty), mask=mask, eviction_policy=EVICT)
 
 
 @triton.jit(
@@ -148,152 +126,77 @@ def store_gradients(
     do_not_specialize_on_alignment=["labels", "state", "dout"],
 )
 def backward_kernel(
-    p,
-    q,  # (rows, cols), row r at r * stride_p, r * stride_q
-    weight,  # (cols,) where WEIGHTED
-    labels,  # (rows,) where LABELLED
-    state,  # (AHEAD, rows) of other things, then (6, rows); where COUNTED then how many rows count
+    pair,  # p and q (rows, cols), row r at r * strides[0] and r * strides[1]
+    weight,  # (cols,) where weighted
+    labels,  # (rows,) where labelled
+    state,  # (ahead, rows) of other things, then (6, rows); where rows are counted then how many count
     grad_p,
-    grad_q,  # as p and q, which they may be, where WANT_P and WANT_Q
+    grad_q,  # as p and q, which they may be, where wanted
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
     cols,
-    stride_p,
-    stride_q,
+    strides,
     dout_stride,
     ignore_index,
     factors,
     scalars,
     FORMULA: tl.constexpr,
-    GIVEN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LABELLED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    MEAN: tl.constexpr,
-    WANT_P: tl.constexpr,
-    WANT_Q: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start_p = row * stride_p
-    start_q = row * stride_q
-    head, vectors = span_of(start_q, cols, VEC, EDGE)
-    first_p = (start_p + head) // VEC * VEC
-    first_q = (start_q + head) // VEC * VEC
+    p, q = pair
+    start_p = row * strides[0]
+    start_q = row * strides[1]
+    head, vectors = span_of(start_q, cols, KIND.vec, KIND.edge)
+    first_p = (start_p + head) // KIND.vec * KIND.vec
+    first_q = (start_q + head) // KIND.vec * KIND.vec
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     kept = True
-    if LABELLED:
+    if KIND.labelled:
         kept = tl.load(labels + row).to(tl.int64) != ignore_index
     if kept:
-        scale, _, factor = exact(factors, COMPUTE)
-        values = exact(scalars, COMPUTE)
-        rowwise = ()
+        scale, _, factor = exact(factors, KIND.compute)
+        values = exact(scalars, KIND.compute)
+        of_row = ()
         for i in tl.static_range(6):
-            rowwise += (tl.load(state + (AHEAD + i) * rows + row),)
-        upstream = tl.load(dout + row * dout_stride).to(COMPUTE) * factor
-        if MEAN:
-            upstream = upstream / (tl.load(state + (AHEAD + 6) * rows) if COUNTED else tl.cast(rows, COMPUTE))
+            of_row += (tl.load(state + (KIND.ahead + i) * rows + row),)
+        upstream = tl.load(dout + row * dout_stride).to(KIND.compute) * factor
+        if KIND.mean:
+            counted = tl.load(state + (KIND.ahead + 6) * rows) if KIND.ahead == 2 else tl.cast(rows, KIND.compute)
+            upstream = upstream / counted
+        of_row += (scale, upstream)
+        first = (p + first_p, q + first_q, grad_p + first_p, grad_q + first_q, weight + head)
         unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
         for v in range(0, unmasked, LANES * UNROLL):
-            pairs = ()
-            for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
-                at = (v + u * LANES) * VEC + tile
-                pairs += (load_pair(p + first_p + at, q + first_q + at, None, scale, GIVEN, COMPUTE, "evict_first"),)
+            tiles = ()
             for u in tl.static_range(UNROLL):
-                at = (v + u * LANES) * VEC + tile
-                store_gradients(
-                    pairs[u],
-                    grad_p + first_p + at,
-                    grad_q + first_q + at,
-                    weight + head + at,
-                    None,
-                    scale,
-                    rowwise,
-                    upstream,
-                    values,
-                    FORMULA,
-                    GIVEN,
-                    WEIGHTED,
-                    WANT_P,
-                    WANT_Q,
-                    "evict_first",
-                )
+                tiles += ((v + u * LANES) * KIND.vec + tile,)
+            write_gradients(first, tiles, None, of_row, values, FORMULA, KIND, "evict_first")
         for v in range(unmasked, vectors, LANES):
-            at = v * VEC + tile
             mask = (v + lanes < vectors)[:, None]
-            pair = load_pair(p + first_p + at, q + first_q + at, mask, scale, GIVEN, COMPUTE, "evict_first")
-            store_gradients(
-                pair,
-                grad_p + first_p + at,
-                grad_q + first_q + at,
-                weight + head + at,
-                mask,
-                scale,
-                rowwise,
-                upstream,
-                values,
-                FORMULA,
-                GIVEN,
-                WEIGHTED,
-                WANT_P,
-                WANT_Q,
-                "evict_first",
-            )
-        if EDGE:
-            edge, exists = edge_tile(head, vectors, cols, LANES, VEC)
-            pair = load_pair(p + start_p + edge, q + start_q + edge, exists, scale, GIVEN, COMPUTE, "")
-            store_gradients(
-                pair,
-                grad_p + start_p + edge,
-                grad_q + start_q + edge,
-                weight + edge,
-                exists,
-                scale,
-                rowwise,
-                upstream,
-                values,
-                FORMULA,
-                GIVEN,
-                WEIGHTED,
-                WANT_P,
-                WANT_Q,
-                "",
-            )
+            write_gradients(first, (v * KIND.vec + tile,), mask, of_row, values, FORMULA, KIND, "evict_first")
+        if KIND.edge:
+            edge, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)
+            start = (p + start_p, q + start_q, grad_p + start_p, grad_q + start_q, weight)
+            write_gradients(start, (edge,), exists, of_row, values, FORMULA, KIND, "")
     else:
-        if WANT_P:
-            write_zeros(grad_p, start_p, cols, EDGE, VEC, LANES)
-        if WANT_Q:
-            write_zeros(grad_q, start_q, cols, EDGE, VEC, LANES)
+        if KIND.wanted[0]:
+            write_zeros(grad_p, start_p, cols, KIND.edge, KIND.vec, LANES)
+        if KIND.wanted[1]:
+            write_zeros(grad_q, start_q, cols, KIND.edge, KIND.vec, LANES)
 
 
 def key(args):
-    rows = args["p"], args["q"]
-    aligned = all(x.data_ptr() % 16 == 0 for x in rows)
-    same = tuple(args[name] for name in ("GIVEN", "WEIGHTED", "LABELLED", "EDGE"))
-    return (
-        args["FORMULA"].__name__,
-        triton.next_power_of_2(args["cols"]),
-        *(str(x.dtype) for x in rows),
-        *same,
-        aligned,
-        args.get("WANT_P"),
-        args.get("WANT_Q"),
-    )
+    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # which make no difference, or follow from others
+    dtypes, aligned = [str(x.dtype) for x in args["pair"]], all(x.data_ptr() % 16 == 0 for x in args["pair"])
+    return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), *dtypes, aligned, *kind
 
 
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
-
-
-def sample(args):
-    most = SAMPLE_BYTES // sum(max(args[f"stride_{name}"] * args[name].element_size(), 1) for name in ("p", "q"))
-    rows = min(args["rows"], max(most, 1))
-    return {**args, "rows": rows} | {name: args[name][:rows] for name in ("grad_p", "grad_q") if name in args}
+def bytes_of_row(args):
+    return sum(stride * x.element_size() for stride, x in zip(args["strides"], args["pair"]))
 
 
 def pair_configs(args):
@@ -301,7 +204,7 @@ def pair_configs(args):
     return [config for config in configs(args) if config["num_warps"] * config["UNROLL"] < 64]
 
 
-tuning = {"configs": pair_configs, "rule": rule, "key": key, "size": "rows", "sample": sample, "fuse": False}
+tuning = {"configs": pair_configs, "rule": rule, "key": key, "size": "rows", "bytes_each": bytes_of_row, "fuse": False}
 tuning["programs"] = lambda rows, fixed: rows
 forward_launch = Tuned(forward_kernel, **tuning)
 backward_launch = Tuned(backward_kernel, written=("grad_p", "grad_q"), **tuning)  # where they are p and q
@@ -336,56 +239,51 @@ def plan(tensors, problem, wanted):
         return False
     rows, cols = q.shape
     wide, vec = widest((p, q)), VECTOR // min(p.element_size(), q.element_size())
-    strides = [x.stride(0) if rows > 1 else cols for x in (p, q)]
+    strides = tuple(x.stride(0) if rows > 1 else cols for x in (p, q))
     none, state = problem.reduction == "none", state_of(q, problem, labels, wide)
+    kind = Kind(
+        compute=triton_type(wide),
+        vec=vec,
+        edge=any(size % vec for size in (cols, *strides)),
+        given=problem.given,
+        one_read=problem.one_read,
+        weighted=weight is not None,
+        labelled=labels is not None,
+        ahead=ahead_of(problem, labels),
+        mean=any(wanted) and problem.reduction == "mean",
+        wanted=wanted,
+    )
     arguments = {
-        "p": p,
-        "q": q,
+        "pair": (p, q),
         "weight": q if weight is None else weight,
         "labels": q if labels is None else labels,
         "state": state,
         "rows": rows,
         "cols": cols,
-        "stride_p": strides[0],
-        "stride_q": strides[1],
+        "strides": strides,
         "ignore_index": problem.ignore_index,
         "factors": as_scalars((problem.scale, problem.z_loss, problem.factor), wide),
         "scalars": as_scalars(problem.scalars, wide),
         "FORMULA": FORMULAS[problem.formula].kernel,
-        "GIVEN": problem.given,
-        "WEIGHTED": weight is not None,
-        "LABELLED": labels is not None,
-        "COUNTED": labels is not None and not none,
-        "AHEAD": ahead_of(problem, labels),
-        "EDGE": any(size % vec for size in (cols, *strides)),
-        "COMPUTE": triton_type(wide),
-        "VEC": vec,
+        "KIND": kind,
     }
     if not wanted:
         losses = q.new_empty(rows, dtype=problem.dtype) if none else state
-        return forward_launch.bind(losses=losses, ONE_READ=problem.one_read, **arguments)
+        return forward_launch.bind(losses=losses, **arguments)
     grads = [room_for_gradient(x) if want else x for x, want in zip((p, q), wanted)]
-    return backward_launch.bind(
-        grad_p=grads[0],
-        grad_q=grads[1],
-        dout=dout,
-        dout_stride=dout.stride(0) if none and rows > 1 else 0,
-        MEAN=problem.reduction == "mean",
-        WANT_P=wanted[0],
-        WANT_Q=wanted[1],
-        **arguments,
-    )
+    dout_stride = dout.stride(0) if none and rows > 1 else 0
+    return backward_launch.bind(grad_p=grads[0], grad_q=grads[1], dout=dout, dout_stride=dout_stride, **arguments)
 
 
 def prepared(tensors, problem, wanted=(), dout=None):
-    """The launch, and p, q, weight and labels as its kernel wants them."""
+    """The launch, and (p, q), weight and labels as its kernel wants them."""
     p, q, weight, labels = tensors
     launch = plan((*tensors, dout), problem, wanted)
     if not launch:
         p, q = readable_pair(p, q)
         weight, labels = (t if t is None else t.contiguous() for t in (weight, labels))
         launch = plan((p, q, weight, labels, dout), problem, wanted)
-    return launch, p, q, q if weight is None else weight, q if labels is None else labels
+    return launch, (p, q), q if weight is None else weight, q if labels is None else labels
 
 
 def room_for_gradient(x):
@@ -398,8 +296,8 @@ def forward(tensors, problem):
     out, state = q.new_empty(rows if none else (), dtype=problem.dtype), state_of(q, problem, labels, wide)
     if shapes_only():
         return [out], [state]
-    launch, p, q, weight, marks = prepared(tensors, problem)
-    launch(p, q, weight, marks, out if none else state, state, rows)
+    launch, pair, weight, marks = prepared(tensors, problem)
+    launch(pair, weight, marks, out if none else state, state, rows)
     if not none:
         mean, weights_at = problem.reduction == "mean", 0 if labels is None else 2 + SAVED
         finish(state, out, rows, weights_at, mean, rows)
@@ -410,10 +308,10 @@ def backward(tensors, saved, upstream, problem, wanted):
     (state,), (dout,), wanted = saved, upstream, tuple(wanted[:2])
     if shapes_only():
         return [x.new_empty(x.shape) for x, want in zip(tensors, wanted) if want]
-    launch, p, q, weight, marks = prepared(tensors, problem, wanted, dout)
-    grad_p, grad_q = (room_for_gradient(x) if want else x for x, want in zip((p, q), wanted))
-    launch(p, q, weight, marks, state, grad_p, grad_q, dout, q.shape[0])
-    return [grad for grad, want in zip((grad_p, grad_q), wanted) if want]
+    launch, pair, weight, marks = prepared(tensors, problem, wanted, dout)
+    grads = [room_for_gradient(x) if want else x for x, want in zip(pair, wanted)]
+    launch(pair, weight, marks, state, *grads, dout, pair[1].shape[0])
+    return [grad for grad, want in zip(grads, wanted) if want]
 
 
 def walk(tensors, problem, task):
@@ -421,7 +319,7 @@ def walk(tensors, problem, task):
     (losses,), (state,) = forward(tensors, problem)
     wanted = tuple(grad is not None for grad in task.grads)
     if any(wanted):
-        launch, p, q, weight, marks = prepared(tensors, problem, wanted, task.upstream)
-        grad_p, grad_q = (x if grad is None else grad for x, grad in zip((p, q), task.grads))
-        launch(p, q, weight, marks, state, grad_p, grad_q, task.upstream, q.shape[0])
+        launch, pair, weight, marks = prepared(tensors, problem, wanted, task.upstream)
+        grads = [x if grad is None else grad for x, grad in zip(pair, task.grads)]
+        launch(pair, weight, marks, state, *grads, task.upstream, pair[1].shape[0])
     return losses

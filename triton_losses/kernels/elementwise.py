@@ -1,5 +1,7 @@
 """Elementwise losses by kernels."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,16 @@ from triton_losses.kernels.finish import finish
 SPAN = 8192  # elements whose losses one program sums: fixed, so that tuning never moves the partial sums
 
 
+class Kind(NamedTuple):
+    """What the kernels are built for, beside the formula."""
+
+    compute: tl.dtype
+    weighted: bool  # the last operand is a weight
+    reduced: bool = False  # the forward adds up the losses
+    wanted: tuple = ()  # of which operands a gradient is wanted
+    same: bool = False  # one upstream gradient for all elements
+
+
 def triton_type(dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -29,12 +41,12 @@ def load_all(operands, offsets, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def losses_at(operands, offsets, mask, scalars, FORMULA: tl.constexpr, COMPUTE: tl.constexpr, WEIGHTED: tl.constexpr):
-    values = load_all(operands, offsets, mask, COMPUTE)
-    if WEIGHTED:
-        return FORMULA(*values[:-1], *exact(scalars, COMPUTE))[0] * values[-1]
+def losses_at(operands, offsets, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    values = load_all(operands, offsets, mask, KIND.compute)
+    if KIND.weighted:
+        return FORMULA(*values[:-1], *exact(scalars, KIND.compute))[0] * values[-1]
     else:
-        return FORMULA(*values, *exact(scalars, COMPUTE))[0]
+        return FORMULA(*values, *exact(scalars, KIND.compute))[0]
 
 
 def name_of(kernel):
@@ -43,27 +55,25 @@ def name_of(kernel):
 
 @triton.jit(repr=name_of("elementwise_forward"), do_not_specialize=["divisor", "n"])
 def forward_kernel(
-    operands,  # pointers to (n,); the last is the weight where WEIGHTED
-    out,  # (n,) losses; where REDUCE (cdiv(n, SPAN),) partial sums, divided
+    operands,  # pointers to (n,); the last is the weight where weighted
+    out,  # (n,) losses; where reduced (cdiv(n, SPAN),) partial sums, divided
     divisor: tl.int64,
     n: tl.int64,
     scalars,
     FORMULA: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    REDUCE: tl.constexpr,
+    KIND: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     start = program * SPAN
     lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), COMPUTE)
+    total = tl.zeros((BLOCK,), KIND.compute)
     if start + SPAN <= n:  # no mask, so that loads are 16 bytes wide whatever n
         for step in range(0, SPAN, BLOCK):
             offsets = start + step + lanes
-            loss = losses_at(operands, offsets, None, scalars, FORMULA, COMPUTE, WEIGHTED)
-            if REDUCE:
+            loss = losses_at(operands, offsets, None, scalars, FORMULA, KIND)
+            if KIND.reduced:
                 total += loss
             else:
                 tl.store(out + offsets, loss.to(out.dtype.element_ty))
@@ -71,88 +81,67 @@ def forward_kernel(
         for step in range(0, (n - start).to(tl.int32), BLOCK):
             offsets = start + step + lanes
             mask = offsets < n
-            loss = losses_at(operands, offsets, mask, scalars, FORMULA, COMPUTE, WEIGHTED)
-            if REDUCE:
-                total += tl.where(mask, loss, 0.0).to(COMPUTE)
+            loss = losses_at(operands, offsets, mask, scalars, FORMULA, KIND)
+            if KIND.reduced:
+                total += tl.where(mask, loss, 0.0).to(KIND.compute)
             else:
                 tl.store(out + offsets, loss.to(out.dtype.element_ty), mask=mask)
-    if REDUCE:
-        tl.store(out + program, (tl.sum(total, 0) / tl.cast(divisor, COMPUTE)).to(out.dtype.element_ty))
+    if KIND.reduced:
+        tl.store(out + program, (tl.sum(total, 0) / tl.cast(divisor, KIND.compute)).to(out.dtype.element_ty))
 
 
 @triton.jit
-def gradients_at(
-    operands,
-    grads,
-    dout,
-    offsets,
-    mask,
-    divisor,
-    scalars,
-    FORMULA: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    WANTED: tl.constexpr,
-    SAME: tl.constexpr,
-):
-    upstream = (
-        tl.load(dout).to(COMPUTE) / tl.cast(divisor, COMPUTE)
-        if SAME
-        else tl.load(dout + offsets, mask=mask).to(COMPUTE)
-    )
-    values = load_all(operands, offsets, mask, COMPUTE)
-    count: tl.constexpr = len(operands)
-    if WEIGHTED:
-        results = FORMULA(*values[:-1], *exact(scalars, COMPUTE))
-        if WANTED[count - 1]:
-            tl.store(
-                grads[count - 1] + offsets, (results[0] * upstream).to(grads[count - 1].dtype.element_ty), mask=mask
-            )
-        upstream = upstream * values[-1]
+def gradients_at(operands, grads, upstream, offsets, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    """upstream: its pointer, and what one for all elements is divided by."""
+    dout, divisor = upstream
+    if KIND.same:
+        factor = tl.load(dout).to(KIND.compute) / tl.cast(divisor, KIND.compute)
     else:
-        results = FORMULA(*values, *exact(scalars, COMPUTE))
-    for i in tl.static_range(count - WEIGHTED):
-        if WANTED[i]:
-            tl.store(grads[i] + offsets, (results[i + 1] * upstream).to(grads[i].dtype.element_ty), mask=mask)
+        factor = tl.load(dout + offsets, mask=mask).to(KIND.compute)
+    values = load_all(operands, offsets, mask, KIND.compute)
+    count: tl.constexpr = len(operands)
+    if KIND.weighted:
+        results = FORMULA(*values[:-1], *exact(scalars, KIND.compute))
+        if KIND.wanted[count - 1]:
+            grad = grads[count - 1]
+            tl.store(grad + offsets, (results[0] * factor).to(grad.dtype.element_ty), mask=mask)
+        factor = factor * values[-1]
+    else:
+        results = FORMULA(*values, *exact(scalars, KIND.compute))
+    for i in tl.static_range(count - KIND.weighted):
+        if KIND.wanted[i]:
+            tl.store(grads[i] + offsets, (results[i + 1] * factor).to(grads[i].dtype.element_ty), mask=mask)
 
 
 @triton.jit(repr=name_of("elementwise_backward"), do_not_specialize=["divisor", "n"])
 def backward_kernel(
-    operands,  # pointers to (n,); the last is the weight where WEIGHTED
-    grads,  # pointers to (n,), one per operand; written where WANTED
-    dout,  # () where SAME, else (n,)
+    operands,  # pointers to (n,); the last is the weight where weighted
+    grads,  # pointers to (n,), one per operand; written where wanted
+    dout,  # () where same, else (n,)
     divisor: tl.int64,
     n: tl.int64,
     scalars,
     FORMULA: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    WANTED: tl.constexpr,
-    SAME: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
-        gradients_at(operands, grads, dout, offsets, None, divisor, scalars, FORMULA, COMPUTE, WEIGHTED, WANTED, SAME)
+        gradients_at(operands, grads, (dout, divisor), offsets, None, scalars, FORMULA, KIND)
     else:
-        gradients_at(
-            operands, grads, dout, offsets, offsets < n, divisor, scalars, FORMULA, COMPUTE, WEIGHTED, WANTED, SAME
-        )
-
-
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+        gradients_at(operands, grads, (dout, divisor), offsets, offsets < n, scalars, FORMULA, KIND)
 
 
 def key(args):
     dtypes = tuple(str(v.dtype) for v in args["operands"])
     aligned = all(v.data_ptr() % 16 == 0 for v in args["operands"])
-    return (args["FORMULA"].__name__, *dtypes, args["WEIGHTED"], aligned, args.get("REDUCE", args.get("WANTED")))
+    kind = args["KIND"]
+    return args["FORMULA"].__name__, *dtypes, kind.weighted, aligned, kind.wanted or kind.reduced
 
 
-def sample(args):
-    width = sum(v.element_size() for v in args["operands"])
-    return {**args, "n": min(args["n"], SAMPLE_BYTES // width)}
+def bytes_of_element(args):
+    return sum(v.element_size() for v in args["operands"])
 
 
 def config(block, threads, **more):  # in threads, for 8 elements a thread are 16 bytes whatever the warp
@@ -160,10 +149,10 @@ def config(block, threads, **more):  # in threads, for 8 elements a thread are 1
 
 
 def forward_rule(args):
-    if args["COMPUTE"] == tl.float64:
+    if args["KIND"].compute == tl.float64:
         return config(1024, 256, SPAN=SPAN)
     # else some weighted losses spill
-    return config(2048, 128, SPAN=SPAN) if args["WEIGHTED"] else config(2048, 256, SPAN=SPAN)
+    return config(2048, 128, SPAN=SPAN) if args["KIND"].weighted else config(2048, 256, SPAN=SPAN)
 
 
 forward_launch = Tuned(
@@ -173,7 +162,7 @@ forward_launch = Tuned(
     key=key,
     size="n",
     programs=lambda n, fixed: -(-n // SPAN),
-    sample=sample,
+    bytes_each=bytes_of_element,
 )
 backward_launch = Tuned(
     backward_kernel,
@@ -182,7 +171,7 @@ backward_launch = Tuned(
     key=key,
     size="n",
     programs=lambda n, fixed: -(-n // fixed["BLOCK"]),
-    sample=sample,
+    bytes_each=bytes_of_element,
 )
 
 
@@ -199,23 +188,22 @@ def flattened(tensors):
     return [t.permute(order).contiguous() for t in tensors], back
 
 
-def fixed_arguments(operands, problem):
+def fixed_arguments(operands, problem, **kind):
     wide = widest(operands)
     return {
+        "operands": tuple(operands),
+        "divisor": 1,
+        "n": operands[0].numel(),
         "scalars": as_scalars(problem.scalars, wide),
         "FORMULA": FORMULAS[problem.formula].kernel,
-        "COMPUTE": triton_type(wide),
-        "WEIGHTED": problem.weighted,
+        "KIND": Kind(triton_type(wide), problem.weighted, **kind),
     }
 
 
 @planned(kind=flat_kind_of)
-def forward_plan(tensors, problem, reduce):
+def forward_plan(tensors, problem, reduced):
     *operands, out = tensors
-    arguments = fixed_arguments(operands, problem)
-    return forward_launch.bind(
-        operands=tuple(operands), out=out, divisor=1, n=operands[0].numel(), REDUCE=reduce, **arguments
-    )
+    return forward_launch.bind(out=out, **fixed_arguments(operands, problem, reduced=reduced))
 
 
 def forward(tensors, problem):
@@ -245,16 +233,8 @@ def forward(tensors, problem):
 def backward_plan(tensors, problem, wanted, same):
     *operands, dout = tensors
     grads = tuple(torch.empty_like(v) if want else v for v, want in zip(operands, wanted))
-    return backward_launch.bind(
-        operands=tuple(operands),
-        grads=grads,
-        dout=dout,
-        divisor=1,
-        n=operands[0].numel(),
-        WANTED=wanted,
-        SAME=same,
-        **fixed_arguments(operands, problem),
-    )
+    arguments = fixed_arguments(operands, problem, wanted=wanted, same=same)
+    return backward_launch.bind(grads=grads, dout=dout, **arguments)
 
 
 def backward(tensors, saved, upstream, problem, wanted):

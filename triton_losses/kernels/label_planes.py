@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from triton_losses.core.compiler import INTERPRET, WARP, compute_dtype
-from triton_losses.core.device_math import as_scalars, exact, exp
+from triton_losses.core.device_math import as_scalars, exact
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
@@ -22,10 +22,19 @@ from triton_losses.core.rows import counted, slots_of
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
-from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, factors_of, read_formula, transform
+from triton_losses.kernels.label_tiles import (
+    Kind,
+    block_of,
+    formula_of,
+    labels_of,
+    load_tiles,
+    picked_of,
+    statistics_of,
+    write_tiles,
+)
+from triton_losses.kernels.rows import factors_of
 
-# bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the partial sums
-SPAN = 2048
+SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the sums
 FEW = 32  # classes whose logits a program still finds in the cache when it reads them again: 16 bytes of each a thread
 HELD = {2: 12, 4: 32, 8: 24}  # classes that a thread holds without spilling, by the bytes of a logit
 
@@ -41,152 +50,13 @@ def held(logits):
     return classes if classes <= HELD[logits.element_size()] else 0
 
 
-@triton.jit
-def load_tiles(
-    at,
-    class_stride,
-    mask,
-    shape,
-    COUNT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    EVICT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """COUNT classes of a block of pixels: all loads first, so that they travel together."""
-    tiles = ()
-    for i in tl.static_range(COUNT):
-        x = tl.load(at + i * class_stride, mask=mask, other=0.0, eviction_policy=EVICT).to(COMPUTE)
-        tiles += (transform(x, shape, CAPPED, SCALED),)
-    return tiles
-
-
-@triton.jit
-def take_classes(
-    tiles, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P: tl.constexpr, WEIGHTED: tl.constexpr
-):
-    """Fold classes from c on into the pixels' running maximum, Σ exp(x - maximum) and Σ w_j (x_j - pivot)."""
-    higher = highest
-    for i in tl.static_range(len(tiles)):
-        higher = tl.maximum(higher, tiles[i])
-    total *= exp(highest - higher)
-    for i in tl.static_range(len(tiles)):
-        total += exp(tiles[i] - higher)
-        if MEAN_LOG_P:
-            d = tiles[i] - pivot
-            spread += d * tl.load(class_weights + c + i).to(d.dtype) if WEIGHTED else d
-    return higher, total, spread
-
-
-@triton.jit
-def where(program, blocks, pixels, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's block of pixels: the image, the lanes, which of them exist, and their places in (images, pixels)."""
-    image = program // blocks
-    first = (program - image * blocks) * BLOCK
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < tl.minimum(pixels - first, BLOCK).to(tl.int32) // VEC * VEC
-    return image, lanes, mask, (image * (pixels // VEC * VEC) + first) + lanes
-
-
-@triton.jit
-def labels_of(at, mask, classes, ignore_index):
-    """Whether each pixel's label counts, and the label's class, or one that can be read all the same."""
-    label = tl.load(at, mask=mask, other=0).to(tl.int64)
-    kept = mask & (label != ignore_index)
-    fits = (label >= 0) & (label < classes)
-    tl.device_assert(fits | ~kept, "a target is out of bounds: it is no class and not ignore_index")
-    return kept, tl.where(fits, label, 0).to(tl.int32)
-
-
-@triton.jit
-def statistics_of(
-    at,
-    tiles,
-    classes,
-    class_stride,
-    mask,
-    pivot,
-    class_weights,
-    mean_weight,
-    shape,
-    MEAN_LOG_P: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    HELD: tl.constexpr,
-    UNROLL: tl.constexpr,
-    EVICT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Of each pixel: max x, log Σ exp(x - max), mean_log_p; from the tiles where they are HELD, else from one read."""
-    highest = tl.full(pivot.shape, LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
-    total = tl.zeros(pivot.shape, COMPUTE)
-    spread = tl.zeros(pivot.shape, COMPUTE)
-    if HELD:
-        highest, total, spread = take_classes(
-            tiles, 0, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED
-        )
-    else:
-        together = classes // UNROLL * UNROLL
-        for c in range(0, together, UNROLL):
-            loaded = load_tiles(
-                at + c * class_stride, class_stride, mask, shape, UNROLL, CAPPED, SCALED, EVICT, COMPUTE
-            )
-            highest, total, spread = take_classes(
-                loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED
-            )
-        for c in range(together, classes):
-            loaded = load_tiles(at + c * class_stride, class_stride, mask, shape, 1, CAPPED, SCALED, EVICT, COMPUTE)
-            highest, total, spread = take_classes(
-                loaded, c, highest, total, spread, pivot, class_weights, MEAN_LOG_P, WEIGHTED
-            )
-    log_total = tl.log(total)
-    if MEAN_LOG_P:
-        rest = pivot - highest - log_total
-        if WEIGHTED:
-            rest *= tl.load(mean_weight).to(COMPUTE)
-        spread = spread / classes + rest
-    return highest, log_total, spread
-
-
-@triton.jit
-def formula_of(
-    picked,
-    highest,
-    log_total,
-    mean_log_p,
-    place,
-    kept,
-    class_weights,
-    scalars,
-    FORMULA: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Each pixel's loss, its partials, and the weight of its class."""
-    weight = tl.where(kept, 1.0, 0.0).to(COMPUTE)
-    if WEIGHTED:
-        weight = tl.load(class_weights + place, mask=kept, other=0.0).to(COMPUTE)
-    # no formula here takes the entropy
-    statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total, highest)
-    loss, partials = read_formula(FORMULA, SLOTS, statistics, weight, (), exact(scalars, COMPUTE))
-    return loss, partials, weight
-
-
-def direction(which):
-    return name_of(f"label_planes_{which}")
-
-
-@triton.jit(repr=direction("forward"), debug=True, do_not_specialize=["ignore_index", "images"])
+@triton.jit(repr=name_of("label_planes_forward"), debug=True, do_not_specialize=["ignore_index", "images"])
 def forward_kernel(
     logits,  # (images, classes, pixels); a pixel's neighbours lie beside it
     labels,  # (images, pixels)
-    class_weights,  # (classes,) where WEIGHTED
-    mean_weight,  # () where WEIGHTED
-    # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written where SAVED
-    saved,
-    out,  # (images, pixels) losses; where REDUCE (2, images, spans): sums of losses and of weights
+    weights,  # of classes, (classes,), where weighted; their mean, (), where the formula takes mean_log_p too
+    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written if saved
+    out,  # (images, pixels) losses; where reduced (2, images, spans): sums of losses and of weights
     images: tl.int64,
     classes,
     pixels,
@@ -194,117 +64,52 @@ def forward_kernel(
     class_stride,
     ignore_index,
     scalars,
-    shape,
+    scaling,  # softcap, scale
     FORMULA: tl.constexpr,
-    SLOTS: tl.constexpr,
-    REDUCE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    HELD: tl.constexpr,
-    SAVED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
-    program = tl.program_id(0).to(tl.int64)
-    spans = tl.cdiv(pixels, BLOCK)
-    image, lanes, mask, places = where(program, spans, pixels, VEC, BLOCK)
-    stride = tl.cast(class_stride, tl.int64) // VEC * VEC  # says that planes are aligned
-    at = logits + (image * (image_stride // VEC * VEC) + (program - image * spans) * BLOCK) + lanes
-    shape = exact(shape, COMPUTE)
-    kept, place = labels_of(labels + places, mask, classes, ignore_index)
-    picked = tl.load(at + place.to(tl.int64) * stride, mask=mask & (place < classes), other=0.0).to(COMPUTE)
-    picked = transform(picked, shape, CAPPED, SCALED)
-    highest = tl.zeros((BLOCK,), COMPUTE)
-    log_total = highest
-    mean_log_p = highest
+    SOFTMAX: tl.constexpr = KIND.slots[1] or KIND.slots[2] or KIND.slots[3]
+    COUNT: tl.constexpr = KIND.held
+    image, first, lanes, mask, places = block_of(pixels, BLOCK, KIND)
+    stride = tl.cast(class_stride, tl.int64) // KIND.vec * KIND.vec  # says that planes are aligned
+    planes = (logits + (image * (image_stride // KIND.vec * KIND.vec) + first) + lanes, stride, mask)
+    scaling = exact(scaling, KIND.compute)
+    kept, label = labels_of(labels + places, mask, classes, ignore_index)
+    picked = picked_of(planes, label, classes, scaling, KIND)
+    zeros = tl.zeros((BLOCK,), KIND.compute)
+    statistics = (zeros, zeros, zeros)
     if SOFTMAX:
-        tiles = load_tiles(at, stride, mask, shape, HELD, CAPPED, SCALED, "evict_first", COMPUTE)
-        pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
-        highest, log_total, mean_log_p = statistics_of(
-            at,
-            tiles,
-            classes,
-            stride,
-            mask,
-            pivot,
-            class_weights,
-            mean_weight,
-            shape,
-            SLOTS[2] > 0,
-            WEIGHTED,
-            CAPPED,
-            SCALED,
-            HELD,
-            UNROLL,
-            "evict_first",
-            COMPUTE,
-        )
-        if SAVED:
-            count = images * (pixels // VEC * VEC)
-            tl.store(saved + places, highest, mask=mask)
-            tl.store(saved + count + places, log_total, mask=mask)
-            if SLOTS[2]:
-                tl.store(saved + 2 * count + places, mean_log_p, mask=mask)
-    loss, _, weight = formula_of(
-        picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars, FORMULA, SLOTS, WEIGHTED, COMPUTE
-    )
-    loss = tl.where(kept, loss, 0.0).to(COMPUTE)
-    if REDUCE:
+        tiles = load_tiles(planes, 0, scaling, COUNT, "evict_first", KIND)
+        statistics = statistics_of(planes, tiles, picked, classes, weights, scaling, UNROLL, "evict_first", KIND)
+        if KIND.saved:
+            count = images * (pixels // KIND.vec * KIND.vec)
+            tl.store(saved + places, statistics[0], mask=mask)
+            tl.store(saved + count + places, statistics[1], mask=mask)
+            if KIND.slots[2]:
+                tl.store(saved + 2 * count + places, statistics[2], mask=mask)
+    loss, _, weight = formula_of(picked, statistics, label, kept, weights[0], scalars, FORMULA, KIND)
+    loss = tl.where(kept, loss, 0.0).to(KIND.compute)
+    if KIND.reduced:
+        program = tl.program_id(0).to(tl.int64)
         tl.store(out + program, tl.sum(loss, 0))
-        tl.store(out + images * spans + program, tl.sum(weight, 0))
+        tl.store(out + images * tl.cdiv(pixels, BLOCK) + program, tl.sum(weight, 0))
     else:
         tl.store(out + places, loss.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def gradient_of(x, c, pixels, class_weights, shape, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr):
-    """∂L/∂x of class c; x is transformed already."""
-    highest, log_total, factors, place, kept = pixels
-    softmax_factor, label_factor, uniform_factor, _ = factors
-    g = tl.where(place == c, label_factor, 0.0).to(highest.dtype)
-    if SLOTS[1] or SLOTS[2] or SLOTS[3]:
-        g += exp((x - highest) - log_total) * softmax_factor
-    if SLOTS[2]:
-        g += uniform_factor * tl.load(class_weights + c).to(g.dtype) if WEIGHTED else uniform_factor
-    if CAPPED:
-        slope = x / (shape[0] * shape[1])  # tanh(logit / softcap)
-        g *= 1.0 - slope * slope
-    return tl.where(kept, g, 0.0)  # whatever stood there, nan too
-
-
-@triton.jit
-def write_tiles(
-    at,
-    class_stride,
-    tiles,
-    c,
-    mask,
-    pixels,
-    class_weights,
-    shape,
-    SLOTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    for i in tl.static_range(len(tiles)):
-        g = gradient_of(tiles[i], c + i, pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
-        tl.store(at + i * class_stride, g.to(at.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-
-
-@triton.jit(repr=direction("backward"), debug=True, do_not_specialize=["ignore_index", "images", "at_denominator"])
+@triton.jit(
+    repr=name_of("label_planes_backward"), debug=True, do_not_specialize=["ignore_index", "images", "at_denominator"]
+)
 def backward_kernel(
     logits,  # (images, classes, pixels); a pixel's neighbours lie beside it
     labels,  # (images, pixels)
-    class_weights,  # (classes,) where WEIGHTED
-    mean_weight,  # () where WEIGHTED
-    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; read where SAVED
+    weights,  # as in the forward
+    saved,  # as in the forward; read where saved
     grad,  # (images, classes, pixels), contiguous
-    upstream,  # () where SAME, else (images, pixels)
-    denominator,  # where MEAN (at + 1,), of which the last is read
+    upstream,  # () where same, else (images, pixels)
+    denominator,  # where mean (at + 1,), of which the last is read
     at_denominator: tl.int64,
     images: tl.int64,
     classes,
@@ -313,110 +118,61 @@ def backward_kernel(
     class_stride,
     ignore_index,
     scalars,
-    shape,
+    scaling,  # softcap, scale
     FORMULA: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SAME: tl.constexpr,
-    MEAN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    HELD: tl.constexpr,
-    SAVED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3]
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(pixels, BLOCK)
-    image, lanes, mask, places = where(program, blocks, pixels, VEC, BLOCK)
-    first = (program - image * blocks) * BLOCK
-    stride = tl.cast(class_stride, tl.int64) // VEC * VEC  # says that planes are aligned
-    plane = tl.cast(pixels, tl.int64) // VEC * VEC
-    at = logits + (image * (image_stride // VEC * VEC) + first) + lanes
-    out = grad + (image * classes * plane + first) + lanes
-    shape = exact(shape, COMPUTE)
-    kept, place = labels_of(labels + places, mask, classes, ignore_index)
-    picked = tl.load(at + place.to(tl.int64) * stride, mask=mask & (place < classes), other=0.0).to(COMPUTE)
-    picked = transform(picked, shape, CAPPED, SCALED)
-    highest = tl.zeros((BLOCK,), COMPUTE)
-    log_total = highest
-    mean_log_p = highest
-    tiles = load_tiles(at, stride, mask, shape, HELD, CAPPED, SCALED, "evict_first", COMPUTE)
-    if SOFTMAX and not SAVED:
-        pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
-        highest, log_total, mean_log_p = statistics_of(
-            at,
-            tiles,
-            classes,
-            stride,
-            mask,
-            pivot,
-            class_weights,
-            mean_weight,
-            shape,
-            SLOTS[2] > 0,
-            WEIGHTED,
-            CAPPED,
-            SCALED,
-            HELD,
-            UNROLL,
-            "evict_last",
-            COMPUTE,
-        )
+    SOFTMAX: tl.constexpr = KIND.slots[1] or KIND.slots[2] or KIND.slots[3]
+    COUNT: tl.constexpr = KIND.held
+    image, first, lanes, mask, places = block_of(pixels, BLOCK, KIND)
+    stride = tl.cast(class_stride, tl.int64) // KIND.vec * KIND.vec  # says that planes are aligned
+    plane = tl.cast(pixels, tl.int64) // KIND.vec * KIND.vec
+    planes = (logits + (image * (image_stride // KIND.vec * KIND.vec) + first) + lanes, stride, mask)
+    out = (grad + (image * classes * plane + first) + lanes, plane, mask)
+    scaling = exact(scaling, KIND.compute)
+    kept, label = labels_of(labels + places, mask, classes, ignore_index)
+    picked = picked_of(planes, label, classes, scaling, KIND)
+    zeros = tl.zeros((BLOCK,), KIND.compute)
+    statistics = (zeros, zeros, zeros)
+    tiles = load_tiles(planes, 0, scaling, COUNT, "evict_first", KIND)
+    if SOFTMAX and not KIND.saved:
+        statistics = statistics_of(planes, tiles, picked, classes, weights, scaling, UNROLL, "evict_last", KIND)
     elif SOFTMAX:
         count = images * plane
         highest = tl.load(saved + places, mask=mask, other=0.0)
         log_total = tl.load(saved + count + places, mask=mask, other=0.0)
-        if SLOTS[2]:
-            mean_log_p = tl.load(saved + 2 * count + places, mask=mask, other=0.0)
-    _, partials, _ = formula_of(
-        picked, highest, log_total, mean_log_p, place, kept, class_weights, scalars, FORMULA, SLOTS, WEIGHTED, COMPUTE
-    )
-    factor = tl.load(upstream).to(COMPUTE) if SAME else tl.load(upstream + places, mask=mask, other=0.0).to(COMPUTE)
-    if MEAN:
+        mean_log_p = tl.load(saved + 2 * count + places, mask=mask, other=0.0) if KIND.slots[2] else zeros
+        statistics = (highest, log_total, mean_log_p)
+    _, partials, _ = formula_of(picked, statistics, label, kept, weights[0], scalars, FORMULA, KIND)
+    factor = tl.load(upstream) if KIND.same else tl.load(upstream + places, mask=mask, other=0.0)
+    factor = factor.to(KIND.compute)
+    if KIND.mean:
         factor = factor / tl.load(denominator + at_denominator)
-    if SCALED:
-        factor *= shape[1]
-    factors = factors_of(partials, factor, mean_weight, classes, SLOTS, WEIGHTED)
-    of_pixels = (highest, log_total, factors, place, kept)
-    if HELD:
-        write_tiles(out, plane, tiles, 0, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED)
+    if KIND.scaled:
+        factor *= scaling[1]
+    of_pixels = (statistics, factors_of(partials, factor, weights[1], classes, KIND), label, kept)
+    if KIND.held:
+        write_tiles(out, tiles, 0, of_pixels, weights[0], scaling, KIND)
     else:
         together = classes // UNROLL * UNROLL
         for c in range(0, together, UNROLL):
-            loaded = load_tiles(at + c * stride, stride, mask, shape, UNROLL, CAPPED, SCALED, "evict_first", COMPUTE)
-            write_tiles(
-                out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED
-            )
+            loaded = load_tiles(planes, c, scaling, UNROLL, "evict_first", KIND)
+            write_tiles(out, loaded, c, of_pixels, weights[0], scaling, KIND)
         for c in range(together, classes):
-            loaded = load_tiles(at + c * stride, stride, mask, shape, 1, CAPPED, SCALED, "evict_first", COMPUTE)
-            write_tiles(
-                out + c * plane, plane, loaded, c, mask, of_pixels, class_weights, shape, SLOTS, WEIGHTED, CAPPED
-            )
-
-
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+            loaded = load_tiles(planes, c, scaling, 1, "evict_first", KIND)
+            write_tiles(out, loaded, c, of_pixels, weights[0], scaling, KIND)
 
 
 def key(args):
-    x = args["logits"]
-    flags = tuple(args[name] for name in ("WEIGHTED", "CAPPED", "SCALED", "VEC"))
-    return (
-        args["FORMULA"].__name__,
-        args["classes"],
-        str(x.dtype),
-        *flags,
-        args.get("REDUCE", args.get("SAME")),
-        x.data_ptr() % 16 == 0,
-    )
+    x, kind = args["logits"], args["KIND"]
+    flags = kind.weighted, kind.capped, kind.scaled, kind.vec, kind.reduced, kind.same
+    return args["FORMULA"].__name__, args["classes"], str(x.dtype), *flags, x.data_ptr() % 16 == 0
 
 
-def sample(args):
-    most = SAMPLE_BYTES // max(args["classes"] * args["pixels"] * args["logits"].element_size(), 1)
-    return {**args, "images": min(args["images"], max(most, 1))}
+def bytes_of_image(args):
+    return args["classes"] * args["pixels"] * args["logits"].element_size()
 
 
 def config(args, threads, unroll):  # a thread has 16 bytes of pixels
@@ -424,11 +180,11 @@ def config(args, threads, unroll):  # a thread has 16 bytes of pixels
 
 
 def rule(args):
-    return config(args, 128, 1 if args["HELD"] else 4)
+    return config(args, 128, 1 if args["KIND"].held else 4)
 
 
 def configs(args):
-    if args["HELD"]:
+    if args["KIND"].held:
         return [config(args, threads, 1) for threads in (64, 128, 256)]
     return [config(args, threads, unroll) for threads, unroll in ((128, 4), (128, 8), (64, 4), (256, 4))]
 
@@ -451,45 +207,40 @@ forward_launch = Tuned(
     key=key,
     programs=programs,
     size="images",
-    sample=sample,
+    bytes_each=bytes_of_image,
 )
 backward_launch = Tuned(
-    backward_kernel, configs=configs, rule=rule, key=key, programs=programs, size="images", sample=sample
+    backward_kernel, configs=configs, rule=rule, key=key, programs=programs, size="images", bytes_each=bytes_of_image
 )
 
 
-def shared_arguments(logits, labels, class_weights, problem, saved):
+def shared_arguments(inputs, problem, saved, **directions):
     """What both kernels take."""
-    formula, (images, classes, pixels) = FORMULAS[problem.formula], logits.shape
+    (logits, labels, class_weights), formula = inputs, FORMULAS[problem.formula]
+    images, classes, pixels = logits.shape
     wide, weighted = compute_dtype(logits.dtype), class_weights is not None
-    strides = logits.stride()[:2]
+    image_stride, class_stride, _ = logits.stride()
     vec = 16 // logits.element_size()
-    while any(s % vec for s in (pixels, *strides)):
+    while any(s % vec for s in (pixels, image_stride, class_stride)):
         vec //= 2
     softcap, scale = problem.softcap, problem.scale
+    given = {"weighted": weighted, "capped": softcap > 0, "scaled": scale != 1}
+    kind = {"held": held(logits), "saved": not few(logits), **given, **directions}
     return {
         "logits": logits,
         "labels": labels,
-        "class_weights": class_weights if weighted else logits,
-        "mean_weight": class_weights if weighted and slots_of(formula)[2] else logits,
+        "weights": (class_weights if weighted else logits, saved if weighted and slots_of(formula)[2] else logits),
         "saved": saved,
         "images": images,
         "classes": classes,
         "pixels": pixels,
-        "image_stride": strides[0],
-        "class_stride": strides[1],
+        "image_stride": image_stride,
+        "class_stride": class_stride,
         "ignore_index": problem.ignore_index,
         "scalars": as_scalars(problem.scalars, wide),
-        "shape": as_scalars((softcap, scale), wide),
+        "scaling": as_scalars((softcap, scale), wide),
         "FORMULA": formula.kernel,
-        "SLOTS": slots_of(formula),
-        "WEIGHTED": weighted,
-        "CAPPED": softcap > 0,
-        "SCALED": scale != 1,
-        "HELD": held(logits),
-        "SAVED": not few(logits),
-        "COMPUTE": triton_type(wide),
-        "VEC": vec,
+        "KIND": Kind(triton_type(wide), vec, slots_of(formula), **kind),
     }
 
 
@@ -540,18 +291,16 @@ def plan(tensors, problem):
         return PlanesPlan(False, wide, spans, mean_weight, same)
     if upstream is None:
         out = logits.new_empty(labels.shape, dtype=problem.dtype) if none else sums_of(logits, spans)
-        arguments = shared_arguments(*inputs, problem, saved_of(logits, formula))
-        return PlanesPlan(
-            True, wide, spans, mean_weight, same, forward_launch.bind(out=out, REDUCE=not none, **arguments)
+        arguments = shared_arguments(
+            inputs, problem, saved_of(logits, formula), reduced=not none, same=False, mean=False
         )
+        return PlanesPlan(True, wide, spans, mean_weight, same, forward_launch.bind(out=out, **arguments))
     launch = backward_launch.bind(
         grad=logits.new_empty(logits.shape),
         upstream=upstream,
         denominator=sums_of(logits, spans),
         at_denominator=0,
-        SAME=same,
-        MEAN=problem.reduction == "mean",
-        **shared_arguments(*inputs, problem, saved),
+        **shared_arguments(inputs, problem, saved, reduced=False, same=same, mean=problem.reduction == "mean"),
     )
     return PlanesPlan(True, wide, spans, mean_weight, same, launch)
 
@@ -571,7 +320,8 @@ def prepared(tensors, problem, upstream=None, saved=None):
         # refuses a label that is no class; a GPU asserts
         counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)
     mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
-    return found, (logits, labels, logits if class_weights is None else class_weights, mean_weight), upstream
+    weights = logits if class_weights is None else class_weights, mean_weight
+    return found, (logits, labels, weights), upstream
 
 
 def forward(tensors, problem):

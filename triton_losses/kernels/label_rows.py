@@ -19,18 +19,20 @@ from triton_losses.core.plan import planned
 from triton_losses.core.rows import Pass, counted, readable, slots_of
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels import label_planes, short_rows
-from triton_losses.kernels.elementwise import name_of, triton_type
+from triton_losses.kernels.elementwise import triton_type
 from triton_losses.kernels.finish import finish
 from triton_losses.kernels.rows import (
+    Kind,
+    bytes_of_row,
     configs,
     edge_of,
     factors_of,
     gradient_at,
     key,
+    name_of_pass,
     read_formula,
     row_statistics,
     rule,
-    sample,
     span_of,
     transform,
     write_zeros,
@@ -51,105 +53,45 @@ def label_of(labels, row, cols, ignore_index):
 def write_gradient(
     logits,
     grad,
-    start,
-    cols,
-    highest,
-    log_total,
-    entropy,
-    factors,
-    place,
+    row,  # (start, columns)
+    label,
+    of_row,  # as in gradient_at
     class_weights,
-    shape,
-    SLOTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    scaling,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    head, vectors = span_of(start, cols, VEC, EDGE)
-    first = (start + head) // VEC * VEC
+    start, cols = row
+    head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
+    first = (start + head) // KIND.vec * KIND.vec
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
-            tiles += (
-                tl.load(logits + first + (v + u * LANES) * VEC + tile, eviction_policy="evict_first").to(COMPUTE),
-            )
+            x = tl.load(logits + first + (v + u * LANES) * KIND.vec + tile, eviction_policy="evict_first")
+            tiles += (x.to(KIND.compute),)
         for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            g = gradient_at(
-                tiles[u],
-                at,
-                None,
-                highest,
-                log_total,
-                entropy,
-                factors,
-                place - head,
-                class_weights + head,
-                shape,
-                SLOTS,
-                WEIGHTED,
-                CAPPED,
-                SCALED,
-            )
+            at = (v + u * LANES) * KIND.vec + tile
+            g = gradient_at(tiles[u], at, None, label - head, of_row, class_weights + head, scaling, KIND)
             tl.store(grad + first + at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
     for v in range(unmasked, vectors, LANES):
         mask = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        x = tl.load(logits + first + at, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-        g = gradient_at(
-            x,
-            at,
-            mask & (at >= 0),
-            highest,
-            log_total,
-            entropy,
-            factors,
-            place - head,
-            class_weights + head,
-            shape,
-            SLOTS,
-            WEIGHTED,
-            CAPPED,
-            SCALED,
-        )
+        at = v * KIND.vec + tile
+        x = tl.load(logits + first + at, mask=mask, other=0.0, eviction_policy="evict_first").to(KIND.compute)
+        g = gradient_at(x, at, mask & (at >= 0), label - head, of_row, class_weights + head, scaling, KIND)
         tl.store(grad + first + at, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-    if EDGE:
-        columns, exists = edge_of(head, vectors, cols, VEC)
-        x = tl.load(logits + start + columns, mask=exists, other=0.0).to(COMPUTE)
-        g = gradient_at(
-            x,
-            columns,
-            exists,
-            highest,
-            log_total,
-            entropy,
-            factors,
-            place,
-            class_weights,
-            shape,
-            SLOTS,
-            WEIGHTED,
-            CAPPED,
-            SCALED,
-        )
+    if KIND.edge:
+        columns, exists = edge_of(head, vectors, cols, KIND.vec)
+        x = tl.load(logits + start + columns, mask=exists, other=0.0).to(KIND.compute)
+        g = gradient_at(x, columns, exists, label, of_row, class_weights, scaling, KIND)
         tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=exists)
 
 
-def name_of_pass(spec):
-    forward, backward = (bool(spec.constants[name]) for name in ("FORWARD", "BACKWARD"))
-    return name_of(f"label_rows_{'both' if forward and backward else 'forward' if forward else 'backward'}")(spec)
-
-
 @triton.jit(
-    repr=name_of_pass,
+    repr=name_of_pass("label_rows"),
     debug=True,
     do_not_specialize=["rows", "ignore_index", "upstream_stride"],
     do_not_specialize_on_alignment=["losses", "saved", "likeliest", "upstream"],
@@ -157,15 +99,11 @@ def name_of_pass(spec):
 def rows_kernel(
     logits,  # (rows, cols), row r at r * stride
     labels,  # (rows,)
-    class_weights,  # (cols,) where WEIGHTED
-    mean_weight,  # () where WEIGHTED and mean_log_p is taken
+    weights,  # of classes, (cols,), where weighted; their mean, (), where weighted and the formula takes mean_log_p
     operands,  # pointers to (rows,)
-    losses,  # written where FORWARD: (2, rows), losses and weights; where not REDUCED (rows,), losses alone
-    # written where FORWARD, else read: (AHEAD, rows) of other things, then max, log Σ exp(x - max), mean_log_p where
-    # the
-    saved,
-    # formula takes it, entropy where ENTROPY; where MEAN then the sum of the weights
-    likeliest,  # (rows,) where LIKELIEST: the first of the highest columns, -1 where ignored; written where FORWARD
+    losses,  # written in a forward: (2, rows), losses and weights; where not reduced (rows,), losses alone
+    saved,  # (ahead, rows) of other things; max x, log Σ exp(x - max), mean_log_p, entropy; the sum of the weights
+    likeliest,  # (rows,) where likeliest: the first of the highest columns, -1 where ignored; written in a forward
     grad,  # (rows, cols), row r at r * stride; may be logits: each element is read, then written, by one thread
     upstream,  # of row r at r * upstream_stride
     rows: tl.int64,
@@ -174,124 +112,74 @@ def rows_kernel(
     upstream_stride,
     ignore_index,
     scalars,
-    shape,
+    scaling,  # softcap, scale
     FORMULA: tl.constexpr,
-    SLOTS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    LIKELIEST: tl.constexpr,
-    FORWARD: tl.constexpr,
-    REDUCED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    MEAN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    SOFTMAX: tl.constexpr = SLOTS[1] or SLOTS[2] or SLOTS[3] or SLOTS[4]
+    SOFTMAX: tl.constexpr = KIND.slots[1] or KIND.slots[2] or KIND.slots[3] or KIND.slots[4]
+    class_weights, mean_weight = weights
     row = tl.program_id(0).to(tl.int64)
     start = row * stride
-    saved += AHEAD * rows
-    shape = exact(shape, COMPUTE)
-    kept, place = label_of(labels, row, cols, ignore_index)
-    loss = tl.zeros((), COMPUTE)
-    weight = tl.zeros((), COMPUTE)
-    highest = tl.zeros((), COMPUTE)
-    log_total = tl.zeros((), COMPUTE)
-    mean_log_p = tl.zeros((), COMPUTE)
-    entropy = tl.zeros((), COMPUTE)
+    saved += KIND.ahead * rows
+    scaling = exact(scaling, KIND.compute)
+    kept, label = label_of(labels, row, cols, ignore_index)
+    loss = tl.zeros((), KIND.compute)
+    weight = tl.zeros((), KIND.compute)
+    highest = tl.zeros((), KIND.compute)
+    log_total = tl.zeros((), KIND.compute)
+    mean_log_p = tl.zeros((), KIND.compute)
+    entropy = tl.zeros((), KIND.compute)
     best = tl.full((), -1, tl.int32)
     if kept:
-        picked = transform(tl.load(logits + start + place).to(COMPUTE), shape, CAPPED, SCALED)
-        weight += tl.load(class_weights + place).to(COMPUTE) if WEIGHTED else 1.0
-        if SOFTMAX and FORWARD:
-            pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(COMPUTE)
+        picked = transform(tl.load(logits + start + label).to(KIND.compute), scaling, KIND)
+        weight += tl.load(class_weights + label).to(KIND.compute) if KIND.weighted else 1.0
+        if SOFTMAX and KIND.forward:
+            pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(KIND.compute)
             highest, log_total, spread, entropy, best = row_statistics(
-                logits,
-                start,
-                cols,
-                pivot,
-                class_weights,
-                shape,
-                SLOTS[2] > 0,
-                ENTROPY,
-                LIKELIEST,
-                WEIGHTED,
-                CAPPED,
-                SCALED,
-                "evict_last" if BACKWARD else "evict_first",
-                EDGE,
-                COMPUTE,
-                VEC,
-                LANES,
-                UNROLL,
+                logits, (start, cols), pivot, class_weights, scaling, KIND, LANES, UNROLL
             )
-            if SLOTS[2]:
+            if KIND.slots[2]:
                 rest = pivot - highest - log_total
-                if WEIGHTED:
-                    rest *= tl.load(mean_weight).to(COMPUTE)
+                if KIND.weighted:
+                    rest *= tl.load(mean_weight).to(KIND.compute)
                 mean_log_p = spread / cols + rest
         elif SOFTMAX:
             highest += tl.load(saved + row)
             log_total += tl.load(saved + rows + row)
-            if SLOTS[2]:
+            if KIND.slots[2]:
                 mean_log_p += tl.load(saved + 2 * rows + row)
-            if ENTROPY:
+            if KIND.entropy:
                 entropy += tl.load(saved + 3 * rows + row)
         values = ()
         for i in tl.static_range(len(operands)):
-            values += (tl.load(operands[i] + row).to(COMPUTE),)
+            values += (tl.load(operands[i] + row).to(KIND.compute),)
         statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total, entropy)
-        read, partials = read_formula(FORMULA, SLOTS, statistics, weight, values, exact(scalars, COMPUTE))
+        read, partials = read_formula(FORMULA, statistics, weight, values, exact(scalars, KIND.compute), KIND)
         loss += read
-        if BACKWARD:
-            factor = tl.load(upstream + row * upstream_stride).to(COMPUTE)
-            if MEAN:
+        if KIND.backward:
+            factor = tl.load(upstream + row * upstream_stride).to(KIND.compute)
+            if KIND.mean:
                 factor = factor / tl.load(saved + 4 * rows)
-            if SCALED:
-                factor *= shape[1]
-            factors = factors_of(partials, factor, mean_weight, cols, SLOTS, WEIGHTED)
-            write_gradient(
-                logits,
-                grad,
-                start,
-                cols,
-                highest,
-                log_total,
-                entropy,
-                factors,
-                place,
-                class_weights,
-                shape,
-                SLOTS,
-                WEIGHTED,
-                CAPPED,
-                SCALED,
-                EDGE,
-                COMPUTE,
-                VEC,
-                LANES,
-                UNROLL,
-            )
-    elif BACKWARD:
-        write_zeros(grad, start, cols, EDGE, VEC, LANES)
-    if FORWARD:  # every program writes every output
+            if KIND.scaled:
+                factor *= scaling[1]
+            of_row = (highest, log_total, entropy, factors_of(partials, factor, mean_weight, cols, KIND))
+            write_gradient(logits, grad, (start, cols), label, of_row, class_weights, scaling, KIND, LANES, UNROLL)
+    elif KIND.backward:
+        write_zeros(grad, start, cols, KIND.edge, KIND.vec, LANES)
+    if KIND.forward:  # every program writes every output
         tl.store(losses + row, loss.to(losses.dtype.element_ty))
-        if REDUCED:
+        if KIND.reduced:
             tl.store(losses + rows + row, weight.to(losses.dtype.element_ty))
         if SOFTMAX:
             tl.store(saved + row, highest)
             tl.store(saved + rows + row, log_total)
-        if SLOTS[2]:
+        if KIND.slots[2]:
             tl.store(saved + 2 * rows + row, mean_log_p)
-        if ENTROPY:
+        if KIND.entropy:
             tl.store(saved + 3 * rows + row, entropy)
-        if LIKELIEST:
+        if KIND.likeliest:
             tl.store(likeliest + row, best.to(likeliest.dtype.element_ty))
 
 
@@ -302,17 +190,17 @@ rows_launch = Tuned(
     key=key,
     programs=lambda rows, fixed: rows,
     size="rows",
-    sample=sample,
+    bytes_each=bytes_of_row,
     written=("grad",),
 )
 
 
 class Task(NamedTuple):
-    """What a pass does, as far as its kernel is built for it."""
+    """What a pass does, as far as its kernel is built for it: fields of its Kind."""
 
     forward: bool = False
     backward: bool = False
-    reduced: bool = True  # whether the rows' weights are wanted beside their losses
+    reduced: bool = True
     mean: bool = False
     entropy: bool = False
     likeliest: bool = False
@@ -337,19 +225,26 @@ def plan(tensors, problem, task):
     stride = logits.stride(0) if rows > 1 else cols
     state = logits.new_empty(6 * rows + 1, dtype=wide)
     softcap, scale = problem.softcap, problem.scale
-    short = short_rows.serves(cols, task, slots)
+    kind = Kind(
+        triton_type(wide),
+        vec,
+        edge=cols % vec != 0 or stride % vec != 0,
+        slots=slots,
+        weighted=weighted,
+        capped=softcap > 0,
+        scaled=scale != 1,
+        **task._replace(entropy=task.entropy or slots[4] > 0)._asdict(),
+    )
+    short = short_rows.serves(cols, kind)
     launch = (short_rows.short_rows_launch if short else rows_launch).bind(
         logits=logits,
         labels=labels,
-        class_weights=class_weights if weighted else logits,
-        mean_weight=state if weighted and slots[2] else logits,
+        weights=(class_weights if weighted else logits, state if weighted and slots[2] else logits),
         operands=tuple(operands),
         losses=state if task.reduced or not task.forward else logits.new_empty(rows, dtype=problem.dtype),
         saved=state,
         likeliest=labels.new_empty(rows, dtype=torch.int64) if task.likeliest else labels,
-        grad=torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-        if task.backward
-        else logits,
+        grad=empty_like(logits) if task.backward else logits,
         upstream=state if upstream is None else upstream,
         rows=rows,
         cols=cols,
@@ -357,28 +252,20 @@ def plan(tensors, problem, task):
         upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
         ignore_index=problem.ignore_index,
         scalars=as_scalars(problem.scalars, wide),
-        shape=as_scalars((softcap, scale), wide),
+        scaling=as_scalars((softcap, scale), wide),
         FORMULA=formula.kernel,
-        SLOTS=slots,
-        AHEAD=task.ahead,
-        ENTROPY=task.entropy or slots[4] > 0,
-        LIKELIEST=task.likeliest,
-        FORWARD=task.forward,
-        REDUCED=task.reduced,
-        BACKWARD=task.backward,
-        MEAN=task.mean,
-        WEIGHTED=weighted,
-        CAPPED=softcap > 0,
-        SCALED=scale != 1,
-        EDGE=cols % vec != 0 or stride % vec != 0,
-        COMPUTE=triton_type(wide),
-        VEC=vec,
+        KIND=kind,
     )
     return RowsPlan(True, wide, weighted and slots[2] > 0, launch)
 
 
+def empty_like(logits):
+    """Memory for the gradient, with the strides of the logits, which the kernel is told once for both."""
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+
+
 def prepared(tensors, problem, task, upstream=None, operands=()):
-    """The plan, and logits, labels, class weights and their mean as its kernel wants them: None where not given."""
+    """The plan; and logits, labels, and class weights with their mean as its kernel wants them."""
     logits, labels, class_weights = tensors
     found = plan((*tensors, upstream, *operands), problem, task)
     if not found.readable:
@@ -389,7 +276,7 @@ def prepared(tensors, problem, task, upstream=None, operands=()):
         # refuses a label that is no class; a GPU asserts
         counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)
     mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
-    return found, logits, labels, logits if class_weights is None else class_weights, mean_weight
+    return found, logits, labels, (logits if class_weights is None else class_weights, mean_weight)
 
 
 OF_REDUCED = Task(forward=True, ahead=2)
@@ -406,10 +293,10 @@ def forward(tensors, problem):
     out = logits.new_empty(rows if none else (), dtype=problem.dtype)
     if shapes_only():
         return [out], [logits.new_empty(6 * rows + 1, dtype=compute_dtype(logits.dtype))]
-    found, logits, labels, class_weights, mean_weight = prepared(tensors, problem, OF_EACH if none else OF_REDUCED)
+    found, logits, labels, weights = prepared(tensors, problem, OF_EACH if none else OF_REDUCED)
     state = logits.new_empty(6 * rows + 1, dtype=found.wide)
     losses = out if none else state
-    found.launch(logits, labels, class_weights, mean_weight, (), losses, state, labels, logits, state, rows)
+    found.launch(logits, labels, weights, (), losses, state, labels, logits, state, rows)
     if not none:
         finish(state, out, rows, weights_at=6, mean=problem.reduction == "mean")
     return [out], [state]
@@ -423,9 +310,9 @@ def backward(tensors, saved, upstream, problem, wanted):
         return [logits.new_empty(logits.shape)]
     (state,), (dout,) = saved, upstream
     task = BACKWARD_OF_MEAN if problem.reduction == "mean" else BACKWARD
-    found, logits, labels, class_weights, mean_weight = prepared(tensors, problem, task, dout)
-    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-    found.launch(logits, labels, class_weights, mean_weight, (), state, state, labels, grad, dout, logits.shape[0])
+    found, logits, labels, weights = prepared(tensors, problem, task, dout)
+    grad = empty_like(logits)
+    found.launch(logits, labels, weights, (), state, state, labels, grad, dout, logits.shape[0])
     return [grad]
 
 
@@ -433,14 +320,13 @@ def walk(tensors, problem, task):
     """One Pass, of logits whose rows can be read as they lie."""
     saved, forward, entropy, likeliest, grad, upstream, operands, _ = task
     kind = Task(forward, grad is not None, True, False, entropy, likeliest is not None)
-    found, logits, labels, class_weights, mean_weight = prepared(tensors, problem, kind, upstream, operands)
+    found, logits, labels, weights = prepared(tensors, problem, kind, upstream, operands)
     rows = logits.shape[0]
     losses = saved.new_empty(2, rows) if forward else saved
     found.launch(
         logits,
         labels,
-        class_weights,
-        mean_weight,
+        weights,
         tuple(operands),
         losses,
         saved,
@@ -466,7 +352,7 @@ def statistics_backward(tensors, saved, upstream, problem, wanted):
     if shapes_only():
         return [logits.new_empty(logits.shape)]
     logits = readable(logits)
-    grad = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    grad = empty_like(logits)
     task = Pass(saved[0], grad=grad, upstream=torch.ones_like(upstream[0]), operands=upstream)
     walk((logits, tensors[1], None), problem._replace(formula="along"), task)
     return [grad]

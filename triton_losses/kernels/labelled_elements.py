@@ -1,5 +1,7 @@
 """Labelled elements by kernels: all rows are one run of elements, walked in vectors of 16 bytes."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,14 +18,24 @@ from triton_losses.kernels.elementwise import SPAN, name_of, triton_type
 from triton_losses.kernels.finish import finish
 
 
+class Kind(NamedTuple):
+    """What the kernels are built for, beside the formula."""
+
+    compute: tl.dtype
+    vec: int  # numbers in 16 bytes
+    classes: int
+    reduced: bool = False  # the forward adds up the losses
+    same: bool = False  # one upstream gradient for all elements
+
+
 @triton.jit
-def bits_at(
-    labels, start, n, background, CLASSES: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr
-):
+def bits_at(labels, start, n, background, BLOCK: tl.constexpr, KIND: tl.constexpr):
     """Which of a block's elements are their row's label: (BLOCK / VEC, VEC) of 0 and 1.
 
     Elements beyond n are read as the last row's.
     """
+    CLASSES: tl.constexpr = KIND.classes
+    VEC: tl.constexpr = KIND.vec
     first = start // CLASSES
     rest = (start - first * CLASSES).to(tl.int32)  # what follows fits 32 bits
     last = tl.minimum((n + CLASSES - 1) // CLASSES - 1 - first, BLOCK).to(tl.int32)
@@ -39,7 +51,7 @@ def bits_at(
     fits = (label >= 0) & (label < CLASSES)
     tl.device_assert(fits | (label == background), "a target is out of bounds: it is no class and not the background")
     label = tl.where(fits & (label != background), label, -1).to(tl.int32)
-    return tl.where(column == label, 1.0, 0.0).to(COMPUTE)
+    return tl.where(column == label, 1.0, 0.0).to(KIND.compute)
 
 
 @triton.jit(
@@ -49,49 +61,46 @@ def bits_at(
     do_not_specialize_on_alignment=["labels"],
 )
 def forward_kernel(
-    x,  # (n,): rows of CLASSES
-    labels,  # (n / CLASSES,)
-    out,  # (n,) losses; where REDUCE (cdiv(n, SPAN),) partial sums, divided
+    x,  # (n,): rows of classes
+    labels,  # (n / classes,)
+    out,  # (n,) losses; where reduced (cdiv(n, SPAN),) partial sums, divided
     divisor: tl.int64,
     n: tl.int64,
     background,
     scalars,
     FORMULA: tl.constexpr,
-    CLASSES: tl.constexpr,
-    REDUCE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    total = tl.zeros((BLOCK // VEC, VEC), COMPUTE)
+    tile = tl.arange(0, BLOCK // KIND.vec)[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
+    total = tl.zeros((BLOCK // KIND.vec, KIND.vec), KIND.compute)
     for step in range(0, tl.minimum(n - program * SPAN, SPAN).to(tl.int32), BLOCK):
         start = program * SPAN + step
-        y = bits_at(labels, start, n, background, CLASSES, COMPUTE, VEC, BLOCK)
+        y = bits_at(labels, start, n, background, BLOCK, KIND)
         if start + BLOCK <= n:  # no mask, so that loads are 16 bytes wide whatever n
-            loss = FORMULA(tl.load(x + start + tile).to(COMPUTE), y, *exact(scalars, COMPUTE))[0]
-            if not REDUCE:
+            loss = FORMULA(tl.load(x + start + tile).to(KIND.compute), y, *exact(scalars, KIND.compute))[0]
+            if not KIND.reduced:
                 tl.store(out + start + tile, loss.to(out.dtype.element_ty))
         else:
             mask = start + tile < n
-            loss = FORMULA(load_zeros(x + start + tile, mask).to(COMPUTE), y, *exact(scalars, COMPUTE))[0]
-            loss = tl.where(mask, loss, 0.0).to(COMPUTE)
-            if not REDUCE:
+            loss = FORMULA(load_zeros(x + start + tile, mask).to(KIND.compute), y, *exact(scalars, KIND.compute))[0]
+            loss = tl.where(mask, loss, 0.0).to(KIND.compute)
+            if not KIND.reduced:
                 tl.store(out + start + tile, loss.to(out.dtype.element_ty), mask=mask)
         total += loss
-    if REDUCE:
-        loss = tl.sum(tl.sum(total, 1), 0) / tl.cast(divisor, COMPUTE)
+    if KIND.reduced:
+        loss = tl.sum(tl.sum(total, 1), 0) / tl.cast(divisor, KIND.compute)
         tl.store(out + program, loss.to(out.dtype.element_ty))
 
 
 @triton.jit
-def gradient_at(
-    x, y, upstream, grad, at, mask, divisor, scalars, FORMULA: tl.constexpr, SAME: tl.constexpr, COMPUTE: tl.constexpr
-):
-    factor = (tl.load(upstream) if SAME else tl.load(upstream + at, mask=mask)).to(COMPUTE) / tl.cast(divisor, COMPUTE)
-    partial = FORMULA(load_zeros(x + at, mask).to(COMPUTE), y, *exact(scalars, COMPUTE))[1]
+def gradient_at(pointers, y, at, mask, divisor, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    x, upstream, grad = pointers
+    factor = tl.load(upstream) if KIND.same else tl.load(upstream + at, mask=mask)
+    factor = factor.to(KIND.compute) / tl.cast(divisor, KIND.compute)
+    partial = FORMULA(load_zeros(x + at, mask).to(KIND.compute), y, *exact(scalars, KIND.compute))[1]
     tl.store(grad + at, (partial * factor).to(grad.dtype.element_ty), mask=mask)
 
 
@@ -102,40 +111,35 @@ def gradient_at(
     do_not_specialize_on_alignment=["labels"],
 )
 def backward_kernel(
-    x,  # (n,): rows of CLASSES
-    labels,  # (n / CLASSES,)
-    upstream,  # () where SAME, else (n,)
+    x,  # (n,): rows of classes
+    labels,  # (n / classes,)
+    upstream,  # () where same, else (n,)
     grad,  # (n,)
     divisor: tl.int64,
     n: tl.int64,
     background,
     scalars,
     FORMULA: tl.constexpr,
-    CLASSES: tl.constexpr,
-    SAME: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = start + tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    y = bits_at(labels, start, n, background, CLASSES, COMPUTE, VEC, BLOCK)
+    at = start + tl.arange(0, BLOCK // KIND.vec)[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
+    y = bits_at(labels, start, n, background, BLOCK, KIND)
     if start + BLOCK <= n:
-        gradient_at(x, y, upstream, grad, at, None, divisor, scalars, FORMULA, SAME, COMPUTE)
+        gradient_at((x, upstream, grad), y, at, None, divisor, scalars, FORMULA, KIND)
     else:
-        gradient_at(x, y, upstream, grad, at, at < n, divisor, scalars, FORMULA, SAME, COMPUTE)
-
-
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+        gradient_at((x, upstream, grad), y, at, at < n, divisor, scalars, FORMULA, KIND)
 
 
 def key(args):
-    x, flag = args["x"], args.get("REDUCE", args.get("SAME"))
-    return args["FORMULA"].__name__, triton.next_power_of_2(args["CLASSES"]), str(x.dtype), x.data_ptr() % 16 == 0, flag
+    x, kind = args["x"], args["KIND"]
+    width = triton.next_power_of_2(kind.classes)
+    return args["FORMULA"].__name__, width, str(x.dtype), x.data_ptr() % 16 == 0, kind.reduced, kind.same
 
 
-def sample(args):
-    return {**args, "n": min(args["n"], SAMPLE_BYTES // args["x"].element_size())}
+def bytes_of_element(args):
+    return args["x"].element_size()
 
 
 def config(block, threads, **more):
@@ -150,7 +154,7 @@ forward_launch = Tuned(
     key=key,
     programs=lambda n, fixed: -(-n // SPAN),
     size="n",
-    sample=sample,
+    bytes_each=bytes_of_element,
 )
 backward_launch = Tuned(
     backward_kernel,
@@ -159,21 +163,20 @@ backward_launch = Tuned(
     key=key,
     programs=lambda n, fixed: -(-n // fixed["BLOCK"]),
     size="n",
-    sample=sample,
+    bytes_each=bytes_of_element,
 )
 
 
-def fixed_arguments(x, classes, problem):
+def fixed_arguments(x, classes, problem, **kind):
     wide = compute_dtype(x.dtype)
     return {
+        "x": x,
         "divisor": 1,
         "n": x.numel(),
         "background": problem.background,
         "scalars": as_scalars(problem.scalars, wide),
         "FORMULA": FORMULAS[problem.formula].kernel,
-        "CLASSES": classes,
-        "COMPUTE": triton_type(wide),
-        "VEC": 16 // x.element_size(),
+        "KIND": Kind(triton_type(wide), 16 // x.element_size(), classes, **kind),
     }
 
 
@@ -186,9 +189,9 @@ def readable(tensors, problem):
 
 
 @planned(kind=flat_kind_of)
-def forward_plan(tensors, classes, problem, reduce):
+def forward_plan(tensors, classes, problem, reduced):
     x, labels, out = tensors
-    return forward_launch.bind(x=x, labels=labels, out=out, REDUCE=reduce, **fixed_arguments(x, classes, problem))
+    return forward_launch.bind(labels=labels, out=out, **fixed_arguments(x, classes, problem, reduced=reduced))
 
 
 def forward(tensors, problem):
@@ -212,8 +215,8 @@ def forward(tensors, problem):
 @planned(kind=flat_kind_of)
 def backward_plan(tensors, classes, problem, same):
     x, labels, upstream = tensors
-    arguments = fixed_arguments(x, classes, problem)
-    return backward_launch.bind(x=x, labels=labels, upstream=upstream, grad=torch.empty_like(x), SAME=same, **arguments)
+    arguments = fixed_arguments(x, classes, problem, same=same)
+    return backward_launch.bind(labels=labels, upstream=upstream, grad=torch.empty_like(x), **arguments)
 
 
 def backward(tensors, saved, upstream, problem, wanted):

@@ -14,16 +14,28 @@ import triton.language as tl
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.device_math import as_scalars, exact, load_zeros
 from triton_losses.core.formula import FORMULAS
-from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import planned
 from triton_losses.core.rows import readable
 from triton_losses.core.tuning import Tuned
+from triton_losses.kernels.distribution_rows import room_for_gradient
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
 from triton_losses.kernels.rows import configs, edge_of, rule, span_of
 
-AHEAD_OF_MARKS = 16  # bytes: of the columns before a row's first aligned vector
+AHEAD_OF_MARKS = tl.constexpr(16)  # bytes: of the columns before a row's first aligned vector
+
+
+class MarginKind(NamedTuple):
+    """What a kernel of margin losses is built for."""
+
+    listed: bool  # a row has a set of labels, else one
+    weighted: bool  # there are class weights
+    mean: bool  # of the backward: the loss is a mean
+    ahead: int  # numbers a row that stand ahead of the labels' slopes
+    edge: bool  # rows may start anywhere, and end anywhere
+    vec: int  # elements of a vector
+    compute: tl.dtype  # the type that sums are made in
 
 
 @triton.jit
@@ -36,12 +48,12 @@ def place_of(labels, cols):
 
 
 @triton.jit
-def factor_of(class_weights, place, cols, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr):
+def factor_of(class_weights, place, cols, KIND: tl.constexpr):
     """w / C of the label's class."""
-    if WEIGHTED:
-        return tl.load(class_weights + place).to(COMPUTE) / tl.cast(cols, COMPUTE)
+    if KIND.weighted:
+        return tl.load(class_weights + place).to(KIND.compute) / tl.cast(cols, KIND.compute)
     else:
-        return 1.0 / tl.cast(cols, COMPUTE)
+        return 1.0 / tl.cast(cols, KIND.compute)
 
 
 @triton.jit
@@ -77,9 +89,10 @@ def mark(marks, width, first, labels, count, cols, LANES: tl.constexpr):
 
 
 @triton.jit
-def losses_of(x, columns, exists, chosen, place, marks, scalars, FORMULA: tl.constexpr, LISTED: tl.constexpr):
+def losses_of(x, columns, exists, label, marks, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
     """f and f' of one tile. A column that is a label's, or does not exist, has -inf: it exceeds no margin."""
-    if LISTED:
+    chosen, place = label
+    if KIND.listed:
         others = load_zeros(marks + columns, exists) == 0
     else:
         others = columns != place
@@ -91,52 +104,47 @@ def losses_of(x, columns, exists, chosen, place, marks, scalars, FORMULA: tl.con
 
 @triton.jit
 def sums_over_others(
-    x,
-    start,
-    head,
-    vectors,
-    cols,
+    row,
     place,
     marks,
     scalars,
     FORMULA: tl.constexpr,
-    LISTED: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Of one label of a row: Σ f and Σ f' over the columns that are no label's."""
-    first = x + (start + head) // VEC * VEC  # says that it is aligned
+    """Of one label of a row: Σ f and Σ f' over the columns that are no label's. row: where it lies, and its span."""
+    x, start, head, vectors, cols = row
+    first = x + (start + head) // KIND.vec * KIND.vec  # says that it is aligned
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    chosen = tl.load(x + start + place).to(COMPUTE)
-    losses = tl.zeros((LANES,), COMPUTE)
-    slopes = tl.zeros((LANES,), COMPUTE)
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
+    chosen = tl.load(x + start + place).to(KIND.compute)
+    label = (chosen, place - head)  # its score, and its column counted from the first vector
+    losses = tl.zeros((LANES,), KIND.compute)
+    slopes = tl.zeros((LANES,), KIND.compute)
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
-            tiles += (tl.load(first + (v + u * LANES) * VEC + tile).to(COMPUTE),)
+            tiles += (tl.load(first + (v + u * LANES) * KIND.vec + tile).to(KIND.compute),)
         for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            loss, slope = losses_of(tiles[u], at, None, chosen, place - head, marks, scalars, FORMULA, LISTED)
+            at = (v + u * LANES) * KIND.vec + tile
+            loss, slope = losses_of(tiles[u], at, None, label, marks, scalars, FORMULA, KIND)
             losses += tl.sum(loss, 1)
             slopes += tl.sum(slope, 1)
     for v in range(unmasked, vectors, LANES):
         exists = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        values = tl.load(first + at, mask=exists, other=0.0).to(COMPUTE)
-        loss, slope = losses_of(values, at, exists & (at >= 0), chosen, place - head, marks, scalars, FORMULA, LISTED)
+        at = v * KIND.vec + tile
+        values = tl.load(first + at, mask=exists, other=0.0).to(KIND.compute)
+        loss, slope = losses_of(values, at, exists & (at >= 0), label, marks, scalars, FORMULA, KIND)
         losses += tl.sum(loss, 1)
         slopes += tl.sum(slope, 1)
     total = tl.sum(losses, 0)
     total_slope = tl.sum(slopes, 0)
-    if EDGE:
-        columns, exists = edge_of(head, vectors, cols, VEC)
-        values = tl.load(x + start + columns, mask=exists, other=0.0).to(COMPUTE)
-        loss, slope = losses_of(values, columns, exists, chosen, place, marks - head, scalars, FORMULA, LISTED)
+    if KIND.edge:
+        columns, exists = edge_of(head, vectors, cols, KIND.vec)
+        values = tl.load(x + start + columns, mask=exists, other=0.0).to(KIND.compute)
+        loss, slope = losses_of(values, columns, exists, (chosen, place), marks - head, scalars, FORMULA, KIND)
         total += tl.sum(loss, 0)
         total_slope += tl.sum(slope, 0)
     return total, total_slope
@@ -151,91 +159,67 @@ def sums_over_others(
 def forward_kernel(
     x,  # (rows, cols), row r at r * stride
     labels,  # (rows, most)
-    class_weights,  # (cols,) where WEIGHTED
-    marks,  # (rows, width) bytes to write to where LISTED
+    class_weights,  # (cols,) where weighted
+    marks,  # (rows, width) bytes to write to where listed
     losses,  # (rows,)
-    slopes,  # (AHEAD, rows) of other things, then (rows, most): of each label that counts, Σ f' · w / C
+    slopes,  # (ahead, rows) of other things, then (rows, most): of each label that counts, Σ f' · w / C
     rows: tl.int64,
     cols,
-    stride,
-    most,
+    strides,  # stride, most
     width,
     scalars,
     FORMULA: tl.constexpr,
-    LISTED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    FIRST: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    values = exact(scalars, COMPUTE)
+    stride, most = strides
+    values = exact(scalars, KIND.compute)
     labels += row * most
-    slopes += AHEAD * rows + row * most
+    slopes += KIND.ahead * rows + row * most
     start = row * stride
-    head, vectors = span_of(start, cols, VEC, EDGE)
-    if LISTED:
+    head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
+    if KIND.listed:
         count = count_of(labels, most, LANES)
         marks += row * width
-        mark(marks, width, FIRST - head, labels, count, cols, LANES)
-        marks += FIRST
+        mark(marks, width, AHEAD_OF_MARKS - head, labels, count, cols, LANES)
+        marks += AHEAD_OF_MARKS
     else:
         count = 1
-    loss = tl.zeros((), COMPUTE)
+    of_row = (x, start, head, vectors, cols)
+    loss = tl.zeros((), KIND.compute)
     for k in range(0, count):
         place = place_of(labels + k, cols)
-        total, slope = sums_over_others(
-            x, start, head, vectors, cols, place, marks, values, FORMULA, LISTED, EDGE, COMPUTE, VEC, LANES, UNROLL
-        )
-        factor = factor_of(class_weights, place, cols, WEIGHTED, COMPUTE)
+        total, slope = sums_over_others(of_row, place, marks, values, FORMULA, KIND, LANES, UNROLL)
+        factor = factor_of(class_weights, place, cols, KIND)
         loss += total * factor
         tl.store(slopes + k, slope * factor)
     tl.store(losses + row, loss.to(losses.dtype.element_ty))
 
 
 @triton.jit
-def store_gradient(
-    x,
-    row,
-    labels,
-    slopes,
-    class_weights,
-    count,
-    cols,
-    columns,
-    exists,
-    shift,
-    only,
-    upstream,
-    scalars,
-    grad,
-    FORMULA: tl.constexpr,
-    LISTED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-):
-    """Write the gradient of one tile x. only: the lone label's column, number, slope and w / C. shift: what a column is
-    less by.
+def gradient_of(x, columns, shift, chosen, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    """The gradient of one tile x for an upstream gradient of 1. Its columns are less by the shift than the row's.
+
+    chosen: of one label its column, score, slope and w / C; of a set what the kernel reads those from.
     """
-    if LISTED:
+    if KIND.listed:
+        row, labels, slopes, class_weights, count, cols = chosen
         of_others = tl.zeros_like(x)
         of_labels = tl.zeros_like(x)
         is_label = columns < 0
         for k in range(0, count):
             place = place_of(labels + k, cols)
-            chosen = tl.load(row + place).to(x.dtype)
-            of_others += FORMULA(x - chosen, *scalars)[1] * factor_of(class_weights, place, cols, WEIGHTED, x.dtype)
+            score = tl.load(row + place).to(KIND.compute)
+            of_others += FORMULA(x - score, *scalars)[1] * factor_of(class_weights, place, cols, KIND)
             here = columns == place - shift
             of_labels -= tl.where(here, tl.load(slopes + k), 0.0)
             is_label = is_label | here
-        g = tl.where(is_label, of_labels, of_others)
+        return tl.where(is_label, of_labels, of_others)
     else:
-        place, chosen, slope, factor = only
-        g = tl.where(columns == place - shift, -slope, FORMULA(x - chosen, *scalars)[1] * factor)
-    tl.store(grad, (g * upstream).to(grad.dtype.element_ty), mask=exists, eviction_policy="evict_first")
+        place, score, slope, factor = chosen
+        return tl.where(columns == place - shift, -slope, FORMULA(x - score, *scalars)[1] * factor)
 
 
 @triton.jit(
@@ -247,151 +231,76 @@ def store_gradient(
 def backward_kernel(
     x,  # (rows, cols), row r at r * stride
     labels,  # (rows, most)
-    class_weights,  # (cols,) where WEIGHTED
-    slopes,  # (AHEAD, rows) of other things, then (rows, most)
+    class_weights,  # (cols,) where weighted
+    slopes,  # (ahead, rows) of other things, then (rows, most)
     grad,  # (rows, cols), row r at r * stride
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
     cols,
-    stride,
-    most,
+    strides,  # stride, most
     dout_stride,
     scalars,
     FORMULA: tl.constexpr,
-    LISTED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    MEAN: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    values = exact(scalars, COMPUTE)
+    stride, most = strides
+    values = exact(scalars, KIND.compute)
     labels += row * most
-    slopes += AHEAD * rows + row * most
+    slopes += KIND.ahead * rows + row * most
     start = row * stride
-    upstream = tl.load(dout + row * dout_stride).to(COMPUTE)
-    if MEAN:
-        upstream = upstream / tl.cast(rows, COMPUTE)
-    if LISTED:
-        count = count_of(labels, most, LANES)
-        only = ()
+    upstream = tl.load(dout + row * dout_stride).to(KIND.compute)
+    if KIND.mean:
+        upstream = upstream / tl.cast(rows, KIND.compute)
+    if KIND.listed:
+        chosen = (x + start, labels, slopes, class_weights, count_of(labels, most, LANES), cols)
     else:
-        count = 1
         place = place_of(labels, cols)
-        only = (
-            place,
-            tl.load(x + start + place).to(COMPUTE),
-            tl.load(slopes),
-            factor_of(class_weights, place, cols, WEIGHTED, COMPUTE),
-        )
-    head, vectors = span_of(start, cols, VEC, EDGE)
-    first = (start + head) // VEC * VEC  # says that it is aligned
+        score = tl.load(x + start + place).to(KIND.compute)
+        chosen = (place, score, tl.load(slopes), factor_of(class_weights, place, cols, KIND))
+    head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
+    first = (start + head) // KIND.vec * KIND.vec  # says that it is aligned
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
-            tiles += (tl.load(x + first + (v + u * LANES) * VEC + tile, eviction_policy="evict_first").to(COMPUTE),)
+            pointers = x + first + (v + u * LANES) * KIND.vec + tile
+            tiles += (tl.load(pointers, eviction_policy="evict_first").to(KIND.compute),)
         for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            store_gradient(
-                tiles[u],
-                x + start,
-                labels,
-                slopes,
-                class_weights,
-                count,
-                cols,
-                at,
-                None,
-                head,
-                only,
-                upstream,
-                values,
-                grad + first + at,
-                FORMULA,
-                LISTED,
-                WEIGHTED,
-            )
+            at = (v + u * LANES) * KIND.vec + tile
+            g = gradient_of(tiles[u], at, head, chosen, values, FORMULA, KIND) * upstream
+            tl.store(grad + first + at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
     for v in range(unmasked, vectors, LANES):
         exists = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        loaded = tl.load(x + first + at, mask=exists, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-        store_gradient(
-            loaded,
-            x + start,
-            labels,
-            slopes,
-            class_weights,
-            count,
-            cols,
-            at,
-            exists,
-            head,
-            only,
-            upstream,
-            values,
-            grad + first + at,
-            FORMULA,
-            LISTED,
-            WEIGHTED,
-        )
-    if EDGE:
-        columns, exists = edge_of(head, vectors, cols, VEC)
-        loaded = tl.load(x + start + columns, mask=exists, other=0.0).to(COMPUTE)
-        store_gradient(
-            loaded,
-            x + start,
-            labels,
-            slopes,
-            class_weights,
-            count,
-            cols,
-            columns,
-            exists,
-            0,
-            only,
-            upstream,
-            values,
-            grad + start + columns,
-            FORMULA,
-            LISTED,
-            WEIGHTED,
-        )
+        at = v * KIND.vec + tile
+        loaded = tl.load(x + first + at, mask=exists, other=0.0, eviction_policy="evict_first").to(KIND.compute)
+        g = gradient_of(loaded, at, head, chosen, values, FORMULA, KIND) * upstream
+        tl.store(grad + first + at, g.to(grad.dtype.element_ty), mask=exists, eviction_policy="evict_first")
+    if KIND.edge:
+        columns, exists = edge_of(head, vectors, cols, KIND.vec)
+        loaded = tl.load(x + start + columns, mask=exists, other=0.0).to(KIND.compute)
+        g = gradient_of(loaded, columns, 0, chosen, values, FORMULA, KIND) * upstream
+        tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=exists, eviction_policy="evict_first")
 
 
 def key(args):
     x = args["x"]
-    flags = tuple(args[name] for name in ("LISTED", "WEIGHTED", "EDGE"))
-    return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), str(x.dtype), *flags, x.data_ptr() % 16 == 0
+    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # which make no difference, or follow from others
+    return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), str(x.dtype), *kind, x.data_ptr() % 16 == 0
 
 
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+def bytes_of_row(args):
+    return args["strides"][0] * args["x"].element_size()
 
 
-def sample(args):
-    return {
-        **args,
-        "rows": min(args["rows"], max(SAMPLE_BYTES // max(args["stride"] * args["x"].element_size(), 1), 1)),
-    }
-
-
-options = {"configs": configs, "rule": rule, "key": key, "sample": sample}
+options = {"configs": configs, "rule": rule, "key": key, "bytes_each": bytes_of_row}
 options |= {"size": "rows", "programs": lambda rows, fixed: rows}
 forward_launch = Tuned(forward_kernel, **options)
 backward_launch = Tuned(backward_kernel, **options)
-
-
-class MarginPlan(NamedTuple):
-    readable: bool  # scores, labels and class weights lie as the kernels want them
-    wide: torch.dtype
-    width: int = 0  # bytes of a row's marks
-    launch: Launch | None = None
 
 
 def slopes_of(labels, ahead, wide):
@@ -399,55 +308,70 @@ def slopes_of(labels, ahead, wide):
     return labels.new_empty(labels.numel() + ahead * labels.shape[0], dtype=wide)
 
 
+def width_of(cols):
+    """How many bytes the marks of a row of so many columns take."""
+    return triton.cdiv(cols, 16) * 16 + AHEAD_OF_MARKS.value
+
+
+def marks_of(x, labels):
+    """Memory for the marks, which only sets of labels need."""
+    return x.new_empty(len(x), width_of(x.shape[1]), dtype=torch.uint8) if labels.dim() == 2 else x
+
+
+def arranged(tensors):
+    """As the kernels read them."""
+    x, labels, class_weights = tensors
+    return readable(x), labels.contiguous(), class_weights if class_weights is None else class_weights.contiguous()
+
+
 @planned
 def plan(tensors, problem):
-    """Of the forward where dout is None, else of the backward."""
+    """The launch of the forward where dout is None, else of the backward; False where the tensors must be arranged
+    first.
+    """
     x, labels, class_weights, dout = tensors
-    wide, weighted, (rows, cols) = compute_dtype(x.dtype), class_weights is not None, x.shape
-    if readable(x) is not x or not labels.is_contiguous() or weighted and not class_weights.is_contiguous():
-        return MarginPlan(False, wide)
+    if any(ready is not t for ready, t in zip(arranged(tensors[:3]), tensors)):
+        return False
+    wide, (rows, cols) = compute_dtype(x.dtype), x.shape
     listed, ahead = labels.dim() == 2, problem.reduction != "none"
-    width = -(-(cols + AHEAD_OF_MARKS) // 16) * 16 if listed else 0
     vec, stride = 16 // x.element_size(), x.stride(0) if rows > 1 else cols
     slopes = slopes_of(labels, ahead, wide)
+    kind = MarginKind(
+        listed=listed,
+        weighted=class_weights is not None,
+        mean=dout is not None and problem.reduction == "mean",
+        ahead=int(ahead),
+        edge=cols % vec != 0 or stride % vec != 0,
+        vec=vec,
+        compute=triton_type(wide),
+    )
     arguments = {
         "x": x,
         "labels": labels,
-        "class_weights": class_weights if weighted else x,
+        "class_weights": x if class_weights is None else class_weights,
         "slopes": slopes,
         "rows": rows,
         "cols": cols,
-        "stride": stride,
-        "most": labels.shape[1] if listed else 1,
+        "strides": (stride, labels.shape[1] if listed else 1),
         "scalars": as_scalars((problem.margin,), wide),
         "FORMULA": FORMULAS[problem.formula].kernel,
-        "LISTED": listed,
-        "WEIGHTED": weighted,
-        "AHEAD": int(ahead),
-        "EDGE": cols % vec != 0 or stride % vec != 0,
-        "COMPUTE": triton_type(wide),
-        "VEC": vec,
+        "KIND": kind,
     }
     if dout is None:
-        marks = x.new_empty(rows, width, dtype=torch.uint8) if listed else x
         losses = slopes if ahead else x.new_empty(rows, dtype=problem.dtype)
-        launch = forward_launch.bind(marks=marks, losses=losses, width=width, FIRST=AHEAD_OF_MARKS, **arguments)
-    else:
-        grad = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        dout_stride, mean = 0 if ahead else dout.stride(0), problem.reduction == "mean"
-        launch = backward_launch.bind(grad=grad, dout=dout, dout_stride=dout_stride, MEAN=mean, **arguments)
-    return MarginPlan(True, wide, width, launch)
+        return forward_launch.bind(marks=marks_of(x, labels), losses=losses, width=width_of(cols), **arguments)
+    dout_stride = 0 if ahead else dout.stride(0)
+    return backward_launch.bind(grad=room_for_gradient(x), dout=dout, dout_stride=dout_stride, **arguments)
 
 
 def prepared(tensors, problem, dout=None):
-    """The plan, scores and labels as its kernel wants them, and the class weights or what stands in their place."""
-    found = plan((*tensors, dout), problem)
+    """The launch, scores and labels as its kernel wants them, and the class weights or what stands in their place."""
+    launch = plan((*tensors, dout), problem)
+    if not launch:
+        tensors = arranged(tensors)
+        launch = plan((*tensors, dout), problem)
     x, labels, class_weights = tensors
-    if not found.readable:
-        x, labels = readable(x), labels.contiguous()
-        class_weights = class_weights if class_weights is None else class_weights.contiguous()
-        found = plan((x, labels, class_weights, dout), problem)
-    return found, x, labels, x if class_weights is None else class_weights
+    return launch, x, labels, x if class_weights is None else class_weights
 
 
 def forward(tensors, problem):
@@ -458,9 +382,8 @@ def forward(tensors, problem):
     slopes = slopes_of(labels, not none, compute_dtype(x.dtype))
     if shapes_only():
         return [out], [slopes]
-    found, x, labels, class_weights = prepared(tensors, problem)
-    marks = x.new_empty(rows, found.width, dtype=torch.uint8) if found.width else x
-    found.launch(x, labels, class_weights, marks, out if none else slopes, slopes, rows)
+    launch, x, labels, class_weights = prepared(tensors, problem)
+    launch(x, labels, class_weights, marks_of(x, labels), out if none else slopes, slopes, rows)
     if not none:
         finish(slopes, out, rows, mean=problem.reduction == "mean", divisor=rows)
     return [out], [slopes]
@@ -470,7 +393,7 @@ def backward(tensors, saved, upstream, problem, wanted):
     x = tensors[0]
     if shapes_only():
         return [x.new_empty(x.shape)]
-    found, x, labels, class_weights = prepared(tensors, problem, upstream[0])
-    grad = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    found.launch(x, labels, class_weights, saved[0], grad, upstream[0], x.shape[0])
+    launch, x, labels, class_weights = prepared(tensors, problem, upstream[0])
+    grad = room_for_gradient(x)
+    launch(x, labels, class_weights, saved[0], grad, upstream[0], x.shape[0])
     return [grad]

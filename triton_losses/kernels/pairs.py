@@ -24,22 +24,35 @@ from triton_losses.kernels.finish import finish
 VECTOR = 16  # bytes
 
 
+class Kind(NamedTuple):
+    """What the kernels are built for, beside the formulas of a coordinate and of a row."""
+
+    compute: tl.dtype
+    vec: int  # numbers that a thread reads at once
+    pairs: tuple  # two places of vectors a pair
+    targeted: bool
+    ahead: int  # numbers a row before the sums
+    mean: bool = False
+    wanted: tuple = ()  # of which vectors a gradient is wanted
+    want_target: bool = False
+
+
 @triton.jit
-def tiles_of(vectors, strides, row, columns, mask, COMPUTE: tl.constexpr, VEC: tl.constexpr):
+def tiles_of(vectors, strides, row, columns, mask, KIND: tl.constexpr):
     """A tile (ROWS, BLOCK) of each vector, zeros where the mask forbids."""
     values = ()
     for i in tl.static_range(len(vectors)):
-        at = row[:, None] * (strides[i] * VEC) + columns[None, :]
-        values += (load_zeros(vectors[i] + at, mask).to(COMPUTE),)
+        at = row[:, None] * (strides[i] * KIND.vec) + columns[None, :]
+        values += (load_zeros(vectors[i] + at, mask).to(KIND.compute),)
     return values
 
 
 @triton.jit
-def add_tiles(totals, values, mask, scalars, FORMULA: tl.constexpr, PAIRS: tl.constexpr):
+def add_tiles(totals, values, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
     """Add g of each pair of tiles to its sum; nothing where the mask forbids."""
     new = ()
     for k in tl.static_range(len(totals)):
-        g = FORMULA(values[PAIRS[2 * k]], values[PAIRS[2 * k + 1]], *scalars)[0]
+        g = FORMULA(values[KIND.pairs[2 * k]], values[KIND.pairs[2 * k + 1]], *scalars)[0]
         if mask is not None:
             g = tl.where(mask, g, 0.0)
         new += (totals[k] + g,)
@@ -54,10 +67,10 @@ def direction(which):
     repr=direction("forward"), do_not_specialize=["rows"], do_not_specialize_on_alignment=["target", "losses", "sums"]
 )
 def forward_kernel(
-    vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * VEC
-    target,  # (rows,) where TARGETED
+    vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * vec
+    target,  # (rows,) where targeted
     losses,  # (rows,)
-    sums,  # (AHEAD, rows) of other things, then (pairs, rows)
+    sums,  # (ahead, rows) of other things, then (pairs, rows)
     rows: tl.int64,
     cols,
     strides,
@@ -65,52 +78,47 @@ def forward_kernel(
     loss_scalars,
     FORMULA: tl.constexpr,
     LOSS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    TARGETED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, rows - 1)  # what lies beyond the last row is the last row again, and not written
     lanes = tl.arange(0, BLOCK)
-    values_of = exact(scalars, COMPUTE)
+    COUNT: tl.constexpr = len(KIND.pairs) // 2
+    values_of = exact(scalars, KIND.compute)
     totals = ()
-    for _ in tl.static_range(len(PAIRS) // 2):
-        totals += (tl.zeros((ROWS, BLOCK), COMPUTE),)
+    for _ in tl.static_range(COUNT):
+        totals += (tl.zeros((ROWS, BLOCK), KIND.compute),)
     whole = cols // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        values = tiles_of(vectors, strides, read, start + lanes, None, COMPUTE, VEC)
-        totals = add_tiles(totals, values, None, values_of, FORMULA, PAIRS)
+        values = tiles_of(vectors, strides, read, start + lanes, None, KIND)
+        totals = add_tiles(totals, values, None, values_of, FORMULA, KIND)
     for start in range(whole, cols, BLOCK):
-        mask = ((start + lanes) // VEC < cols // VEC)[None, :]  # of whole vectors
-        values = tiles_of(vectors, strides, read, start + lanes, mask, COMPUTE, VEC)
-        totals = add_tiles(totals, values, mask, values_of, FORMULA, PAIRS)
+        mask = ((start + lanes) // KIND.vec < cols // KIND.vec)[None, :]  # of whole vectors
+        values = tiles_of(vectors, strides, read, start + lanes, mask, KIND)
+        totals = add_tiles(totals, values, mask, values_of, FORMULA, KIND)
     values = ()
-    for k in tl.static_range(len(PAIRS) // 2):
+    for k in tl.static_range(COUNT):
         values += (tl.sum(totals[k], 1),)
-        tl.store(sums + (AHEAD + k) * rows + row, values[k], mask=row < rows)
-    if TARGETED:
-        values += (tl.load(target + read).to(COMPUTE),)
-    loss = LOSS(*values, *exact(loss_scalars, COMPUTE))[0]
+        tl.store(sums + (KIND.ahead + k) * rows + row, values[k], mask=row < rows)
+    if KIND.targeted:
+        values += (tl.load(target + read).to(KIND.compute),)
+    loss = LOSS(*values, *exact(loss_scalars, KIND.compute))[0]
     tl.store(losses + row, loss.to(losses.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
-def store_gradients(
-    values, grads, at, mask, slopes, scalars, FORMULA: tl.constexpr, PAIRS: tl.constexpr, WANTED: tl.constexpr
-):
+def store_gradients(values, grads, at, mask, slopes, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
     """Write the gradients of one tile of each wanted vector."""
     for i in tl.static_range(len(grads)):
-        if WANTED[i]:
+        if KIND.wanted[i]:
             total = tl.zeros_like(values[i])
             for k in tl.static_range(len(slopes)):
-                out = FORMULA(values[PAIRS[2 * k]], values[PAIRS[2 * k + 1]], *scalars)
-                if PAIRS[2 * k] == i:
+                out = FORMULA(values[KIND.pairs[2 * k]], values[KIND.pairs[2 * k + 1]], *scalars)
+                if KIND.pairs[2 * k] == i:
                     total += out[1] * slopes[k]
-                if PAIRS[2 * k + 1] == i:
+                if KIND.pairs[2 * k + 1] == i:
                     total += out[2] * slopes[k]
             tl.store(grads[i] + at, total.to(grads[i].dtype.element_ty), mask=mask)
 
@@ -121,12 +129,12 @@ def store_gradients(
     do_not_specialize_on_alignment=["target", "sums", "dout", "grad_target"],
 )
 def backward_kernel(
-    vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * VEC
-    target,  # (rows,) where TARGETED
-    sums,  # (AHEAD, rows) of other things, then (pairs, rows)
+    vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * vec
+    target,  # (rows,) where targeted
+    sums,  # (ahead, rows) of other things, then (pairs, rows)
     dout,  # of row r at r * dout_stride
-    grads,  # pointers to (rows, cols), contiguous, one a vector; written where WANTED
-    grad_target,  # (rows,), written where WANT_TARGET
+    grads,  # pointers to (rows, cols), contiguous, one a vector; written where wanted
+    grad_target,  # (rows,), written where want_target
     rows: tl.int64,
     cols,
     strides,
@@ -135,72 +143,53 @@ def backward_kernel(
     loss_scalars,
     FORMULA: tl.constexpr,
     LOSS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    TARGETED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    MEAN: tl.constexpr,
-    WANTED: tl.constexpr,
-    WANT_TARGET: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, rows - 1)
     lanes = tl.arange(0, BLOCK)
-    values_of = exact(scalars, COMPUTE)
-    factor = tl.load(dout + read * dout_stride).to(COMPUTE)
-    if MEAN:
-        factor = factor / tl.cast(rows, COMPUTE)
+    COUNT: tl.constexpr = len(KIND.pairs) // 2
+    values_of = exact(scalars, KIND.compute)
+    factor = tl.load(dout + read * dout_stride).to(KIND.compute)
+    if KIND.mean:
+        factor = factor / tl.cast(rows, KIND.compute)
     operands = ()
-    for k in tl.static_range(len(PAIRS) // 2):
-        operands += (tl.load(sums + (AHEAD + k) * rows + read),)
-    if TARGETED:
-        operands += (tl.load(target + read).to(COMPUTE),)
-    out = LOSS(*operands, *exact(loss_scalars, COMPUTE))
+    for k in tl.static_range(COUNT):
+        operands += (tl.load(sums + (KIND.ahead + k) * rows + read),)
+    if KIND.targeted:
+        operands += (tl.load(target + read).to(KIND.compute),)
+    out = LOSS(*operands, *exact(loss_scalars, KIND.compute))
     slopes = ()
-    for k in tl.static_range(len(PAIRS) // 2):
+    for k in tl.static_range(COUNT):
         slopes += ((out[1 + k] * factor)[:, None],)
-    if WANT_TARGET:
-        tl.store(
-            grad_target + row, (out[1 + len(PAIRS) // 2] * factor).to(grad_target.dtype.element_ty), mask=row < rows
-        )
+    if KIND.want_target:
+        tl.store(grad_target + row, (out[1 + COUNT] * factor).to(grad_target.dtype.element_ty), mask=row < rows)
     exists = (row < rows)[:, None]
-    first = row[:, None] * (cols // VEC * VEC)
+    first = row[:, None] * (cols // KIND.vec * KIND.vec)
     whole = cols // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         columns = start + lanes
-        values = tiles_of(vectors, strides, read, columns, None, COMPUTE, VEC)
-        store_gradients(values, grads, first + columns[None, :], exists, slopes, values_of, FORMULA, PAIRS, WANTED)
+        values = tiles_of(vectors, strides, read, columns, None, KIND)
+        store_gradients(values, grads, first + columns[None, :], exists, slopes, values_of, FORMULA, KIND)
     for start in range(whole, cols, BLOCK):
         columns = start + lanes
-        mask = (columns // VEC < cols // VEC)[None, :]
-        values = tiles_of(vectors, strides, read, columns, mask, COMPUTE, VEC)
-        store_gradients(
-            values, grads, first + columns[None, :], exists & mask, slopes, values_of, FORMULA, PAIRS, WANTED
-        )
+        mask = (columns // KIND.vec < cols // KIND.vec)[None, :]
+        values = tiles_of(vectors, strides, read, columns, mask, KIND)
+        store_gradients(values, grads, first + columns[None, :], exists & mask, slopes, values_of, FORMULA, KIND)
 
 
 def key(args):
-    aligned = all(v.data_ptr() % VECTOR == 0 for v in args["vectors"])
-    dtypes = tuple(str(v.dtype) for v in args["vectors"])
-    return (
-        args["FORMULA"].__name__,
-        args["LOSS"].__name__,
-        triton.next_power_of_2(args["cols"]),
-        *dtypes,
-        aligned,
-        *(args.get(name) for name in ("PAIRS", "VEC", "WANTED")),
-    )
+    vectors, kind = args["vectors"], args["KIND"]
+    aligned = all(v.data_ptr() % VECTOR == 0 for v in vectors)
+    dtypes = tuple(str(v.dtype) for v in vectors)
+    formulas = args["FORMULA"].__name__, args["LOSS"].__name__
+    return *formulas, triton.next_power_of_2(args["cols"]), *dtypes, aligned, kind.pairs, kind.vec, kind.wanted
 
 
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
-
-
-def sample(args):
-    width = args["cols"] * sum(v.element_size() for v in args["vectors"])
-    return {**args, "rows": min(args["rows"], max(SAMPLE_BYTES // max(width, 1), 1))}
+def bytes_of_row(args):
+    return args["cols"] * sum(v.element_size() for v in args["vectors"])
 
 
 def config(args, warps, each):
@@ -211,7 +200,8 @@ def config(args, warps, each):
 
 def each_of(args):
     """Numbers a thread reads at once, or four where it reads them one by one."""
-    return args["VEC"] if args["VEC"] > 1 else 4
+    vec = args["KIND"].vec
+    return vec if vec > 1 else 4
 
 
 def configs(args):
@@ -226,7 +216,14 @@ def programs(rows, fixed):
     return -(-rows // fixed["ROWS"])
 
 
-options = {"configs": configs, "rule": rule, "key": key, "programs": programs, "size": "rows", "sample": sample}
+options = {
+    "configs": configs,
+    "rule": rule,
+    "key": key,
+    "programs": programs,
+    "size": "rows",
+    "bytes_each": bytes_of_row,
+}
 forward_launch = Tuned(forward_kernel, **options)
 backward_launch = Tuned(backward_kernel, **options)
 
@@ -237,7 +234,7 @@ class PairsPlan(NamedTuple):
     launch: Launch | None = None
 
 
-def fixed_arguments(vectors, target, problem, wide):
+def fixed_arguments(vectors, target, problem, wide, **kind):
     rows, cols = vectors[0].shape
     strides = [v.stride(0) if rows > 1 else 0 for v in vectors]
     vec = VECTOR // min(v.element_size() for v in vectors)
@@ -253,11 +250,9 @@ def fixed_arguments(vectors, target, problem, wide):
         "loss_scalars": as_scalars(problem.scalars, wide),
         "FORMULA": FORMULAS[problem.coordinate].kernel,
         "LOSS": FORMULAS[problem.formula].kernel,
-        "PAIRS": problem.pairs,
-        "TARGETED": target is not None,
-        "AHEAD": 0 if problem.reduction == "none" else 1,
-        "COMPUTE": triton_type(wide),
-        "VEC": vec,
+        "KIND": Kind(
+            triton_type(wide), vec, problem.pairs, target is not None, int(problem.reduction != "none"), **kind
+        ),
     }
 
 
@@ -270,21 +265,21 @@ def plan(tensors, problem, wanted):
     rows, cols = vectors[0].shape
     if any(v.stride(1) != 1 and cols > 1 for v in vectors) or target is not None and not target.is_contiguous():
         return PairsPlan(False, wide)
-    arguments = fixed_arguments(vectors, target, problem, wide)
     sums = vectors[0].new_empty((1 + len(problem.pairs) // 2) * rows, dtype=wide)
     if not wanted:
         losses = vectors[0].new_empty(rows, dtype=problem.dtype) if problem.reduction == "none" else sums
-        return PairsPlan(True, wide, forward_launch.bind(losses=losses, sums=sums, **arguments))
+        return PairsPlan(
+            True, wide, forward_launch.bind(losses=losses, sums=sums, **fixed_arguments(vectors, target, problem, wide))
+        )
     want_target = len(wanted) == 4 and wanted[3]
+    kind = {"mean": problem.reduction == "mean", "wanted": wanted[: len(vectors)], "want_target": want_target}
+    arguments = fixed_arguments(vectors, target, problem, wide, **kind)
     launch = backward_launch.bind(
         sums=sums,
         dout=dout,
         grads=tuple(v.new_empty(v.shape) if want else v for v, want in zip(vectors, wanted)),
         grad_target=torch.empty_like(target) if want_target else sums,
         dout_stride=dout.stride(0) if problem.reduction == "none" and rows > 1 else 0,
-        MEAN=problem.reduction == "mean",
-        WANTED=wanted[: len(vectors)],
-        WANT_TARGET=want_target,
         **arguments,
     )
     return PairsPlan(True, wide, launch)

@@ -8,6 +8,8 @@ reduced, the losses, and, where there are labels, 1 for each row that counts; th
 there are labels and a reduction, how many rows count.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -30,43 +32,48 @@ from triton_losses.kernels.rows import configs, rule, span_of
 SAVED = 2  # numbers a row that the backward reads
 
 
+class ProportionKind(NamedTuple):
+    """What a kernel of proportions is built for."""
+
+    labelled: bool  # y holds a label a row, else chances
+    wanted: tuple  # of the backward: whether the gradients by x and by y are
+    mean: bool  # of the backward: the loss is a mean
+    ahead: int  # runs of ``state`` ahead of what the backward reads: 1 the losses, 2 also which rows count
+    edge: bool  # rows may start anywhere, and end anywhere
+    vec: int  # elements of a vector
+    compute: tl.dtype  # the type that sums are made in
+
+
 @triton.jit
-def sum_of_row(
-    x,
-    start,
-    cols,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
-    LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    head, vectors = span_of(start, cols, VEC, EDGE)
-    first = x + (start + head) // VEC * VEC  # says that it is aligned
+def sum_of_row(x, start, cols, KIND: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr):
+    head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
+    first = x + (start + head) // KIND.vec * KIND.vec  # says that it is aligned
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     # Triton 3.7 fails on sums of a loop's tiles that are added one after another
-    total = tl.zeros((LANES, VEC), COMPUTE)
+    total = tl.zeros(tile.shape, KIND.compute)
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
-            tiles += (tl.load(first + (v + u * LANES) * VEC + tile, eviction_policy="evict_last").to(COMPUTE),)
+            pointers = first + (v + u * LANES) * KIND.vec + tile
+            tiles += (tl.load(pointers, eviction_policy="evict_last").to(KIND.compute),)
         for u in tl.static_range(UNROLL):
             total += tiles[u]
     for v in range(unmasked, vectors, LANES):
-        total += tl.load(first + v * VEC + tile, mask=(v + lanes < vectors)[:, None], other=0.0).to(COMPUTE)
-    if EDGE:
-        columns, exists = edge_tile(head, vectors, cols, LANES, VEC)
-        total += tl.load(x + start + columns, mask=exists, other=0.0).to(COMPUTE)
+        exists = (v + lanes < vectors)[:, None]
+        total += tl.load(first + v * KIND.vec + tile, mask=exists, other=0.0).to(KIND.compute)
+    if KIND.edge:
+        columns, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)
+        total += tl.load(x + start + columns, mask=exists, other=0.0).to(KIND.compute)
     return tl.sum(tl.sum(total, 1), 0)
 
 
 @triton.jit
-def add_tile(totals, y, x, exists, inverse, scalars, FORMULA: tl.constexpr, COMPUTE: tl.constexpr):
+def add_tile(totals, x, y, exists, inverse, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
     """Add f and p ∂f/∂p of one tile to each lane's sums."""
-    p = load_zeros(x, exists).to(COMPUTE) * inverse
-    out = FORMULA(load_zeros(y, exists).to(COMPUTE), p, *scalars)
+    p = load_zeros(x, exists).to(KIND.compute) * inverse
+    out = FORMULA(load_zeros(y, exists).to(KIND.compute), p, *scalars)
     f = out[0]
     moved = p * out[2]
     if exists is not None:
@@ -77,41 +84,37 @@ def add_tile(totals, y, x, exists, inverse, scalars, FORMULA: tl.constexpr, COMP
 
 @triton.jit
 def sums_of_pair(
-    y,
-    x,
-    start_y,
-    start_x,
+    pair,
+    starts,
     cols,
     inverse,
     scalars,
     FORMULA: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Σ f and Σ p ∂f/∂p of a row and its target."""
-    head, vectors = span_of(start_x, cols, VEC, EDGE)
-    first_y = y + (start_y + head) // VEC * VEC  # says that it is aligned
-    first_x = x + (start_x + head) // VEC * VEC
+    x, y = pair
+    start_x, start_y = starts
+    head, vectors = span_of(start_x, cols, KIND.vec, KIND.edge)
+    first_y = y + (start_y + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first_x = x + (start_x + head) // KIND.vec * KIND.vec
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    totals = (tl.zeros((LANES,), COMPUTE), tl.zeros((LANES,), COMPUTE))
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
+    totals = (tl.zeros((LANES,), KIND.compute), tl.zeros((LANES,), KIND.compute))
     unmasked = vectors // LANES * LANES
     for v in range(0, unmasked, LANES):
-        totals = add_tile(
-            totals, first_y + v * VEC + tile, first_x + v * VEC + tile, None, inverse, scalars, FORMULA, COMPUTE
-        )
+        at_x = first_x + v * KIND.vec + tile
+        at_y = first_y + v * KIND.vec + tile
+        totals = add_tile(totals, at_x, at_y, None, inverse, scalars, FORMULA, KIND)
     for v in range(unmasked, vectors, LANES):
+        at_x = first_x + v * KIND.vec + tile
+        at_y = first_y + v * KIND.vec + tile
         exists = (v + lanes < vectors)[:, None]
-        totals = add_tile(
-            totals, first_y + v * VEC + tile, first_x + v * VEC + tile, exists, inverse, scalars, FORMULA, COMPUTE
-        )
-    if EDGE:
-        columns, exists = edge_tile(head, vectors, cols, LANES, VEC)
-        totals = add_tile(
-            totals, y + start_y + columns, x + start_x + columns, exists, inverse, scalars, FORMULA, COMPUTE
-        )
+        totals = add_tile(totals, at_x, at_y, exists, inverse, scalars, FORMULA, KIND)
+    if KIND.edge:
+        columns, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)
+        totals = add_tile(totals, x + start_x + columns, y + start_y + columns, exists, inverse, scalars, FORMULA, KIND)
     return tl.sum(totals[0], 0), tl.sum(totals[1], 0)
 
 
@@ -123,79 +126,59 @@ def sums_of_pair(
 )
 def forward_kernel(
     x,  # (rows, cols), row r at r * stride_x
-    y,  # (rows, cols), row r at r * stride_y; labels (rows,) where LABELLED
-    losses,  # (rows,); where COUNTED (2, rows): losses, and 1 for each row that counts
-    state,  # (AHEAD, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p
+    y,  # (rows, cols), row r at r * stride_y; labels (rows,) where labelled
+    losses,  # (rows,); where ahead is 2 (2, rows): losses, and 1 for each row that counts
+    state,  # (ahead, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p
     rows: tl.int64,
     cols,
-    stride_x,
-    stride_y,
+    strides,  # stride_x, stride_y
     ignore_index,
     scalars,
     FORMULA: tl.constexpr,
-    LABELLED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    values = exact(scalars, COMPUTE)
-    start = row * stride_x
-    total = sum_of_row(x, start, cols, EDGE, COMPUTE, VEC, LANES, UNROLL)
-    counts = tl.full((), 1.0, COMPUTE)
-    if LABELLED:
+    values = exact(scalars, KIND.compute)
+    start = row * strides[0]
+    total = sum_of_row(x, start, cols, KIND, LANES, UNROLL)
+    counts = tl.full((), 1.0, KIND.compute)
+    if KIND.labelled:
         kept, place = label_of(y, row, cols, ignore_index)
-        p = tl.load(x + start + place).to(COMPUTE) / total
+        p = tl.load(x + start + place).to(KIND.compute) / total
         out = FORMULA(counts, p, *values)
         loss = tl.where(kept, out[0], 0.0)
         moved = p * out[2]
         counts = tl.where(kept, counts, 0.0)
     else:
-        loss, moved = sums_of_pair(
-            y, x, row * stride_y, start, cols, 1.0 / total, values, FORMULA, EDGE, COMPUTE, VEC, LANES
-        )
+        starts = (start, row * strides[1])
+        loss, moved = sums_of_pair((x, y), starts, cols, 1.0 / total, values, FORMULA, KIND, LANES)
     tl.store(losses + row, loss.to(losses.dtype.element_ty))
-    if COUNTED:
+    if KIND.ahead == 2:
         tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
-    tl.store(state + AHEAD * rows + row, total)
-    tl.store(state + (AHEAD + 1) * rows + row, moved)
+    tl.store(state + KIND.ahead * rows + row, total)
+    tl.store(state + (KIND.ahead + 1) * rows + row, moved)
 
 
 @triton.jit
-def store_gradients(
-    y,
-    x,
-    grad_y,
-    grad_x,
-    exists,
-    columns,
-    place,
-    rowwise,
-    scalars,
-    FORMULA: tl.constexpr,
-    LABELLED: tl.constexpr,
-    WANT_Y: tl.constexpr,
-    WANT_X: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Write the gradients of one tile."""
-    inverse, moved, at_label, upstream = rowwise
-    if LABELLED:
-        g = tl.where(columns == place, at_label - moved, -moved) * (upstream * inverse)
-        tl.store(grad_x, g.to(grad_x.dtype.element_ty), mask=exists, eviction_policy="evict_first")
+def store_gradients(tensors, first, at, exists, of_row, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    """Write the gradients of one tile, whose columns are counted from ``first``: of x, of y and of the label."""
+    x, y, grad_x, grad_y = tensors
+    first_x, first_y, place = first
+    inverse, moved, at_label, upstream = of_row
+    if KIND.labelled:
+        g = tl.where(at == place, at_label - moved, -moved) * (upstream * inverse)
+        tl.store(grad_x + first_x + at, g.to(grad_x.dtype.element_ty), mask=exists, eviction_policy="evict_first")
     else:
-        out = FORMULA(load_zeros(y, exists).to(COMPUTE), load_zeros(x, exists).to(COMPUTE) * inverse, *scalars)
-        if WANT_X:
+        p = load_zeros(x + first_x + at, exists).to(KIND.compute) * inverse
+        out = FORMULA(load_zeros(y + first_y + at, exists).to(KIND.compute), p, *scalars)
+        if KIND.wanted[0]:
             g = (out[2] - moved) * (upstream * inverse)
-            tl.store(grad_x, g.to(grad_x.dtype.element_ty), mask=exists, eviction_policy="evict_first")
-        if WANT_Y:
-            tl.store(
-                grad_y, (out[1] * upstream).to(grad_y.dtype.element_ty), mask=exists, eviction_policy="evict_first"
-            )
+            tl.store(grad_x + first_x + at, g.to(grad_x.dtype.element_ty), mask=exists, eviction_policy="evict_first")
+        if KIND.wanted[1]:
+            g = out[1] * upstream
+            tl.store(grad_y + first_y + at, g.to(grad_y.dtype.element_ty), mask=exists, eviction_policy="evict_first")
 
 
 @triton.jit(
@@ -206,145 +189,78 @@ def store_gradients(
 )
 def backward_kernel(
     x,  # (rows, cols), row r at r * stride_x
-    y,  # (rows, cols), row r at r * stride_y; labels (rows,) where LABELLED
-    state,  # (AHEAD, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p; where COUNTED then how many rows count
+    y,  # (rows, cols), row r at r * stride_y; labels (rows,) where labelled
+    state,  # (ahead, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p; where ahead is 2 then how many rows count
     grad_x,
     grad_y,  # as x and y, those that are wanted
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
     cols,
-    stride_x,
-    stride_y,
+    strides,  # stride_x, stride_y
     dout_stride,
     ignore_index,
     scalars,
     FORMULA: tl.constexpr,
-    LABELLED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    MEAN: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_Y: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    values = exact(scalars, COMPUTE)
-    start_x = row * stride_x
-    upstream = tl.load(dout + row * dout_stride).to(COMPUTE)
-    if MEAN:
-        upstream = upstream / (tl.load(state + (AHEAD + 2) * rows) if COUNTED else tl.cast(rows, COMPUTE))
-    inverse = 1.0 / tl.load(state + AHEAD * rows + row)
-    moved = tl.load(state + (AHEAD + 1) * rows + row)
-    if LABELLED:
+    values = exact(scalars, KIND.compute)
+    start_x = row * strides[0]
+    upstream = tl.load(dout + row * dout_stride).to(KIND.compute)
+    if KIND.mean:
+        counts = tl.load(state + (KIND.ahead + 2) * rows) if KIND.ahead == 2 else tl.cast(rows, KIND.compute)
+        upstream = upstream / counts
+    inverse = 1.0 / tl.load(state + KIND.ahead * rows + row)
+    moved = tl.load(state + (KIND.ahead + 1) * rows + row)
+    if KIND.labelled:
         start_y = start_x  # y holds labels: nobody reads a row of it
         kept, place = label_of(y, row, cols, ignore_index)
-        at_label = FORMULA(tl.full((), 1.0, COMPUTE), tl.load(x + start_x + place).to(COMPUTE) * inverse, *values)[2]
+        p = tl.load(x + start_x + place).to(KIND.compute) * inverse
+        at_label = FORMULA(tl.full((), 1.0, KIND.compute), p, *values)[2]
         inverse = tl.where(kept, inverse, 0.0)
         moved = tl.where(kept, moved, 0.0)
         at_label = tl.where(kept, at_label, 0.0)
     else:
-        start_y = row * stride_y
+        start_y = row * strides[1]
         place = 0
         at_label = moved
-    rowwise = (inverse, moved, at_label, upstream)
-    head, vectors = span_of(start_x, cols, VEC, EDGE)
-    first_x = (start_x + head) // VEC * VEC  # says that it is aligned
-    first_y = (start_y + head) // VEC * VEC
+    tensors = (x, y, grad_x, grad_y)
+    of_row = (inverse, moved, at_label, upstream)
+    head, vectors = span_of(start_x, cols, KIND.vec, KIND.edge)
+    first_x = (start_x + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first_y = (start_y + head) // KIND.vec * KIND.vec
+    first = (first_x, first_y, place - head)
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            store_gradients(
-                y + first_y + at,
-                x + first_x + at,
-                grad_y + first_y + at,
-                grad_x + first_x + at,
-                None,
-                at,
-                place - head,
-                rowwise,
-                values,
-                FORMULA,
-                LABELLED,
-                WANT_Y,
-                WANT_X,
-                COMPUTE,
-            )
+            at = (v + u * LANES) * KIND.vec + tile
+            store_gradients(tensors, first, at, None, of_row, values, FORMULA, KIND)
     for v in range(unmasked, vectors, LANES):
-        at = v * VEC + tile
-        store_gradients(
-            y + first_y + at,
-            x + first_x + at,
-            grad_y + first_y + at,
-            grad_x + first_x + at,
-            (v + lanes < vectors)[:, None],
-            at,
-            place - head,
-            rowwise,
-            values,
-            FORMULA,
-            LABELLED,
-            WANT_Y,
-            WANT_X,
-            COMPUTE,
-        )
-    if EDGE:
-        at, exists = edge_tile(head, vectors, cols, LANES, VEC)
-        store_gradients(
-            y + start_y + at,
-            x + start_x + at,
-            grad_y + start_y + at,
-            grad_x + start_x + at,
-            exists,
-            at,
-            place,
-            rowwise,
-            values,
-            FORMULA,
-            LABELLED,
-            WANT_Y,
-            WANT_X,
-            COMPUTE,
-        )
+        exists = (v + lanes < vectors)[:, None]
+        store_gradients(tensors, first, v * KIND.vec + tile, exists, of_row, values, FORMULA, KIND)
+    if KIND.edge:
+        at, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)
+        store_gradients(tensors, (start_x, start_y, place), at, exists, of_row, values, FORMULA, KIND)
 
 
 def key(args):
     rows = args["x"], args["y"]
     aligned = all(t.data_ptr() % 16 == 0 for t in rows)
-    flags = tuple(args.get(name) for name in ("LABELLED", "EDGE", "WANT_X", "WANT_Y"))
-    return (
-        args["FORMULA"].__name__,
-        triton.next_power_of_2(args["cols"]),
-        *(str(t.dtype) for t in rows),
-        *flags,
-        aligned,
-    )
+    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # which make no difference, or follow from others
+    dtypes = (str(t.dtype) for t in rows)
+    return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), *dtypes, *kind, aligned
 
 
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
+def bytes_of_row(args):
+    return args["strides"][0] * args["x"].element_size()
 
 
-def sample(args):
-    return {
-        **args,
-        "rows": min(args["rows"], max(SAMPLE_BYTES // max(args["stride_x"] * args["x"].element_size(), 1), 1)),
-    }
-
-
-tuning = {
-    "configs": configs,
-    "rule": rule,
-    "key": key,
-    "programs": lambda rows, fixed: rows,
-    "size": "rows",
-    "sample": sample,
-}
+tuning = {"configs": configs, "rule": rule, "key": key, "bytes_each": bytes_of_row}
+tuning |= {"size": "rows", "programs": lambda rows, fixed: rows}
 forward_launch = Tuned(forward_kernel, **tuning)
 backward_launch = Tuned(backward_kernel, **tuning)
 
@@ -366,6 +282,11 @@ def state_of(x, y, problem):
     return x.new_empty((ahead + SAVED) * x.shape[0] + ahead // 2, dtype=widest((x, y)))
 
 
+def grads_of(x, y, wanted):
+    """Memory for the gradients that are wanted; in place of the others, the tensors."""
+    return tuple(room_for_gradient(t) if want else t for t, want in zip((x, y), wanted))
+
+
 @planned
 def plan(tensors, problem, wanted):
     """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged
@@ -379,39 +300,34 @@ def plan(tensors, problem, wanted):
     labelled, none = not y.is_floating_point(), problem.reduction == "none"
     walked = (x,) if labelled else (x, y)
     wide, vec = widest(walked), VECTOR // min(t.element_size() for t in walked)
-    strides = [t.stride(0) if rows > 1 else cols for t in walked]
+    strides = tuple(t.stride(0) if rows > 1 else cols for t in walked)
     state = state_of(x, y, problem)
+    kind = ProportionKind(
+        labelled=labelled,
+        wanted=wanted,
+        mean=bool(wanted) and problem.reduction == "mean",
+        ahead=ahead_of(problem, y),
+        edge=any(size % vec for size in (cols, *strides)),
+        vec=vec,
+        compute=triton_type(wide),
+    )
     arguments = {
         "x": x,
         "y": y,
         "state": state,
         "rows": rows,
         "cols": cols,
-        "stride_x": strides[0],
-        "stride_y": strides[-1],
+        "strides": strides,
         "ignore_index": problem.ignore_index,
         "scalars": as_scalars(problem.scalars, wide),
         "FORMULA": FORMULAS[problem.formula].kernel,
-        "LABELLED": labelled,
-        "COUNTED": labelled and not none,
-        "AHEAD": ahead_of(problem, y),
-        "EDGE": any(size % vec for size in (cols, *strides)),
-        "COMPUTE": triton_type(wide),
-        "VEC": vec,
+        "KIND": kind,
     }
     if not wanted:
         return forward_launch.bind(losses=x.new_empty(rows, dtype=problem.dtype) if none else state, **arguments)
-    grads = [room_for_gradient(t) if want else t for t, want in zip((x, y), wanted)]
-    return backward_launch.bind(
-        grad_x=grads[0],
-        grad_y=grads[1],
-        dout=dout,
-        dout_stride=dout.stride(0) if none and rows > 1 else 0,
-        MEAN=problem.reduction == "mean",
-        WANT_X=wanted[0],
-        WANT_Y=wanted[1],
-        **arguments,
-    )
+    grad_x, grad_y = grads_of(x, y, wanted)
+    dout_stride = dout.stride(0) if none and rows > 1 else 0
+    return backward_launch.bind(grad_x=grad_x, grad_y=grad_y, dout=dout, dout_stride=dout_stride, **arguments)
 
 
 def prepared(tensors, problem, wanted=(), dout=None):
@@ -444,6 +360,6 @@ def backward(tensors, saved, upstream, problem, wanted):
     if shapes_only():
         return [t.new_empty(t.shape) for t, want in zip(tensors, wanted) if want]
     launch, x, y = prepared(tensors, problem, tuple(wanted), dout)
-    grad_x, grad_y = (room_for_gradient(t) if want else t for t, want in zip((x, y), wanted))
-    launch(x, y, state, grad_x, grad_y, dout, x.shape[0])
-    return [grad for grad, want in zip((grad_x, grad_y), wanted) if want]
+    grads = grads_of(x, y, wanted)
+    launch(x, y, state, *grads, dout, x.shape[0])
+    return [grad for grad, want in zip(grads, wanted) if want]

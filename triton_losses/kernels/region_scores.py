@@ -4,6 +4,8 @@ There are so few numbers that one program takes them all, in float64. It leaves 
 which the backward has only to multiply by the upstream gradient: each sum is part of one element of the loss.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,39 +17,48 @@ from triton_losses.core.regions import shape_of_loss
 from triton_losses.core.tuning import Tuned
 
 
+class Kind(NamedTuple):
+    """What the kernel is built for; families/regions.py's Problem says what the first four are."""
+
+    average: str
+    empty: str
+    reduction: str
+    batch: bool
+    classes: int
+    first: int  # the first class that counts in the score
+    maps: bool  # the targets are maps of the logits' shape, else labels
+    weighted: bool  # the classes' scores have weights
+    shift: int  # the first class that the table of weights has
+    beside: bool  # a formula's losses of the pixels stand beside the score's
+    counted: bool  # a pixel counts in their mean as much as its label weighs
+    divided: bool  # they are divided by how many count
+    each: int  # losses of a pixel
+
+
 @triton.jit
-def sums_of(
-    partial_sums,
-    image,
-    exists,
-    splits,
-    C: tl.constexpr,
-    IMAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):
-    """Σ pt, Σ p and Σ t of some images, (IMAGES, CLASSES) each; 0 where there is no such image or class."""
+def sums_of(partial_sums, image, exists, splits, KIND: tl.constexpr, SPLITS: tl.constexpr, CLASSES: tl.constexpr):
+    """Σ pt, Σ p and Σ t of some images, (images, CLASSES) each; 0 where there is no such image or class."""
     c = tl.arange(0, CLASSES)[None, None, :]
     split = tl.arange(0, SPLITS)[None, :, None]
-    at = partial_sums + image[:, None, None] * (splits * 3 * C) + c
-    inside = exists[:, None, None] & (c < C)
-    overlap = tl.zeros((IMAGES, SPLITS, CLASSES), partial_sums.dtype.element_ty)
+    at = partial_sums + image[:, None, None] * (splits * 3 * KIND.classes) + c
+    inside = exists[:, None, None] & (c < KIND.classes)
+    overlap = tl.zeros((image.shape[0], SPLITS, CLASSES), partial_sums.dtype.element_ty)
     predicted = overlap
     wanted = overlap
     for first in range(0, splits, SPLITS):
-        here = at + (first + split) * (3 * C)
+        here = at + (first + split) * (3 * KIND.classes)
         mask = inside & (first + split < splits)
         overlap += tl.load(here, mask=mask, other=0.0)
-        predicted += tl.load(here + C, mask=mask, other=0.0)
-        wanted += tl.load(here + 2 * C, mask=mask, other=0.0)
+        predicted += tl.load(here + KIND.classes, mask=mask, other=0.0)
+        wanted += tl.load(here + 2 * KIND.classes, mask=mask, other=0.0)
     return tl.sum(overlap.to(tl.float64), 1), tl.sum(predicted.to(tl.float64), 1), tl.sum(wanted.to(tl.float64), 1)
 
 
 @triton.jit
-def formula_losses_of(partial_losses, image, exists, splits, IMAGES: tl.constexpr, SPLITS: tl.constexpr):
-    """Σ L of some images, (IMAGES,)."""
+def formula_losses_of(partial_losses, image, exists, splits, SPLITS: tl.constexpr):
+    """Σ L of some images, (images,)."""
     split = tl.arange(0, SPLITS)[None, :]
-    total = tl.zeros((IMAGES, SPLITS), partial_losses.dtype.element_ty)
+    total = tl.zeros((image.shape[0], SPLITS), partial_losses.dtype.element_ty)
     for first in range(0, splits, SPLITS):
         mask = exists[:, None] & (first + split < splits)
         total += tl.load(partial_losses + image[:, None] * splits + (first + split), mask=mask, other=0.0)
@@ -55,65 +66,50 @@ def formula_losses_of(partial_losses, image, exists, splits, IMAGES: tl.constexp
 
 
 @triton.jit
-def losses_of(
-    overlap,
-    predicted,
-    wanted,
-    weight,
-    counts,
-    scores,
-    links,
-    SCORE: tl.constexpr,
-    LINK: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    EMPTY: tl.constexpr,
-    MEAN: tl.constexpr,
-):
+def losses_of(sums, weight, counts, scalars, SCORE: tl.constexpr, LINK: tl.constexpr, KIND: tl.constexpr):
     """The score's loss of each image and class, and its slopes by overlap and predicted; sums that do not count are 0.
 
     Where classes are added up first, the loss is (images, 1). Where a mean excludes absent classes, it is divided
     already.
     """
+    overlap, predicted, wanted = sums
     factor = tl.where(counts, 1.0, 0.0).to(tl.float64)
-    if AVERAGE == "macro":
-        found = SCORE(overlap, predicted, wanted, *scores)
-    else:
-        if AVERAGE != "micro":
+    if KIND.average != "macro":
+        if KIND.average != "micro":
             absent = wanted == 0.0
             volume = tl.where(absent, 1.0, wanted)
-            factor = tl.where(absent, 0.0, 1.0 / (volume * volume if AVERAGE == "square" else volume))
+            factor = tl.where(absent, 0.0, 1.0 / (volume * volume if KIND.average == "square" else volume))
             factor = tl.where(absent & counts, tl.max(factor, 1)[:, None], factor)
         overlap = tl.sum(overlap * factor, 1)[:, None]
         predicted = tl.sum(predicted * factor, 1)[:, None]
         wanted = tl.sum(wanted * factor, 1)[:, None]
-        found = SCORE(overlap, predicted, wanted, *scores)
-    link = LINK(found[0], *links)
-    loss = link[0] * weight
-    slope = link[1] * weight
-    if EMPTY != "smooth":
+    score, by_overlap, by_predicted, _ = SCORE(overlap, predicted, wanted, *scalars[0])
+    loss, slope = LINK(score, *scalars[1])
+    loss *= weight
+    slope *= weight
+    if KIND.empty != "smooth":
         loss = tl.where(wanted > 0.0, loss, 0.0)
         slope = tl.where(wanted > 0.0, slope, 0.0)
-    if EMPTY == "exclude" and MEAN:
+    if KIND.empty == "exclude" and KIND.reduction == "mean":
         present = tl.sum(tl.where(wanted > 0.0, weight, 0.0), 1)[:, None]
         present = tl.where(present == 0.0, 1.0, present)
         loss = loss / present
         slope = slope / present
-    return loss, slope * found[1] * factor, slope * found[2] * factor
+    return loss, (slope * by_overlap * factor, slope * by_predicted * factor)
 
 
 @triton.jit
-def store_loss(at, loss, mask):
+def store(at, x, mask):
     """By way of float32 to bfloat16, as compiled kernels do anyway: the interpreter knows no other way."""
-    loss = loss.to(tl.float32) if at.dtype.element_ty == tl.bfloat16 else loss
-    tl.store(at, loss.to(at.dtype.element_ty), mask=mask)
+    x = x.to(tl.float32) if at.dtype.element_ty == tl.bfloat16 else x
+    tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_slopes(d_sums, d_overlap, d_predicted, image, exists, c, counts, C: tl.constexpr):
-    at = d_sums + image[:, None] * (3 * C) + c
-    mask = exists[:, None] & counts
-    tl.store(at, d_overlap.to(d_sums.dtype.element_ty), mask=mask)
-    tl.store(at + C, d_predicted.to(d_sums.dtype.element_ty), mask=mask)
+def store_slopes(d_sums, slopes, scale, image, c, mask, KIND: tl.constexpr):
+    at = d_sums + image[:, None] * (3 * KIND.classes) + c
+    store(at, slopes[0] * scale, mask)
+    store(at + KIND.classes, slopes[1] * scale, mask)
 
 
 @triton.jit(
@@ -121,134 +117,115 @@ def store_slopes(d_sums, d_overlap, d_predicted, image, exists, c, counts, C: tl
     do_not_specialize=["images", "splits", "pixels"],
 )
 def scores_kernel(
-    partial_sums,  # (images, splits, 3, C)
-    partial_losses,  # (images, splits), where BESIDE
-    weights,  # of the classes from SHIFT on, where WEIGHTED or CLASS_WEIGHTED
-    out,  # the loss; where NONE as core/regions.py's shape_of_loss says
-    d_sums,  # (images, 3, C), of which Σ pt's and Σ p's of classes that count are written
-    d_losses,  # (images,), where BESIDE
+    partial_sums,  # (images, splits, 3, classes)
+    partial_losses,  # (images, splits), where beside
+    weights,  # of the classes from shift on, where weighted or counted
+    out,  # the loss; without a reduction as core/regions.py's shape_of_loss says
+    d_sums,  # (images, 3, classes), of which Σ pt's and Σ p's of classes that count are written
+    d_losses,  # (images,), where beside
     images: tl.int64,
     splits,
     pixels,
-    score_scalars,
-    link_scalars,
+    scalars,  # the score's and the link's
     lambdas,
     SCORE: tl.constexpr,
     LINK: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    EMPTY: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    # which counts
-    BATCH: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SHIFT: tl.constexpr,
-    C: tl.constexpr,
-    FIRST: tl.constexpr,
-    BESIDE: tl.constexpr,
-    MAPS: tl.constexpr,
-    CLASS_WEIGHTED: tl.constexpr,
-    DIVIDED: tl.constexpr,
-    EACH: tl.constexpr,
+    KIND: tl.constexpr,
     IMAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    MEAN: tl.constexpr = REDUCTION == "mean"
-    NONE: tl.constexpr = REDUCTION == "none"
-    MACRO: tl.constexpr = AVERAGE == "macro"
-    scores = exact(score_scalars, tl.float64)
-    links = exact(link_scalars, tl.float64)
+    MEAN: tl.constexpr = KIND.reduction == "mean"
+    NONE: tl.constexpr = KIND.reduction == "none"
+    MACRO: tl.constexpr = KIND.average == "macro"
+    scalars = (exact(scalars[0], tl.float64), exact(scalars[1], tl.float64))
     lambdas = exact(lambdas, tl.float64)
     lanes = tl.arange(0, IMAGES)
     c = tl.arange(0, CLASSES)[None, :]
-    counts = (c >= FIRST) & (c < C)
+    counts = (c >= KIND.first) & (c < KIND.classes)
     weight = tl.where(counts, 1.0, 0.0).to(tl.float64) if MACRO else tl.full((1, 1), 1.0, tl.float64)
-    if WEIGHTED:
-        weight = tl.load(weights + (c - SHIFT), mask=counts, other=0.0).to(tl.float64)
-    if CLASS_WEIGHTED:
-        class_weight = tl.load(weights + c, mask=c < C, other=0.0).to(tl.float64)
+    if KIND.weighted:
+        weight = tl.load(weights + (c - KIND.shift), mask=counts, other=0.0).to(tl.float64)
+    if KIND.counted:
+        class_weight = tl.load(weights + c, mask=c < KIND.classes, other=0.0).to(tl.float64)
     scale = lambdas[0]  # of the score's loss of an image and a class in the whole
-    if MEAN and MACRO and EMPTY != "exclude" or NONE and BESIDE:
-        scale = scale / (C - FIRST)
-    if MEAN and not BATCH:
+    if MEAN and MACRO and KIND.empty != "exclude" or NONE and KIND.beside:
+        scale = scale / (KIND.classes - KIND.first)
+    if MEAN and not KIND.batch:
         scale = scale / images.to(tl.float64)
     cost = tl.zeros((IMAGES,), tl.float64)
-    rest = tl.zeros((IMAGES,), tl.float64)
-    divisor = tl.zeros((IMAGES,), tl.float64)
-    all_overlap = tl.zeros((1, CLASSES), tl.float64)
-    all_predicted = tl.zeros((1, CLASSES), tl.float64)
-    all_wanted = tl.zeros((1, CLASSES), tl.float64)
+    rest = cost
+    divisor = cost
+    nothing = tl.zeros((1, CLASSES), tl.float64)
+    of_batch = (nothing, nothing, nothing)
     for start in range(0, images, IMAGES):
         image = start + lanes
         exists = image < images
-        overlap, predicted, wanted = sums_of(partial_sums, image, exists, splits, C, IMAGES, SPLITS, CLASSES)
-        if BESIDE:
-            losses = formula_losses_of(partial_losses, image, exists, splits, IMAGES, SPLITS)
-            if MAPS:
+        overlap, predicted, wanted = sums_of(partial_sums, image, exists, splits, KIND, SPLITS, CLASSES)
+        if KIND.beside:
+            losses = formula_losses_of(partial_losses, image, exists, splits, SPLITS)
+            if KIND.maps:
                 number = tl.where(exists, tl.cast(pixels, tl.float64), 0.0)
             else:
-                number = tl.sum(wanted * class_weight if CLASS_WEIGHTED else wanted, 1)
-            number = number * EACH
+                number = tl.sum(wanted * class_weight if KIND.counted else wanted, 1)
+            number = number * KIND.each
             if MEAN:
-                rest += losses
                 divisor += number
             else:
                 slope = tl.zeros((IMAGES,), tl.float64) + lambdas[1]
-                if DIVIDED:
+                if KIND.divided:
                     slope = slope / tl.where(number == 0.0, 1.0, number)
-                tl.store(d_losses + image, slope.to(d_losses.dtype.element_ty), mask=exists)
+                store(d_losses + image, slope, exists)
                 losses = losses * slope
-                rest += losses
+            rest += losses
         overlap = tl.where(counts, overlap, 0.0)
         predicted = tl.where(counts, predicted, 0.0)
         wanted = tl.where(counts, wanted, 0.0)
-        if BATCH:
-            all_overlap += tl.sum(overlap, 0)[None, :]
-            all_predicted += tl.sum(predicted, 0)[None, :]
-            all_wanted += tl.sum(wanted, 0)[None, :]
-        else:
-            loss, d_overlap, d_predicted = losses_of(
-                overlap, predicted, wanted, weight, counts, scores, links, SCORE, LINK, AVERAGE, EMPTY, MEAN
+        if KIND.batch:
+            of_batch = (
+                of_batch[0] + tl.sum(overlap, 0)[None, :],
+                of_batch[1] + tl.sum(predicted, 0)[None, :],
+                of_batch[2] + tl.sum(wanted, 0)[None, :],
             )
-            store_slopes(d_sums, d_overlap * scale, d_predicted * scale, image, exists, c, counts, C)
+        else:
+            loss, slopes = losses_of((overlap, predicted, wanted), weight, counts, scalars, SCORE, LINK, KIND)
+            store_slopes(d_sums, slopes, scale, image, c, exists[:, None] & counts, KIND)
             of_image = tl.sum(loss, 1)
-            if NONE and BESIDE:
-                store_loss(out + image, of_image * scale + losses, exists)
+            if NONE and KIND.beside:
+                store(out + image, of_image * scale + losses, exists)
             elif NONE and MACRO:
-                store_loss(out + image[:, None] * (C - FIRST) + (c - FIRST), loss, exists[:, None] & counts)
+                at = out + image[:, None] * (KIND.classes - KIND.first) + (c - KIND.first)
+                store(at, loss, exists[:, None] & counts)
             elif NONE:
-                store_loss(out + image, of_image, exists)
+                store(out + image, of_image, exists)
             cost += tl.where(exists, of_image, 0.0)
-    if BATCH:
-        loss, d_overlap, d_predicted = losses_of(
-            all_overlap, all_predicted, all_wanted, weight, counts, scores, links, SCORE, LINK, AVERAGE, EMPTY, MEAN
-        )
+    if KIND.batch:
+        loss, slopes = losses_of(of_batch, weight, counts, scalars, SCORE, LINK, KIND)
         for start in range(0, images, IMAGES):
             image = start + lanes
-            store_slopes(d_sums, d_overlap * scale, d_predicted * scale, image, image < images, c, counts, C)
+            store_slopes(d_sums, slopes, scale, image, c, (image < images)[:, None] & counts, KIND)
         if NONE and MACRO:
-            store_loss(out + (c - FIRST), loss, counts)
+            store(out + (c - KIND.first), loss, counts)
         cost += tl.where(lanes == 0, tl.sum(tl.sum(loss, 1), 0), 0.0)
     total = tl.sum(cost, 0) * scale
-    if BESIDE and MEAN:
+    if KIND.beside and MEAN:
         number = tl.sum(divisor, 0)
         slope = lambdas[1] / tl.where(number == 0.0, 1.0, number)
         total += tl.sum(rest, 0) * slope
         for start in range(0, images, IMAGES):
             image = start + lanes
-            of_each = tl.zeros((IMAGES,), tl.float64) + slope
-            tl.store(d_losses + image, of_each.to(d_losses.dtype.element_ty), mask=image < images)
-    elif BESIDE:
+            store(d_losses + image, tl.zeros((IMAGES,), tl.float64) + slope, image < images)
+    elif KIND.beside:
         total += tl.sum(rest, 0)
-    if not NONE or BATCH and not MACRO:
-        store_loss(out, total, None)
+    if not NONE or KIND.batch and not MACRO:
+        store(out, total, None)
 
 
 MOST = 2048  # sums of each kind that are in the registers at once
 
 
 def config(args):
-    classes = triton.next_power_of_2(args["C"])
+    classes = triton.next_power_of_2(args["KIND"].classes)
     splits = min(triton.next_power_of_2(args["splits"]), max(MOST // classes // 4, 1))
     images = min(max(MOST // (classes * splits), 1), 32)
     warps = min(max(images * splits * classes // 128, 1), 16)
@@ -259,7 +236,7 @@ scores_launch = Tuned(
     scores_kernel,
     configs=[],
     rule=config,
-    key=lambda args: (args["C"], args["splits"], args["BESIDE"], args["BATCH"]),
+    key=lambda args: tuple(config(args).values()),
     programs=lambda images, fixed: 1,
     size="images",
 )
@@ -269,9 +246,24 @@ def bind_scores(tensors, problem, splits):
     """The launch of problems of this kind, whose images have so many runs of pixels each."""
     logits, targets, weights = tensors
     (images, classes, pixels), wide = logits.shape, compute_dtype(logits.dtype)
-    first, beside, macro = int(not problem.background), bool(problem.formula), problem.average == "macro"
+    first, beside = int(not problem.background), bool(problem.formula)
     by_label, softmax = targets.dim() == 2, problem.activation == "softmax"
     summed = problem.reduction == "sum"
+    kind = Kind(
+        average=problem.average,
+        empty=problem.empty,
+        reduction=problem.reduction,
+        batch=problem.batch,
+        classes=classes,
+        first=first,
+        maps=not by_label,
+        weighted=weights is not None and problem.average == "macro" and classes - first > 1,
+        shift=0 if weights is None else classes - weights.shape[0],
+        beside=beside,
+        counted=beside and weights is not None and by_label and softmax and not summed,
+        divided=problem.means_of_space or not summed,
+        each=1 if softmax or summed else classes - first * problem.means_of_space,
+    )
     sums = logits.new_empty((images, splits, 3, classes), dtype=wide)
     return scores_launch.bind(
         partial_sums=sums,
@@ -283,22 +275,9 @@ def bind_scores(tensors, problem, splits):
         images=images,
         splits=splits,
         pixels=pixels,
-        score_scalars=as_scalars(problem.score_scalars, torch.float64),
-        link_scalars=as_scalars(problem.link_scalars, torch.float64),
+        scalars=tuple(as_scalars(values, torch.float64) for values in (problem.score_scalars, problem.link_scalars)),
         lambdas=as_scalars(problem.lambdas if beside else (1.0, 0.0), torch.float64),
         SCORE=FORMULAS[problem.score].kernel,
         LINK=FORMULAS[problem.link].kernel,
-        AVERAGE=problem.average,
-        EMPTY=problem.empty,
-        REDUCTION=problem.reduction,
-        BATCH=problem.batch,
-        BESIDE=beside,
-        WEIGHTED=weights is not None and macro and classes - first > 1,
-        CLASS_WEIGHTED=beside and weights is not None and by_label and softmax and not summed,
-        MAPS=not by_label,
-        DIVIDED=problem.means_of_space or not summed,
-        EACH=1 if softmax or summed else classes - first * problem.means_of_space,
-        C=classes,
-        FIRST=first,
-        SHIFT=0 if weights is None else classes - weights.shape[0],
+        KIND=kind,
     )

@@ -1,149 +1,184 @@
 """What the kernels of regions read of a tile of pixels: logits, targets, softmax, and the formula beside the sums.
 
-A tile is (LANES · GROUP, VEC): VEC neighbouring pixels of one class in one load, and GROUP classes in neighbouring
+A tile is (LANES · GROUP, vec): vec neighbouring pixels of one class in one load, and GROUP classes in neighbouring
 threads, so that a sum over classes is a few shuffles and no barrier. A tuple of such tiles holds all classes of a pixel
 in registers.
+
+    pixels   of a tile: each row's class within the tile, the elements of a plane, offsets of a tile's first classes,
+             and which rows lie inside the plane
+    of_row   each pixel's maximum and log Σ exp(x - maximum) over the classes
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from triton_losses.core.device_math import exp
+from triton_losses.core.compiler import INTERPRET, WARP
+from triton_losses.core.device_math import exp, sigmoid
+
+MOST_BYTES = 96  # of the exponentials that a thread holds
+SPAN = 8192  # logits of a program, about: fixed, so that tuning never moves the partial sums
+
+
+class Kind(NamedTuple):
+    """What the kernels of regions are built for."""
+
+    compute: tl.dtype  # the type that sums are made in
+    classes: int
+    vec: int  # neighbouring pixels of a thread
+    activation: str  # "softmax", "sigmoid" or "none"
+    maps: bool  # the targets are maps of the logits' shape, else labels
+    ignore: bool  # there is an ignore_index
+    squared: bool  # the sums are Σ p² and Σ t²
+    smaller: bool  # the overlap is Σ min(p, t), else Σ p t
+    weighted: bool  # the formula has class weights
+    operand: bool  # which it takes as an operand; else they multiply it
+    smoothed: bool  # each class has a share of ε / classes in a pixel's row loss
+    finished: bool  # of the backward: the slopes are still to be multiplied by the loss's gradient
+    first: int  # the first class that this gradient has
 
 
 @triton.jit
-def tile_of(base, g: tl.constexpr, sub, plane, offset, inside, other, C: tl.constexpr, GROUP: tl.constexpr):
-    """Tile g: class g where a tile holds one class, else the GROUP classes from g · GROUP on."""
-    if GROUP == 1:
-        return tl.load(base + g * plane + offset, mask=inside, other=other, eviction_policy="evict_first")
+def tile_at(base, g: tl.constexpr, pixels, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """Where tile g lies, and which of it exists: class g, or the GROUP classes from g · GROUP on."""
+    sub, plane, offset, inside = pixels
+    mask = inside & (g * GROUP + sub < KIND.classes) if GROUP > 1 else inside
+    return base + g * GROUP * plane + offset, mask
+
+
+@triton.jit
+def load_tile(base, g: tl.constexpr, pixels, other, KIND: tl.constexpr, GROUP: tl.constexpr):
+    at, mask = tile_at(base, g, pixels, KIND, GROUP)
+    return tl.load(at, mask=mask, other=other, eviction_policy="evict_first")
+
+
+@triton.jit
+def store_tile(base, g: tl.constexpr, pixels, x, KIND: tl.constexpr, GROUP: tl.constexpr):
+    at, mask = tile_at(base, g, pixels, KIND, GROUP)
+    tl.store(at, x.to(base.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def weight_of(class_weights, g: tl.constexpr, sub, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """The weights of tile g's classes; 1 where there are none."""
+    if not KIND.weighted:
+        return 1.0
+    elif GROUP == 1:
+        return tl.load(class_weights + g).to(KIND.compute)
     else:
-        mask = inside & (g * GROUP + sub < C)
-        return tl.load(base + g * GROUP * plane + offset, mask=mask, other=other, eviction_policy="evict_first")
+        c = g * GROUP + sub
+        return tl.load(class_weights + c, mask=c < KIND.classes, other=0.0).to(KIND.compute)
 
 
 @triton.jit
-def of_class(table, g: tl.constexpr, sub, C: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr):
-    """A number for each class of tile g, out of a small table."""
-    if GROUP == 1:
-        return tl.load(table + g).to(COMPUTE)
+def weight_of_label(class_weights, label, KIND: tl.constexpr):
+    """The weight of each pixel's own class, of any class where it has none; 1 where there are no weights."""
+    if not KIND.weighted:
+        return 1.0
     else:
-        return tl.load(table + g * GROUP + sub, mask=g * GROUP + sub < C, other=0.0).to(COMPUTE)
+        c = tl.minimum(tl.maximum(label, 0), KIND.classes - 1)
+        return tl.load(class_weights + c).to(KIND.compute)
 
 
 @triton.jit
-def slope_of(
-    d_sums,
-    dout,
-    g: tl.constexpr,
-    sub,
-    dout_class,
-    FINISHED: tl.constexpr,
-    FIRST: tl.constexpr,
-    C: tl.constexpr,
-    GROUP: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """The derivative by a sum of tile g's classes, 0 for a class that does not count; times dout where FINISHED."""
+def slopes_of(d_sums, dout, g: tl.constexpr, sub, dout_class, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """Derivatives by the overlap and by Σ p of tile g's classes, 0 for a class that does not count; that of p² is 2 p.
+
+    They are multiplied by dout where the loss is finished.
+    """
     c = g if GROUP == 1 else g * GROUP + sub
-    counts = (c >= FIRST) & (c < C)
-    slope = tl.load(d_sums + c, mask=counts, other=0.0).to(COMPUTE)
-    if FINISHED:
-        slope *= tl.load(dout + (c - FIRST) * dout_class, mask=counts, other=0.0).to(COMPUTE)
-    return slope
+    counts = (c >= KIND.first) & (c < KIND.classes)
+    of_overlap = tl.load(d_sums + c, mask=counts, other=0.0).to(KIND.compute)
+    of_p = tl.load(d_sums + KIND.classes + c, mask=counts, other=0.0).to(KIND.compute)
+    if KIND.finished:
+        upstream = tl.load(dout + (c - KIND.first) * dout_class, mask=counts, other=0.0).to(KIND.compute)
+        of_overlap *= upstream
+        of_p *= upstream
+    return of_overlap, of_p * 2.0 if KIND.squared else of_p
 
 
 @triton.jit
-def over_classes(x, HIGHEST: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr):
+def slope_by_p(p, t, slopes, KIND: tl.constexpr):
+    """The derivative by p of what the sums become."""
+    of_overlap, of_p = slopes
+    step = tl.where(p < t, 1.0, tl.where(p > t, 0.0, 0.5)).to(p.dtype) if KIND.smaller else t
+    return of_overlap * step + (of_p * p if KIND.squared else of_p)
+
+
+@triton.jit
+def over_classes(x, HIGHEST: tl.constexpr, GROUP: tl.constexpr):
     """Maximum or sum over the threads that share a pixel, given to each of them."""
     if GROUP == 1:
         return x
     else:
+        LANES: tl.constexpr = x.shape[0] // GROUP
+        VEC: tl.constexpr = x.shape[1]
         x = tl.reshape(x, (LANES, GROUP, VEC))
         x = tl.max(x, 1) if HIGHEST else tl.sum(x, 1)
         return tl.reshape(tl.broadcast_to(x[:, None, :], (LANES, GROUP, VEC)), (LANES * GROUP, VEC))
 
 
 @triton.jit
-def load_labels(targets, at, inside, ignore_index, C: tl.constexpr, IGNORE: tl.constexpr):
-    """Labels, -1 where they do not count and C where they are none."""
+def load_labels(targets, at, inside, ignore_index, KIND: tl.constexpr):
+    """Labels, -1 where they do not count and the number of classes where they are none."""
     raw = tl.load(targets + at, mask=inside, other=0)
-    counts = inside & (raw != ignore_index) if IGNORE else inside
-    label = tl.where((raw >= 0) & (raw < C), raw.to(tl.int32), C)
+    counts = inside & (raw != ignore_index) if KIND.ignore else inside
+    label = tl.where((raw >= 0) & (raw < KIND.classes), raw.to(tl.int32), KIND.classes)
     return tl.where(counts, label, -1)
 
 
 @triton.jit
-def targets_of(
-    targets,
-    label,
-    g: tl.constexpr,
-    sub,
-    plane,
-    offset,
-    inside,
-    ignore_index,
-    MAPS: tl.constexpr,
-    IGNORE: tl.constexpr,
-    C: tl.constexpr,
-    GROUP: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def targets_of(targets, label, g: tl.constexpr, pixels, ignore_index, KIND: tl.constexpr, GROUP: tl.constexpr):
     """t of tile g, 0 where it does not count, and where it does."""
-    if MAPS:
-        raw = tile_of(targets, g, sub, plane, offset, inside, 0, C, GROUP)
-        counts = inside & (raw != ignore_index) if IGNORE else inside
-        t = raw.to(COMPUTE)
-        t = tl.where(counts, t, 0.0) if IGNORE else t
+    sub, plane, offset, inside = pixels
+    if KIND.maps:
+        raw = load_tile(targets, g, pixels, 0, KIND, GROUP)
+        counts = inside & (raw != ignore_index) if KIND.ignore else inside
+        t = raw.to(KIND.compute)
+        t = tl.where(counts, t, 0.0) if KIND.ignore else t
     else:
-        t, counts = tl.where(label == g * GROUP + sub, 1.0, 0.0).to(COMPUTE), label >= 0
+        t, counts = tl.where(label == g * GROUP + sub, 1.0, 0.0).to(KIND.compute), label >= 0
     return t, counts
 
 
 @triton.jit
-def step_of(p, t, SMALLER: tl.constexpr):
-    """∂ overlap / ∂p: of p · t, or of min(p, t)."""
-    if SMALLER:
-        return tl.where(p < t, 1.0, tl.where(p > t, 0.0, 0.5)).to(p.dtype)
-    else:
-        return t
-
-
-@triton.jit
-def softmax_of(
-    base,
-    sub,
-    plane,
-    offset,
-    inside,
-    C: tl.constexpr,
-    LANES: tl.constexpr,
-    GROUP: tl.constexpr,
-    VEC: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Tuples of x as stored and of exp(x - max), then max and Σ exp(x - max) over the classes; nan outside."""
+def softmax_of(base, pixels, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """Tuples of x as stored and of exp(x - max), then 1 / Σ exp(x - max) and of_row; nan outside."""
     xs, es = (), ()
-    for g in tl.static_range((C + GROUP - 1) // GROUP):
-        x = tile_of(base, g, sub, plane, offset, inside, -float("inf"), C, GROUP)
+    for g in tl.static_range((KIND.classes + GROUP - 1) // GROUP):
+        x = load_tile(base, g, pixels, -float("inf"), KIND, GROUP)
         xs += (x,)
-        top = x.to(COMPUTE) if g == 0 else tl.maximum(top, x.to(COMPUTE))
-    top = over_classes(top, True, LANES, GROUP, VEC)
-    for g in tl.static_range((C + GROUP - 1) // GROUP):
-        e = exp(xs[g].to(COMPUTE) - top)
+        top = x.to(KIND.compute) if g == 0 else tl.maximum(top, x.to(KIND.compute))
+    top = over_classes(top, True, GROUP)
+    for g in tl.static_range((KIND.classes + GROUP - 1) // GROUP):
+        e = exp(xs[g].to(KIND.compute) - top)
         es += (e,)
         total = e if g == 0 else total + e
-    return xs, es, top, over_classes(total, False, LANES, GROUP, VEC)
+    total = over_classes(total, False, GROUP)
+    return xs, es, 1.0 / total, (top, tl.log(total))
 
 
 @triton.jit
-def picked_of(
-    xs, label, sub, C: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """The logit of each pixel's own class."""
-    for g in tl.static_range((C + GROUP - 1) // GROUP):
-        x = tl.where(label == g * GROUP + sub, xs[g].to(COMPUTE), 0.0)
+def element_of(base, g: tl.constexpr, pixels, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """x and p of tile g, where there is no softmax."""
+    x = load_tile(base, g, pixels, 0.0, KIND, GROUP).to(KIND.compute)
+    return x, sigmoid(x) if KIND.activation == "sigmoid" else x
+
+
+@triton.jit
+def log_p_of(x, of_row, KIND: tl.constexpr):
+    top, log_total = of_row
+    return (x.to(KIND.compute) - top) - log_total
+
+
+@triton.jit
+def log_p_of_label(xs, of_row, label, sub, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """log p of each pixel's own class."""
+    for g in tl.static_range((KIND.classes + GROUP - 1) // GROUP):
+        x = tl.where(label == g * GROUP + sub, xs[g].to(KIND.compute), 0.0)
         picked = x if g == 0 else picked + x
-    return over_classes(picked, False, LANES, GROUP, VEC)
+    return log_p_of(over_classes(picked, False, GROUP), of_row, KIND)
 
 
 @triton.jit
@@ -153,38 +188,56 @@ def row_formula(log_p, w, values, which: tl.constexpr, FORMULA: tl.constexpr):
 
 
 @triton.jit
-def share_of(t, values, SMOOTHED: tl.constexpr, C: tl.constexpr):
-    """(1 - ε) t + ε / C: how much of a pixel's row loss is this class's."""
-    if SMOOTHED:
-        return t + values[-1] * (1.0 / C - t)
-    else:
-        return t
+def share_formula(x, of_row, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    """How much of a pixel's row loss is this class's, (1 - ε) t + ε / classes; and row_formula."""
+    share = t + values[-1] * (1.0 / KIND.classes - t) if KIND.smoothed else t
+    return share, row_formula(log_p_of(x, of_row, KIND), w, values, which, FORMULA)
 
 
 @triton.jit
-def element_formula(
-    x, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, WEIGHTED: tl.constexpr, OPERAND: tl.constexpr
-):
+def element_formula(x, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, KIND: tl.constexpr):
     """L (0) or ∂L/∂x (1) of an element; the class weight is an operand of the formula, or multiplies it."""
-    if OPERAND:
+    if KIND.operand:
         return FORMULA(x, t, w + tl.zeros_like(x), *values[:-1])[which]
-    elif WEIGHTED:
+    elif KIND.weighted:
         return FORMULA(x, t, *values[:-1])[which] * w
     else:
         return FORMULA(x, t, *values[:-1])[which]
 
 
 @triton.jit
-def place_of(vectors, splits, LANES: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr):
-    """Image, first tile of pixels, end of the tiles; and of a row of a tile the lane and the class within the tile."""
+def tiles_of(vectors, splits, LANES: tl.constexpr, STEPS: tl.constexpr):
+    """A program's image, its first tile of pixels, and the end of its tiles."""
     program = tl.program_id(0)
     first = (program % splits) * STEPS
-    tiles = tl.cdiv(vectors, LANES)
+    return (program // splits).to(tl.int64), first, tl.minimum(first + STEPS, tl.cdiv(vectors, LANES))
+
+
+@triton.jit
+def rows_of(vectors, KIND: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """Of a tile's rows lane and class within the tile; pixels of a plane; offsets of the pixels, and of the logits."""
     row = tl.arange(0, LANES * GROUP)
-    return (
-        (program // splits).to(tl.int64),
-        first,
-        tl.minimum(first + STEPS, tiles),
-        row // GROUP,
-        (row % GROUP)[:, None],
-    )
+    lane, sub, plane = row // GROUP, (row % GROUP)[:, None], tl.cast(vectors, tl.int64) * KIND.vec
+    at = (lane * KIND.vec)[:, None] + tl.arange(0, KIND.vec)[None, :]
+    return lane, sub, plane, at, at + sub * plane if GROUP > 1 else at
+
+
+def span_of(classes):
+    """Pixels of a program: a power of two, which every configuration's tiles divide."""
+    return max(triton.next_power_of_2(SPAN // classes), 1024)
+
+
+def config(args, threads=128, most=MOST_BYTES):
+    kind, group = args["KIND"], 1
+    each = kind.vec * (8 if kind.compute == tl.float64 else 4)
+    if INTERPRET:  # which takes as long for a small tile as for a large one
+        each, most = 1, 2
+    while -(-kind.classes // group) * each > most and group < 32:
+        group *= 2
+    lanes = threads // group
+    steps = span_of(kind.classes) // (lanes * kind.vec)
+    return {"LANES": lanes, "GROUP": group, "STEPS": steps, "num_warps": threads // WARP}
+
+
+def configs(args):
+    return [*(config(args, threads) for threads in (64, 128, 256)), config(args, most=MOST_BYTES * 5 // 3)]

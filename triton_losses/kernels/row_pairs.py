@@ -31,19 +31,20 @@ def load_logits(pointers, mask, scale, COMPUTE: tl.constexpr, EVICT: tl.constexp
 
 
 @triton.jit
-def load_pair(p, q, mask, scale, GIVEN: tl.constexpr, COMPUTE: tl.constexpr, EVICT: tl.constexpr):
-    a = load_zeros(p, mask).to(COMPUTE) if GIVEN else load_logits(p, mask, scale, COMPUTE, EVICT)
-    return a, load_logits(q, mask, scale, COMPUTE, EVICT)
+def load_pair(pointers, mask, scale, KIND: tl.constexpr, EVICT: tl.constexpr):
+    p, q = pointers
+    a = load_zeros(p, mask).to(KIND.compute) if KIND.given else load_logits(p, mask, scale, KIND.compute, EVICT)
+    return a, load_logits(q, mask, scale, KIND.compute, EVICT)
 
 
 @triton.jit
-def read_formula(p, q, weights, mask, scalars, FORMULA: tl.constexpr, WEIGHTED: tl.constexpr):
+def read_formula(p, q, weights, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
     """f, ∂f/∂log p (or ∂f/∂p, where p is given) and ∂f/∂log q, times the weights; 0 where the mask forbids."""
     out = FORMULA(p, q, *scalars)
     f = out[0]
     d_p = out[1]
     d_q = out[2]
-    if WEIGHTED:
+    if KIND.weighted:
         w = load_zeros(weights, mask).to(q.dtype)
         f *= w
         d_p *= w
@@ -59,12 +60,12 @@ def read_formula(p, q, weights, mask, scalars, FORMULA: tl.constexpr, WEIGHTED: 
 
 
 @triton.jit
-def moved(total_f, total_d, by_p, by_q, GIVEN: tl.constexpr):
+def moved(total_f, total_d, by_p, by_q, KIND: tl.constexpr):
     """Σ f and Σ ∂f/∂log q once log p has moved by ``by_p`` and log q by ``by_q``: see the rule of one read."""
-    distance = by_q if GIVEN else by_q - by_p
+    distance = by_q if KIND.given else by_q - by_p
     # the first maximum is -3e38: nothing, infinitely far away
     total_f += tl.where(total_d == 0.0, 0.0, distance * total_d)
-    if not GIVEN:
+    if not KIND.given:
         factor = exp(by_p)
         total_f = tl.where(factor == 0.0, 0.0, total_f * factor)
         total_d *= factor
@@ -72,7 +73,7 @@ def moved(total_f, total_d, by_p, by_q, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, GIVEN: tl.constexpr, WEIGHTED: tl.constexpr):
+def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
     """Fold pairs of tiles into each lane's maxima and sums; one rescale for all of them. weights: where each pair's
     lie.
     """
@@ -80,17 +81,17 @@ def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, GIVEN: tl.
     new_p = top_p
     new_q = top_q
     for i in tl.static_range(len(tiles) // 2):
-        if not GIVEN:
+        if not KIND.given:
             new_p = tl.maximum(new_p, tl.max(tiles[2 * i], 1))
         new_q = tl.maximum(new_q, tl.max(tiles[2 * i + 1], 1))
-    total_f, total_d = moved(total_f, total_d, top_p - new_p, top_q - new_q, GIVEN)
+    total_f, total_d = moved(total_f, total_d, top_p - new_p, top_q - new_q, KIND)
     total_q *= exp(top_q - new_q)
     for i in tl.static_range(len(tiles) // 2):
         p = tiles[2 * i]
-        if not GIVEN:
+        if not KIND.given:
             p -= new_p[:, None]
         q = tiles[2 * i + 1] - new_q[:, None]
-        f, _, d = read_formula(p, q, weights[i], mask, scalars, FORMULA, WEIGHTED)
+        f, _, d = read_formula(p, q, weights[i], mask, scalars, FORMULA, KIND)
         total_f += tl.sum(f, 1)
         total_d += tl.sum(d, 1)
         total_q += tl.sum(exp(q), 1)
@@ -99,60 +100,56 @@ def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, GIVEN: tl.
 
 @triton.jit
 def in_one_read(
-    p,
-    q,
-    start_p,
-    start_q,
-    weight,
+    pair,  # p and q
+    starts,
     cols,
+    weight,
     scale,
     scalars,
     FORMULA: tl.constexpr,
-    GIVEN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """Of one pair of rows: max and log Σ exp(· - max) of p and of q, Σ ∂f/∂log p, Σ ∂f/∂log q and Σ f."""
-    head, vectors = span_of(start_q, cols, VEC, EDGE)
-    first_p = p + (start_p + head) // VEC * VEC  # says that it is aligned
-    first_q = q + (start_q + head) // VEC * VEC
+    p, q = pair
+    start_p, start_q = starts
+    head, vectors = span_of(start_q, cols, KIND.vec, KIND.edge)
+    first_p = p + (start_p + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first_q = q + (start_q + head) // KIND.vec * KIND.vec
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    lowest = tl.full((LANES,), LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
-    none = tl.zeros((LANES,), COMPUTE)
-    state = (none if GIVEN else lowest, lowest, none, none, none)
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
+    lowest = tl.full((LANES,), LOWEST_DOUBLE if KIND.compute == tl.float64 else LOWEST, KIND.compute)
+    none = tl.zeros((LANES,), KIND.compute)
+    state = (none if KIND.given else lowest, lowest, none, none, none)
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         weights = ()
         for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            tiles += load_pair(first_p + at, first_q + at, None, scale, GIVEN, COMPUTE, "evict_first")
+            at = (v + u * LANES) * KIND.vec + tile
+            tiles += load_pair((first_p + at, first_q + at), None, scale, KIND, "evict_first")
             weights += (weight + head + at,)
-        state = fold(state, tiles, weights, None, scalars, FORMULA, GIVEN, WEIGHTED)
+        state = fold(state, tiles, weights, None, scalars, FORMULA, KIND)
     for v in range(unmasked, vectors, LANES):
         mask = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        tiles = load_pair(first_p + at, first_q + at, mask, scale, GIVEN, COMPUTE, "evict_first")
-        state = fold(state, tiles, (weight + head + at,), mask, scalars, FORMULA, GIVEN, WEIGHTED)
-    if EDGE:
-        at, mask = edge_tile(head, vectors, cols, LANES, VEC)
-        tiles = load_pair(p + start_p + at, q + start_q + at, mask, scale, GIVEN, COMPUTE, "")
-        state = fold(state, tiles, (weight + at,), mask, scalars, FORMULA, GIVEN, WEIGHTED)
+        at = v * KIND.vec + tile
+        tiles = load_pair((first_p + at, first_q + at), mask, scale, KIND, "evict_first")
+        state = fold(state, tiles, (weight + head + at,), mask, scalars, FORMULA, KIND)
+    if KIND.edge:
+        at, mask = edge_tile(head, vectors, cols, LANES, KIND.vec)
+        tiles = load_pair((p + start_p + at, q + start_q + at), mask, scale, KIND, "")
+        state = fold(state, tiles, (weight + at,), mask, scalars, FORMULA, KIND)
     top_p, top_q, total_q, total_f, total_d = state
     highest_p = tl.max(top_p, 0)
     highest_q = tl.max(top_q, 0)
-    total_f, total_d = moved(total_f, total_d, top_p - highest_p, top_q - highest_q, GIVEN)
+    total_f, total_d = moved(total_f, total_d, top_p - highest_p, top_q - highest_q, KIND)
     total_q = tl.sum(total_q * exp(top_q - highest_q), 0)
     log_total_q = tl.log(total_q)
     loss = tl.sum(total_f, 0)
     slope_q = tl.sum(total_d, 0)
     log_total_p = loss * 0.0
-    if GIVEN:
+    if KIND.given:
         loss -= log_total_q * slope_q
         slope_p = log_total_p
     else:
@@ -169,128 +166,87 @@ def in_one_read(
 @triton.jit
 def add_tiles(
     totals,
-    p,
-    q,
-    weights,
+    pointers,  # of p, q and the weights
     mask,
     scale,
     rowwise,
     scalars,
     FORMULA: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    KIND: tl.constexpr,
     EVICT: tl.constexpr,
 ):
     """Add f and its partials at one pair of tiles to each lane's sums."""
+    p, q, weights = pointers
     highest_p, log_total_p, highest_q, log_total_q = rowwise
-    log_p = (load_logits(p, mask, scale, COMPUTE, EVICT) - highest_p) - log_total_p
-    log_q = (load_logits(q, mask, scale, COMPUTE, EVICT) - highest_q) - log_total_q
-    f, d_p, d_q = read_formula(log_p, log_q, weights, mask, scalars, FORMULA, WEIGHTED)
+    log_p = (load_logits(p, mask, scale, KIND.compute, EVICT) - highest_p) - log_total_p
+    log_q = (load_logits(q, mask, scale, KIND.compute, EVICT) - highest_q) - log_total_q
+    f, d_p, d_q = read_formula(log_p, log_q, weights, mask, scalars, FORMULA, KIND)
     return totals[0] + tl.sum(f, 1), totals[1] + tl.sum(d_p, 1), totals[2] + tl.sum(d_q, 1)
 
 
 @triton.jit
 def in_two_reads(
-    p,
-    q,
-    start_p,
-    start_q,
-    weight,
+    pair,  # p and q
+    starts,
     cols,
+    weight,
     scale,
     scalars,
     FORMULA: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """As ``in_one_read``, of any formula of two rows of logits."""
-    head, vectors = span_of(start_q, cols, VEC, EDGE)
-    first_p = p + (start_p + head) // VEC * VEC
-    first_q = q + (start_q + head) // VEC * VEC
+    p, q = pair
+    start_p, start_q = starts
+    head, vectors = span_of(start_q, cols, KIND.vec, KIND.edge)
+    first_p = p + (start_p + head) // KIND.vec * KIND.vec
+    first_q = q + (start_q + head) // KIND.vec * KIND.vec
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
-    top_p = tl.full((LANES,), LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
+    top_p = tl.full((LANES,), LOWEST_DOUBLE if KIND.compute == tl.float64 else LOWEST, KIND.compute)
     top_q = top_p
-    sum_p = tl.zeros((LANES,), COMPUTE)
+    sum_p = tl.zeros((LANES,), KIND.compute)
     sum_q = sum_p
     for v in range(0, unmasked, LANES * UNROLL):
         tiles_p = ()
         tiles_q = ()
         for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            tiles_p += (load_logits(first_p + at, None, scale, COMPUTE, "evict_last"),)
-            tiles_q += (load_logits(first_q + at, None, scale, COMPUTE, "evict_last"),)
+            at = (v + u * LANES) * KIND.vec + tile
+            tiles_p += (load_logits(first_p + at, None, scale, KIND.compute, "evict_last"),)
+            tiles_q += (load_logits(first_q + at, None, scale, KIND.compute, "evict_last"),)
         top_p, sum_p = take(tiles_p, top_p, sum_p)
         top_q, sum_q = take(tiles_q, top_q, sum_q)
     for v in range(unmasked, vectors, LANES):
         mask = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        top_p, sum_p = take((load_logits(first_p + at, mask, scale, COMPUTE, "evict_last"),), top_p, sum_p)
-        top_q, sum_q = take((load_logits(first_q + at, mask, scale, COMPUTE, "evict_last"),), top_q, sum_q)
-    if EDGE:
-        edge, exists = edge_tile(head, vectors, cols, LANES, VEC)
-        top_p, sum_p = take((load_logits(p + start_p + edge, exists, scale, COMPUTE, ""),), top_p, sum_p)
-        top_q, sum_q = take((load_logits(q + start_q + edge, exists, scale, COMPUTE, ""),), top_q, sum_q)
+        at = v * KIND.vec + tile
+        top_p, sum_p = take((load_logits(first_p + at, mask, scale, KIND.compute, "evict_last"),), top_p, sum_p)
+        top_q, sum_q = take((load_logits(first_q + at, mask, scale, KIND.compute, "evict_last"),), top_q, sum_q)
+    if KIND.edge:
+        edge, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)
+        top_p, sum_p = take((load_logits(p + start_p + edge, exists, scale, KIND.compute, ""),), top_p, sum_p)
+        top_q, sum_q = take((load_logits(q + start_q + edge, exists, scale, KIND.compute, ""),), top_q, sum_q)
     highest_p = tl.max(top_p, 0)
     highest_q = tl.max(top_q, 0)
     log_total_p = tl.log(tl.sum(sum_p * exp(top_p - highest_p), 0))
     log_total_q = tl.log(tl.sum(sum_q * exp(top_q - highest_q), 0))
     rowwise = highest_p, log_total_p, highest_q, log_total_q
-    none = tl.zeros((LANES,), COMPUTE)
+    none = tl.zeros((LANES,), KIND.compute)
     totals = (none, none, none)
     for v in range(0, unmasked, LANES):
-        at = v * VEC + tile
-        totals = add_tiles(
-            totals,
-            first_p + at,
-            first_q + at,
-            weight + head + at,
-            None,
-            scale,
-            rowwise,
-            scalars,
-            FORMULA,
-            WEIGHTED,
-            COMPUTE,
-            "evict_first",
-        )
+        at = v * KIND.vec + tile
+        pointers = (first_p + at, first_q + at, weight + head + at)
+        totals = add_tiles(totals, pointers, None, scale, rowwise, scalars, FORMULA, KIND, "evict_first")
     for v in range(unmasked, vectors, LANES):
-        at = v * VEC + tile
+        at = v * KIND.vec + tile
         mask = (v + lanes < vectors)[:, None]
-        totals = add_tiles(
-            totals,
-            first_p + at,
-            first_q + at,
-            weight + head + at,
-            mask,
-            scale,
-            rowwise,
-            scalars,
-            FORMULA,
-            WEIGHTED,
-            COMPUTE,
-            "evict_first",
-        )
-    if EDGE:
-        edge, exists = edge_tile(head, vectors, cols, LANES, VEC)  # made anew, for the loops would have to hold it
-        totals = add_tiles(
-            totals,
-            p + start_p + edge,
-            q + start_q + edge,
-            weight + edge,
-            exists,
-            scale,
-            rowwise,
-            scalars,
-            FORMULA,
-            WEIGHTED,
-            COMPUTE,
-            "",
-        )
+        pointers = (first_p + at, first_q + at, weight + head + at)
+        totals = add_tiles(totals, pointers, mask, scale, rowwise, scalars, FORMULA, KIND, "evict_first")
+    if KIND.edge:
+        edge, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)  # made anew, for the loops would have to hold it
+        pointers = (p + start_p + edge, q + start_q + edge, weight + edge)
+        totals = add_tiles(totals, pointers, exists, scale, rowwise, scalars, FORMULA, KIND, "")
     total_f, total_p, total_q = totals
     return highest_p, log_total_p, highest_q, log_total_q, tl.sum(total_p, 0), tl.sum(total_q, 0), tl.sum(total_f, 0)

@@ -4,14 +4,46 @@ A row is walked in vectors of 16 bytes. Where rows start anywhere (50257 columns
 vector and after the last are one small masked tile, the *edge*: a mask over single elements would narrow every load.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from triton_losses.core.compiler import WARP
 from triton_losses.core.device_math import exp, load_zeros, tanh
+from triton_losses.kernels.elementwise import name_of
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf would be NaN; and no float32 logit lies below
 LOWEST_DOUBLE = tl.constexpr(-1.7976931348623157e308)
+
+
+class Kind(NamedTuple):
+    """What a kernel of rows and labels is built for, beside its formula."""
+
+    compute: tl.dtype
+    vec: int  # numbers in 16 bytes
+    edge: bool  # rows start anywhere
+    slots: tuple = (0,) * 6  # the statistics that the formula takes: core/rows.slots_of
+    weighted: bool = False  # there are class weights
+    capped: bool = False  # there is a softcap
+    scaled: bool = False  # there is a scale other than 1
+    forward: bool = False
+    backward: bool = False
+    reduced: bool = True  # the rows' weights are wanted beside their losses
+    mean: bool = False  # the upstream gradient is divided by the sum of the weights
+    entropy: bool = False  # of each row, is computed
+    likeliest: bool = False  # column of each row, is wanted
+    ahead: int = 0  # numbers a row before the saved ones
+
+
+def name_of_pass(rows):
+    def name(spec):
+        kind = spec.constants["KIND"]
+        return name_of(
+            f"{rows}_{'both' if kind.forward and kind.backward else 'forward' if kind.forward else 'backward'}"
+        )(spec)
+
+    return name
 
 
 @triton.jit
@@ -58,10 +90,10 @@ def first_of_highest(x, columns, mask):
 
 
 @triton.jit
-def weighted_sum(x, columns, mask, class_weights, pivot, WEIGHTED: tl.constexpr):
+def weighted_sum(x, columns, mask, class_weights, pivot, KIND: tl.constexpr):
     """Σ w_j (x_j - pivot) of each lane: near the row's own values, so that a common offset costs no digits."""
     d = x - pivot
-    if WEIGHTED:
+    if KIND.weighted:
         d *= load_zeros(class_weights + columns, mask).to(x.dtype)
     return d if mask is None else tl.where(mask, d, 0.0)
 
@@ -84,108 +116,97 @@ def edge_of(head, vectors, cols, VEC: tl.constexpr):
 
 
 @triton.jit
-def transform(x, shape, CAPPED: tl.constexpr, SCALED: tl.constexpr):
-    """scale · softcap · tanh(x / softcap)"""
-    if CAPPED:
-        x = shape[0] * tanh(x / shape[0])
-    if SCALED:
-        x = x * shape[1]
+def transform(x, scaling, KIND: tl.constexpr):
+    """scale · softcap · tanh(x / softcap), of scaling = (softcap, scale)"""
+    if KIND.capped:
+        x = scaling[0] * tanh(x / scaling[0])
+    if KIND.scaled:
+        x = x * scaling[1]
     return x
 
 
 @triton.jit
 def row_statistics(
     logits,
-    start,
-    cols,
+    row,  # (start, columns)
     pivot,
     class_weights,
-    shape,
-    MEAN_LOG_P: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    LIKELIEST: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    EVICT: tl.constexpr,
-    EDGE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    VEC: tl.constexpr,
+    scaling,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Of one row x, read once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), the entropy of softmax(x), and the
-    likeliest column.
-    """
-    head, vectors = span_of(start, cols, VEC, EDGE)
-    first = logits + (start + head) // VEC * VEC  # says that it is aligned
+    """Of a row x, read once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), softmax(x)'s entropy, likeliest column."""
+    EVICT: tl.constexpr = "evict_last" if KIND.backward else "evict_first"
+    start, cols = row
+    head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
+    first = logits + (start + head) // KIND.vec * KIND.vec  # says that it is aligned
     lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    top = tl.full((LANES,), LOWEST_DOUBLE if COMPUTE == tl.float64 else LOWEST, COMPUTE)
-    total = tl.zeros((LANES,), COMPUTE)
-    spread = tl.zeros((LANES,), COMPUTE)
-    moment = tl.zeros((LANES,), COMPUTE)
+    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
+    top = tl.full((LANES,), LOWEST_DOUBLE if KIND.compute == tl.float64 else LOWEST, KIND.compute)
+    total = tl.zeros((LANES,), KIND.compute)
+    spread = tl.zeros((LANES,), KIND.compute)
+    moment = tl.zeros((LANES,), KIND.compute)
     place = tl.zeros((LANES,), tl.int32)
     likeliest = tl.zeros((), tl.int32)
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
         for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * VEC + tile
-            tiles += (transform(tl.load(first + at, eviction_policy=EVICT).to(COMPUTE), shape, CAPPED, SCALED),)
-            if MEAN_LOG_P:
-                spread += tl.sum(weighted_sum(tiles[u], head + at, None, class_weights, pivot, WEIGHTED), 1)
-        if ENTROPY:
+            at = (v + u * LANES) * KIND.vec + tile
+            tiles += (transform(tl.load(first + at, eviction_policy=EVICT).to(KIND.compute), scaling, KIND),)
+            if KIND.slots[2]:
+                spread += tl.sum(weighted_sum(tiles[u], head + at, None, class_weights, pivot, KIND), 1)
+        if KIND.entropy:
             moment = take_moment(tiles, top, total, moment)
-        if LIKELIEST:
+        if KIND.likeliest:
             place = take_place(tiles, v, top, place, LANES)
         top, total = take(tiles, top, total)
     for v in range(unmasked, vectors, LANES):
         mask = (v + lanes < vectors)[:, None]
-        at = v * VEC + tile
-        x = tl.load(first + at, mask=mask, other=-float("inf"), eviction_policy=EVICT).to(COMPUTE)
-        x = transform(x, shape, CAPPED, SCALED)
-        if CAPPED:
+        at = v * KIND.vec + tile
+        x = tl.load(first + at, mask=mask, other=-float("inf"), eviction_policy=EVICT).to(KIND.compute)
+        x = transform(x, scaling, KIND)
+        if KIND.capped:
             x = tl.where(mask, x, -float("inf"))
-        if MEAN_LOG_P:
-            spread += tl.sum(weighted_sum(x, head + at, mask & (at >= 0), class_weights, pivot, WEIGHTED), 1)
-        if ENTROPY:
+        if KIND.slots[2]:
+            spread += tl.sum(weighted_sum(x, head + at, mask & (at >= 0), class_weights, pivot, KIND), 1)
+        if KIND.entropy:
             moment = take_moment((x,), top, total, moment)
-        if LIKELIEST:
+        if KIND.likeliest:
             place = take_place((x,), v, top, place, LANES)
         top, total = take((x,), top, total)
     highest = tl.max(top, 0)
     shrink = exp(top - highest)
-    if ENTROPY:
+    if KIND.entropy:
         moment = tl.sum(shrink * (moment + tl.where(total > 0, (top - highest) * total, 0.0)), 0)
     total = tl.sum(total * shrink, 0)
     spread = tl.sum(spread, 0)
-    if LIKELIEST:  # each lane's best vector once more: the column within it was not kept
+    if KIND.likeliest:  # each lane's best vector once more: the column within it was not kept
         mask = (place + lanes < vectors)[:, None]
-        at = (place + lanes)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        x = transform(tl.load(first + at, mask=mask, other=0.0).to(COMPUTE), shape, CAPPED, SCALED)
+        at = (place + lanes)[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
+        x = transform(tl.load(first + at, mask=mask, other=0.0).to(KIND.compute), scaling, KIND)
         highest_here, likeliest = first_of_highest(x, head + at, mask & (at >= 0))
-    if EDGE:
-        columns, mask = edge_of(head, vectors, cols, VEC)
-        x = transform(tl.load(logits + start + columns, mask=mask, other=0.0).to(COMPUTE), shape, CAPPED, SCALED)
+    if KIND.edge:
+        columns, mask = edge_of(head, vectors, cols, KIND.vec)
+        x = transform(tl.load(logits + start + columns, mask=mask, other=0.0).to(KIND.compute), scaling, KIND)
         x = tl.where(mask, x, -float("inf"))
         higher = tl.maximum(highest, tl.max(x, 0))
-        if LIKELIEST:
+        if KIND.likeliest:
             highest_there, there = first_of_highest(x, columns, mask)
             nearest = tl.where(highest_there == highest_here, tl.minimum(likeliest, there), likeliest)
             likeliest = tl.where(highest_there > highest_here, there, nearest)
-        if MEAN_LOG_P:
-            spread += tl.sum(weighted_sum(x, columns, mask, class_weights, pivot, WEIGHTED), 0)
-        if ENTROPY:
+        if KIND.slots[2]:
+            spread += tl.sum(weighted_sum(x, columns, mask, class_weights, pivot, KIND), 0)
+        if KIND.entropy:
             d = tl.maximum(x - higher, LOWEST)
-            moment = exp(highest - higher) * (moment + tl.where(total > 0, (highest - higher) * total, 0.0)) + tl.sum(
-                exp(d) * d, 0
-            )
+            moment = exp(highest - higher) * (moment + tl.where(total > 0, (highest - higher) * total, 0.0))
+            moment += tl.sum(exp(d) * d, 0)
         total = total * exp(highest - higher) + tl.sum(exp(x - higher), 0)
         highest = higher
     log_total = tl.log(total)
     entropy = log_total
-    if ENTROPY:
+    if KIND.entropy:
         entropy = log_total - moment / total
     return highest, log_total, spread, entropy, tl.minimum(likeliest, cols - 1)
 
@@ -208,31 +229,31 @@ def write_zeros(grad, start, cols, EDGE: tl.constexpr, VEC: tl.constexpr, LANES:
 
 
 @triton.jit
-def read_formula(FORMULA: tl.constexpr, SLOTS: tl.constexpr, statistics, weight, operands, scalars):
+def read_formula(FORMULA: tl.constexpr, statistics, weight, operands, scalars, KIND: tl.constexpr):
     """The loss, and its partial by each of the statistics: 0 by those not taken."""
     values = ()
     for i in tl.static_range(len(statistics)):
-        if SLOTS[i]:
+        if KIND.slots[i]:
             values += (statistics[i],)
-    if SLOTS[len(statistics)]:
+    if KIND.slots[len(statistics)]:
         values += (weight,)
     out = FORMULA(*values, *operands, *scalars)
     partials = ()
     for i in tl.static_range(len(statistics)):
-        if SLOTS[i]:
-            partials += (out[SLOTS[i]],)
+        if KIND.slots[i]:
+            partials += (out[KIND.slots[i]],)
         else:
             partials += (weight * 0.0,)
     return out[0], partials
 
 
 @triton.jit
-def factors_of(partials, upstream, mean_weight, cols, SLOTS: tl.constexpr, WEIGHTED: tl.constexpr):
+def factors_of(partials, upstream, mean_weight, cols, KIND: tl.constexpr):
     """What a row's gradient is made of: of its softmax, at its label, in every column, and by its entropy."""
     d_picked, d_log_p, d_mean_log_p, d_lse, d_entropy = partials
     softmax_factor = d_lse - d_log_p
-    if SLOTS[2]:
-        softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(upstream.dtype) if WEIGHTED else 1.0)
+    if KIND.slots[2]:
+        softmax_factor -= d_mean_log_p * (tl.load(mean_weight).to(upstream.dtype) if KIND.weighted else 1.0)
     return (
         softmax_factor * upstream,
         (d_log_p + d_picked) * upstream,
@@ -242,37 +263,24 @@ def factors_of(partials, upstream, mean_weight, cols, SLOTS: tl.constexpr, WEIGH
 
 
 @triton.jit
-def gradient_at(
-    x,
-    columns,
-    mask,
-    highest,
-    log_total,
-    entropy,
-    factors,
-    label,
-    class_weights,
-    shape,
-    SLOTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-):
+def gradient_at(x, columns, mask, label, of_row, class_weights, scaling, KIND: tl.constexpr):
+    """∂L/∂x of a row's columns; of_row: max x, log Σ exp(x - max), the entropy, and `factors_of` the row."""
+    highest, log_total, entropy, factors = of_row
     softmax_factor, label_factor, uniform_factor, entropy_factor = factors
-    x = transform(x, shape, CAPPED, SCALED)
+    x = transform(x, scaling, KIND)
     g = tl.where(columns == label, label_factor, 0.0).to(x.dtype)
-    if SLOTS[4]:
+    if KIND.slots[4]:
         log_p = (x - highest) - log_total
         g += exp(log_p) * (softmax_factor - entropy_factor * (tl.maximum(log_p, LOWEST) + entropy))
-    elif SLOTS[1] or SLOTS[2] or SLOTS[3]:
+    elif KIND.slots[1] or KIND.slots[2] or KIND.slots[3]:
         g += exp((x - highest) - log_total) * softmax_factor
-    if SLOTS[2]:
-        if WEIGHTED:
+    if KIND.slots[2]:
+        if KIND.weighted:
             g += uniform_factor * load_zeros(class_weights + columns, mask).to(x.dtype)
         else:
             g += uniform_factor
-    if CAPPED:
-        slope = x / (shape[0] * shape[1])  # tanh(logit / softcap)
+    if KIND.capped:
+        slope = x / (scaling[0] * scaling[1])  # tanh(logit / softcap)
         g *= 1.0 - slope * slope
     return g
 
@@ -285,10 +293,8 @@ def rule(args):
     """What was the fastest, or near it, on an H200: more threads for very long rows, and one vector at a time where a
     thread holds more.
     """
-    kind = args.get("KIND")
-    vec, edge = (kind.vec, kind.edge) if kind else (args["VEC"], args["EDGE"])
-    backward = getattr(kind, "backward", False) or args.get("BACKWARD")
-    slots = getattr(kind, "slots", args.get("SLOTS", ()))
+    kind = args["KIND"]
+    vec, edge, slots, backward = kind.vec, kind.edge, getattr(kind, "slots", ()), getattr(kind, "backward", False)
     vectors = max(args["cols"] // vec, 1)
     warps = max(1, min(16 if vectors >= 1 << 15 else 8, triton.next_power_of_2(vectors // (2 * WARP))))
     holds_more = len(slots) > 2 and slots[2] > 0  # the mean of log p
@@ -299,36 +305,20 @@ def rule(args):
 
 def configs(args):
     """The rule's and its neighbours: half and twice as many threads, and the other number of vectors at a time."""
-    best, vectors = rule(args), max(args["cols"] // (args["KIND"].vec if "KIND" in args else args["VEC"]), 1)
+    best, vectors = rule(args), max(args["cols"] // args["KIND"].vec, 1)
     warps, unroll = best["num_warps"], best["UNROLL"]
     near = [(warps, unroll), (warps * 2, unroll), (warps // 2, unroll), (warps, 3 - unroll)]
     return [config(w, u) for w, u in near if 1 <= w <= 16 and (w == 1 or w * WARP * u <= 2 * vectors)]
 
 
-def programs(args, config):
-    return args["rows"]
-
-
-SAMPLE_BYTES = 256 << 20  # a launch is measured on at most this much
-
-
 def key(args):
-    x = args["logits"]
-    flags = tuple(
-        args[name] for name in ("ENTROPY", "LIKELIEST", "FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED")
-    )
+    x, kind = args["logits"], args["KIND"]
+    directions = kind.entropy, kind.likeliest, kind.forward, kind.backward
     edge = args["cols"] * x.element_size() % 16 != 0
-    return (
-        args["FORMULA"].__name__,
-        triton.next_power_of_2(args["cols"]),
-        edge,
-        str(x.dtype),
-        *flags,
-        x.data_ptr() % 16 == 0,
-    )
+    width = triton.next_power_of_2(args["cols"])
+    given = *directions, kind.weighted, kind.capped, kind.scaled
+    return args["FORMULA"].__name__, width, edge, str(x.dtype), *given, x.data_ptr() % 16 == 0
 
 
-def sample(args):
-    most = max(SAMPLE_BYTES // max(args["stride"] * args["logits"].element_size(), 1), 1)
-    rows = min(args["rows"], most)
-    return {**args, "rows": rows, "grad": args["grad"][:rows]}
+def bytes_of_row(args):
+    return args["stride"] * args["logits"].element_size()
