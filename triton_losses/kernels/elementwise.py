@@ -1,5 +1,6 @@
 """Elementwise losses by kernels."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
     reduced: bool = False  # the forward adds up the losses
     wanted: tuple = ()  # of which operands a gradient is wanted
     same: bool = False  # one upstream gradient for all elements
+    reads: tuple = ()  # how each operand lies: see Layout
 
 
 def triton_type(dtype):
@@ -33,16 +35,21 @@ def triton_type(dtype):
 
 
 @triton.jit
-def load_all(operands, offsets, mask, COMPUTE: tl.constexpr):
+def load_all(operands, sizes, start, lanes, mask, KIND: tl.constexpr):
     values = ()
     for i in tl.static_range(len(operands)):
-        values += (load_zeros(operands[i] + offsets, mask).to(COMPUTE),)
+        if KIND.reads[i] == 0:
+            at = start + lanes
+        else:
+            rest = (start % sizes[i]).to(tl.int32) + lanes  # division is slow: of 32 bits but for once
+            at = rest % sizes[i] if KIND.reads[i] > 0 else start // sizes[i] + rest // sizes[i]
+        values += (load_zeros(operands[i] + at, mask).to(KIND.compute),)
     return values
 
 
 @triton.jit
-def losses_at(operands, offsets, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    values = load_all(operands, offsets, mask, KIND.compute)
+def losses_at(operands, sizes, start, lanes, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    values = load_all(operands, sizes, start, lanes, mask, KIND)
     if KIND.weighted:
         return FORMULA(*values[:-1], *exact(scalars, KIND.compute))[0] * values[-1]
     else:
@@ -55,10 +62,11 @@ def name_of(kernel):
 
 @triton.jit(repr=name_of("elementwise_forward"), do_not_specialize=["divisor", "n"])
 def forward_kernel(
-    operands,  # pointers to (n,); the last is the weight where weighted
+    operands,  # pointers to (n,), or fewer; the last is the weight where weighted
     out,  # (n,) losses; where reduced (cdiv(n, SPAN),) partial sums, divided
     divisor: tl.int64,
     n: tl.int64,
+    sizes,  # of operands that are repeated
     scalars,
     FORMULA: tl.constexpr,
     KIND: tl.constexpr,
@@ -72,7 +80,7 @@ def forward_kernel(
     if start + SPAN <= n:  # no mask, so that loads are 16 bytes wide whatever n
         for step in range(0, SPAN, BLOCK):
             offsets = start + step + lanes
-            loss = losses_at(operands, offsets, None, scalars, FORMULA, KIND)
+            loss = losses_at(operands, sizes, start + step, lanes, None, scalars, FORMULA, KIND)
             if KIND.reduced:
                 total += loss
             else:
@@ -81,7 +89,7 @@ def forward_kernel(
         for step in range(0, (n - start).to(tl.int32), BLOCK):
             offsets = start + step + lanes
             mask = offsets < n
-            loss = losses_at(operands, offsets, mask, scalars, FORMULA, KIND)
+            loss = losses_at(operands, sizes, start + step, lanes, mask, scalars, FORMULA, KIND)
             if KIND.reduced:
                 total += tl.where(mask, loss, 0.0).to(KIND.compute)
             else:
@@ -91,14 +99,15 @@ def forward_kernel(
 
 
 @triton.jit
-def gradients_at(operands, grads, upstream, offsets, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """upstream: its pointer, and what one for all elements is divided by."""
-    dout, divisor = upstream
+def gradients_at(pointers, divisor, start, lanes, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
+    """pointers: operands, with the sizes of those that are repeated; gradients; the upstream gradient."""
+    operands, sizes, grads, dout = pointers
+    offsets = start + lanes
     if KIND.same:
         factor = tl.load(dout).to(KIND.compute) / tl.cast(divisor, KIND.compute)
     else:
         factor = tl.load(dout + offsets, mask=mask).to(KIND.compute)
-    values = load_all(operands, offsets, mask, KIND.compute)
+    values = load_all(operands, sizes, start, lanes, mask, KIND)
     count: tl.constexpr = len(operands)
     if KIND.weighted:
         results = FORMULA(*values[:-1], *exact(scalars, KIND.compute))
@@ -115,29 +124,31 @@ def gradients_at(operands, grads, upstream, offsets, mask, scalars, FORMULA: tl.
 
 @triton.jit(repr=name_of("elementwise_backward"), do_not_specialize=["divisor", "n"])
 def backward_kernel(
-    operands,  # pointers to (n,); the last is the weight where weighted
+    operands,  # as in the forward
     grads,  # pointers to (n,), one per operand; written where wanted
     dout,  # () where same, else (n,)
     divisor: tl.int64,
     n: tl.int64,
+    sizes,  # of operands that are repeated
     scalars,
     FORMULA: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    pointers = (operands, sizes, grads, dout)
     if start + BLOCK <= n:
-        gradients_at(operands, grads, (dout, divisor), offsets, None, scalars, FORMULA, KIND)
+        gradients_at(pointers, divisor, start, lanes, None, scalars, FORMULA, KIND)
     else:
-        gradients_at(operands, grads, (dout, divisor), offsets, offsets < n, scalars, FORMULA, KIND)
+        gradients_at(pointers, divisor, start, lanes, start + lanes < n, scalars, FORMULA, KIND)
 
 
 def key(args):
     dtypes = tuple(str(v.dtype) for v in args["operands"])
     aligned = all(v.data_ptr() % 16 == 0 for v in args["operands"])
     kind = args["KIND"]
-    return args["FORMULA"].__name__, *dtypes, kind.weighted, aligned, kind.wanted or kind.reduced
+    return args["FORMULA"].__name__, *dtypes, kind.weighted, aligned, kind.wanted or kind.reduced, *kind.reads
 
 
 def bytes_of_element(args):
@@ -175,35 +186,81 @@ backward_launch = Tuned(
 )
 
 
-def flattened(tensors):
-    """The tensors in the memory order of the first, contiguous; and the permutation that undoes it."""
+class Layout(NamedTuple):
+    """How operands lie that broadcast to the first one, which is a run of n numbers.
+
+    reads: 0 for another such run; 1 for fewer numbers, which are repeated as a whole; -1 for numbers each of which
+    stands for several neighbours. sizes: how many are repeated, how many neighbours.
+    """
+
+    reads: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+ALIKE = [Layout((0,) * count, (0,) * count) for count in range(8)]
+MOST = 2**31 - 1
+
+
+def read_of(t, shape):
+    """An expanded tensor's part of a Layout; None where it is laid out in another way."""
+    sizes = [d for d in range(len(shape)) if shape[d] != 1]
+    expanded, kept = ([d for d in sizes if (t.stride(d) == 0) == zero] for zero in (True, False))
+    dense = 1
+    for d in reversed(kept):
+        if t.stride(d) != dense:
+            return None
+        dense *= shape[d]
+    if not kept or kept[0] > expanded[-1]:
+        read = 1, dense
+    elif kept[-1] < expanded[0]:
+        read = -1, math.prod(shape[d] for d in expanded)
+    else:
+        return None
+    return read if 0 < read[1] <= MOST else None
+
+
+def flattened(tensors, wanted=()):
+    """The tensors in the memory order of the first, which is contiguous then; the permutation that undoes it; Layout.
+
+    wanted: of which a gradient is, so that they are not to be fewer numbers than the first.
+    """
     for t in tensors:
         if not t.is_contiguous():
             break
     else:
-        return tensors, None
+        return tensors, None, ALIKE[len(tensors)]
     first = tensors[0]
+    if first.is_contiguous():
+        found, reads, sizes = [], [], []
+        for i, t in enumerate(tensors):
+            free = not (t.is_contiguous() or i < len(wanted) and wanted[i])
+            read = read_of(t, first.shape) if free and 0 in t.stride() else None
+            found.append(t if read else t.contiguous())
+            reads.append(read[0] if read else 0)
+            sizes.append(read[1] if read else 0)
+        return found, None, Layout(tuple(reads), tuple(sizes))
     order = sorted(range(first.dim()), key=lambda d: -first.stride(d))
     back = [order.index(d) for d in range(first.dim())]
-    return [t.permute(order).contiguous() for t in tensors], back
+    return [t.permute(order).contiguous() for t in tensors], back, ALIKE[len(tensors)]
 
 
-def fixed_arguments(operands, problem, **kind):
+def fixed_arguments(operands, problem, layout, **kind):
     wide = widest(operands)
     return {
         "operands": tuple(operands),
         "divisor": 1,
         "n": operands[0].numel(),
+        "sizes": layout.sizes,
         "scalars": as_scalars(problem.scalars, wide),
         "FORMULA": FORMULAS[problem.formula].kernel,
-        "KIND": Kind(triton_type(wide), problem.weighted, **kind),
+        "KIND": Kind(triton_type(wide), problem.weighted, reads=layout.reads, **kind),
     }
 
 
 @planned(kind=flat_kind_of)
-def forward_plan(tensors, problem, reduced):
+def forward_plan(tensors, problem, layout, reduced):
     *operands, out = tensors
-    return forward_launch.bind(out=out, **fixed_arguments(operands, problem, reduced=reduced))
+    return forward_launch.bind(out=out, **fixed_arguments(operands, problem, layout, reduced=reduced))
 
 
 def forward(tensors, problem):
@@ -211,29 +268,29 @@ def forward(tensors, problem):
     x, none = operands[0], problem.reduction == "none"
     if shapes_only():
         return [x.new_empty(x.shape if none else (), dtype=problem.dtype)], []
-    operands, back = flattened(operands)
+    operands, back, layout = flattened(operands)
     n, divisor = x.numel(), divisor_of(x, problem.reduction)
     if none:
         out = operands[0].new_empty(operands[0].shape, dtype=problem.dtype)
-        forward_plan((*operands, out), problem, False)(tuple(operands), out, divisor, n)
+        forward_plan((*operands, out), problem, layout, False)(tuple(operands), out, divisor, n)
         return [out if back is None else out.permute(back)], []
     out = x.new_empty((), dtype=problem.dtype)
     if n == 0:
         out.fill_(float("nan") if problem.reduction == "mean" else 0.0)
     elif n <= SPAN:
-        forward_plan((*operands, out), problem, True)(tuple(operands), out, divisor, n)
+        forward_plan((*operands, out), problem, layout, True)(tuple(operands), out, divisor, n)
     else:
         sums = x.new_empty(-(-n // SPAN), dtype=widest(operands))
-        forward_plan((*operands, sums), problem, True)(tuple(operands), sums, divisor, n)
+        forward_plan((*operands, sums), problem, layout, True)(tuple(operands), sums, divisor, n)
         finish(sums, out, sums.shape[0])
     return [out], []
 
 
 @planned(kind=flat_kind_of)
-def backward_plan(tensors, problem, wanted, same):
+def backward_plan(tensors, problem, layout, wanted, same):
     *operands, dout = tensors
     grads = tuple(torch.empty_like(v) if want else v for v, want in zip(operands, wanted))
-    arguments = fixed_arguments(operands, problem, wanted=wanted, same=same)
+    arguments = fixed_arguments(operands, problem, layout, wanted=wanted, same=same)
     return backward_launch.bind(grads=grads, dout=dout, **arguments)
 
 
@@ -245,10 +302,11 @@ def backward(tensors, saved, upstream, problem, wanted):
     x = operands[0]
     same = not any(dout.stride())  # one value, or one value expanded: what loss.sum().backward() sends
     if same:
-        operands, back = flattened(operands)
+        operands, back, layout = flattened(operands, wanted)
     else:
-        (*operands, dout), back = flattened([*operands, dout])
+        (*operands, dout), back, layout = flattened([*operands, dout], (*wanted, True))
+        layout = Layout(layout.reads[:-1], layout.sizes[:-1])
     grads = [torch.empty_like(v) if want else v for v, want in zip(operands, wanted)]
-    plan = backward_plan((*operands, dout), problem, wanted, same)
+    plan = backward_plan((*operands, dout), problem, layout, wanted, same)
     plan(tuple(operands), tuple(grads), dout, divisor_of(x, problem.reduction), x.numel())
     return [g if back is None else g.permute(back) for g, want in zip(grads, wanted) if want]
