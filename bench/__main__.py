@@ -1,4 +1,4 @@
-"""The command: ``python -m bench [LOSS ...]``, or ``python -m bench host [LOSS ...]``."""
+"""The command: ``python -m bench [LOSS ...]``, and with a first word ``host`` or ``build`` what needs no GPU."""
 
 import argparse
 import os
@@ -17,9 +17,9 @@ from bench.report import failures_of, frame_of, table_of, write
 from reference import cases
 
 try:
-    from bench import host
+    from bench import build, host
 except ImportError:  # where Triton is not installed
-    host = None
+    build = host = None
 
 PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries have, at full size; full: hours"
 
@@ -28,7 +28,10 @@ def command_line():
     parser = argparse.ArgumentParser(
         "python -m bench", description="Time and memory of the losses beside plain PyTorch."
     )
-    described = "part of a loss's name; all timed losses if none is given; or 'host' first: what a call costs the host"
+    described = (
+        "part of a loss's name; all timed losses if none is given; first of all perhaps 'host', what a call costs the "
+        "host, or 'build', what the compiler says of the kernels"
+    )
     parser.add_argument("losses", metavar="LOSS", nargs="*", help=described)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help=PRESETS_ARE)
@@ -92,29 +95,21 @@ def run(timed, device, preset, wanted):
     return rows
 
 
-def measure_host(timed, out, load_before):
-    """The table of ``python -m bench host``."""
-    # a head is matrix products, which a stub does not have
-    frame = host.table([case for case in timed if not case.features])
+def without_a_gpu(part, timed, out, load_before):
+    """The table of ``python -m bench host``, or of ``build``."""
+    # a head is matrix products, which are neither kernels of ours nor launched by a stub
+    frame = part.table([case for case in timed if not case.features])
     lines = conditions(torch.device("cpu"), load_before, kernels=True)
-    host.write(frame, lines, out)
-    print(
-        *lines,
-        "",
-        host.EXPLANATION,
-        host.shown(frame).to_string(),
-        "",
-        host.summary(frame),
-        f"\nWritten to {out}{os.sep}",
-        sep="\n",
-    )
+    part.write(frame, lines, out)
+    text = part.EXPLANATION, part.shown(frame).to_string(), "", part.summary(frame)
+    print(*lines, "", *text, f"\nWritten to {out}{os.sep}", sep="\n")
 
 
 def main(arguments=None):
     parser = command_line()
     options = parser.parse_args(arguments)
-    of_host = options.losses[:1] == ["host"]
-    timed = chosen(options.losses[of_host:], parser)
+    word = options.losses[0] if options.losses[:1] in (["host"], ["build"]) else None
+    timed = chosen(options.losses[word is not None :], parser)
     if options.list:
         print(listing(timed))
         return
@@ -124,10 +119,11 @@ def main(arguments=None):
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter's times say nothing about the kernels; unset it")
     load_before = load()
-    if of_host:
-        if host is None:
-            parser.error("host needs Triton, whose launch path it measures")
-        return measure_host(timed, options.out, load_before)
+    if word:
+        part = {"host": host, "build": build}[word]
+        if part is None:
+            parser.error(f"{word} needs Triton, which is not installed")
+        return without_a_gpu(part, timed, options.out, load_before)
     if options.memory_curve:
         if not memory_curve.heads(timed):
             parser.error("--memory-curve is for losses of a language model's head, and none of these is one")

@@ -188,3 +188,27 @@ def test_the_memory_curve_shows_heads_alone_and_that_ours_grows_by_the_weight(mo
     monkeypatch.setattr(cases, "CASES", [TINY])
     with pytest.raises(SystemExit):
         main(["--memory-curve"])
+
+
+@pytest.mark.builds
+def test_a_build_is_read_and_its_limits_are_those_of_the_machine(tmp_path):
+    build = pytest.importorskip("bench.build", reason="it builds kernels, which needs Triton")
+    frame = build.table([case for case in cases.CASES if case.name == "kl_div" and case.bench], dtypes=[torch.float32])
+    assert len(frame) == 2 and (frame["registers"] > 0).all() and (frame["spills"] == 0).all()
+    assert frame["share"].between(0, 1).all() and (frame["programs"] * frame["registers"] > 0).all()
+    assert frame["instructions"].between(1, 200).all()
+    build.write(frame, ["here"], tmp_path)
+    assert "kl_div" in (tmp_path / "build.md").read_text() and (tmp_path / "build.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "code, bytes_",
+    [
+        ("LDG.E.128.CONSTANT R4, [R2.64]", (16, 0)),
+        ("@P0 LDG.E.EF.U16 R4, [R2.64]", (2, 0)),
+        ("STG.E [R2.64], R5", (0, 4)),
+        ("LDS.128 R4, [R2]", (0, 0)),
+    ],
+)
+def test_bytes_are_read_off_the_machine_code(code, bytes_):
+    assert pytest.importorskip("bench.build").bytes_of([code]) == bytes_

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
 
-from offline_build import TARGETS, accesses, loops_of
 from test_builds import built, forward_and_backward, offsets_of, pytestmark  # noqa: F401  the same conditions
 
+from bench.offline_build import TARGETS, accesses, loops_of
 from triton_losses import functional
 
 PIXELS = 1 << 14

@@ -75,7 +75,7 @@ def forward_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK // KIND.vec)[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
-    total = tl.zeros((BLOCK // KIND.vec, KIND.vec), KIND.compute)
+    total = tl.zeros(tile.shape, KIND.compute)
     for step in range(0, tl.minimum(n - program * SPAN, SPAN).to(tl.int32), BLOCK):
         start = program * SPAN + step
         y = bits_at(labels, start, n, background, BLOCK, KIND)

@@ -6,13 +6,14 @@ specialises the arguments, compiles, and stops. So a build here is the build tha
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from unittest import mock
 
-import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -131,19 +132,25 @@ def building(name):
 
     launch_as_ever, bind_as_ever = Tuned.launch, Tuned.bind
     plan.forget()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", OWN_CACHE.name)
-        # a GPU's driver would count registers and spills; here the assembler does
-        patch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
-        patch.setattr(driver, "_active", NoGPU(name))  # a kernel that asks for its target is told by the driver
-        patch.setattr(JITFunction, "__getitem__", build)
-        patch.setattr(Tuned, "launch", launch)
-        patch.setattr(Tuned, "bind", bind)
-        patch.setattr(Launch, "remember", lambda *_: None)  # a build is not to be run
-        patch.setattr(compiler, "KERNEL_DEVICES", {"cpu"})
-        for module in [module for name, module in sys.modules.items() if name.startswith("triton_losses.")]:
-            if hasattr(module, "WARP"):
-                patch.setattr(module, "WARP", TARGETS[name].warp_size)
+    own = {
+        "TRITON_CACHE_DIR": OWN_CACHE.name,
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }  # the assembler counts registers and spills
+    replaced = [
+        (driver, "_active", NoGPU(name)),  # a kernel that asks for its target is told by the driver
+        (JITFunction, "__getitem__", build),
+        (Tuned, "launch", launch),
+        (Tuned, "bind", bind),
+        (Launch, "remember", lambda *_: None),  # a build is not to be run
+        (compiler, "KERNEL_DEVICES", {"cpu"}),
+    ]
+    for module in [module for name, module in sys.modules.items() if name.startswith("triton_losses.")]:
+        if hasattr(module, "WARP"):
+            replaced.append((module, "WARP", TARGETS[name].warp_size))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, own))
+        for owner, attribute, value in replaced:
+            stack.enter_context(mock.patch.object(owner, attribute, value))
         yield builds
     plan.forget()
 
@@ -184,11 +191,8 @@ def accesses(lines):
 
 
 def machine_code(build):
-    """(address, instruction) of an NVIDIA kernel, as its assembler left it; without cuobjdump the test is skipped."""
-    try:
-        cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    """(address, instruction) of an NVIDIA kernel, as its assembler left it."""
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(build.kernel.asm["cubin"])
         file.flush()
