@@ -100,6 +100,7 @@ def without_a_gpu(part, timed, out, load_before):
     # a head is matrix products, which are neither kernels of ours nor launched by a stub
     frame = part.table([case for case in timed if not case.features])
     lines = conditions(torch.device("cpu"), load_before, kernels=True)
+    lines = lines if part is host else lines[1:2]  # the versions alone: of a build nothing is timed
     part.write(frame, lines, out)
     text = part.EXPLANATION, part.shown(frame).to_string(), "", part.summary(frame)
     print(*lines, "", *text, f"\nWritten to {out}{os.sep}", sep="\n")
