@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 import triton_losses
 from bench.memory import peak_bytes
 from triton_losses.core import threads
+from triton_losses.families import linear_rows
 from triton_losses.language import linear_cross_entropy, linear_log_probs
 
 TORCHS = getattr(torch.nn.functional, "linear_cross_entropy", None)
@@ -87,6 +88,27 @@ def test_ignored_rows_are_in_no_product(device):
     _, found = products(lambda: linear_cross_entropy(hidden, weight, labels, kept_tokens=6))
     sizes = [size for shapes in found for shape in shapes for size in shape]
     assert 9 not in sizes and sizes.count(6) >= 3
+
+
+def test_ignored_rows_are_counted_where_the_products_take_long(device, monkeypatch):
+    hidden, weight, _, labels = drawn((9,), device)
+    monkeypatch.setattr(linear_rows, "COUNTED_OPERATIONS", 1)
+    value, found = products(lambda: linear_cross_entropy(hidden, weight, labels))
+    sizes = [size for shapes in found for shape in shapes for size in shape]
+    assert 9 not in sizes and sizes.count(6) >= 3
+    assert value.item() == pytest.approx(linear_cross_entropy(hidden, weight, labels, kept_tokens=0).item())
+    for changed in (torch.full_like(labels, -100), labels.clamp(min=0)):  # none counts, all count
+        losses = [
+            linear_cross_entropy(hidden, weight, changed, kept_tokens=kept_tokens, reduction="sum")
+            for kept_tokens in ("count", 0)
+        ]
+        assert_same([losses[0]], [losses[1]])
+
+
+@pytest.mark.parametrize("kept_tokens", ["all", -1])
+def test_a_wrong_kept_tokens_is_refused(kept_tokens, device):
+    with pytest.raises(ValueError, match="kept_tokens must be"):
+        linear_cross_entropy(*drawn((9,), device)[:2], drawn((9,), device)[3], kept_tokens=kept_tokens)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -11,7 +11,7 @@ from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.reduction import DTYPES, reduction_of
 from triton_losses.families.label_rows import label_rows, row_statistics
 from triton_losses.families.linear_distribution_rows import linear_distribution_rows
-from triton_losses.families.linear_rows import linear_rows
+from triton_losses.families.linear_rows import COUNT, linear_rows
 from triton_losses.row_formulas import (
     check_counting,
     check_shape_of_logits,
@@ -81,6 +81,15 @@ def mean_of(total, weight):
     return torch.where(nothing, (total / weight).detach(), total / torch.where(nothing, 1, weight))
 
 
+def upper_bound(kept_tokens):
+    """``kept_tokens`` as an integer; a compiled graph, which may not wait for a count, goes without one."""
+    if kept_tokens == "count":
+        return 0 if torch.compiler.is_compiling() else COUNT
+    if isinstance(kept_tokens, str) or kept_tokens < 0:
+        raise ValueError(f'kept_tokens must be "count" or a number >= 0, got {kept_tokens!r}')
+    return int(kept_tokens)
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -98,7 +107,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     shift: bool = False,
     chunk_bytes: int = 0,
-    kept_tokens: int = 0,
+    kept_tokens: int | str = "count",
     out_dtype: torch.dtype | None = None,
     return_stats: bool = False,
 ) -> Any:
@@ -110,10 +119,13 @@ def linear_cross_entropy(
     are left out of the products. weight, label_smoothing, z_loss, reduction: as in ``cross_entropy``. softcap: 0 for
     none. temperature: T. token_weights: (...), factors of the tokens' losses; the mean divides by Σ weight · token
     weight. shift: position i predicts target i + 1, in the last dimension, without a copy of the hidden states.
-    chunk_bytes: of the logits that exist at a time; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens: an upper bound,
-    known on the host, of how many targets are not ignore_index: a GPU, which does not ask how many there are, then
-    leaves the others out too. out_dtype: of the result; None: float32, float64 for float64. return_stats: return the
-    loss and TokenStats, of each token, from the same products. options: torch's, for its chunked path; only None.
+    chunk_bytes: of the logits that exist at a time; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens: how a GPU learns
+    how many targets are not ignore_index, so that it can leave the others out of the products. "count": it counts them
+    where the products take milliseconds, and the host waits some 20 µs for the count; never under torch.compile or in
+    a CUDA graph. A number: an upper bound that the host knows, without waiting. 0: it does not, and multiplies all
+    rows. A CPU always leaves them out. out_dtype: of the result; None: float32, float64 for float64. return_stats:
+    return the loss and TokenStats, of each token, from the same products. options: torch's, for its chunked path; only
+    None.
     As ``torch.nn.functional.linear_cross_entropy``. The weight's gradient is summed in float32. Three products where
     the loss is reduced, four where it is not. Features or a bias that do not fit raise RuntimeError, bad options
     ValueError, class probabilities NotImplementedError, labels outside [0, classes) IndexError (a device assertion on a
@@ -155,7 +167,7 @@ def linear_cross_entropy(
         softcap=float(softcap),
         scale=1.0 / temperature,
         chunk_bytes=chunk_bytes,
-        kept_tokens=kept_tokens,
+        kept_tokens=upper_bound(kept_tokens),
         stats=return_stats,
     )
     if reduction == "none":
@@ -202,7 +214,7 @@ def linear_log_probs(
     return_entropy: bool = False,
     ignore_index: int = -100,
     chunk_bytes: int = 0,
-    kept_tokens: int = 0,
+    kept_tokens: int | str = "count",
 ) -> Any:
     """``log softmax(softcap · tanh((x Wᵀ + b) / softcap) / T)[target]`` of each token, whose logits are never whole.
 
@@ -224,7 +236,7 @@ def linear_log_probs(
         softcap=float(softcap),
         scale=1.0 / temperature,
         chunk_bytes=chunk_bytes,
-        kept_tokens=kept_tokens,
+        kept_tokens=upper_bound(kept_tokens),
     )
     log_p = found.losses.view(target.shape)
     return (log_p, found.entropy.view(target.shape)) if return_entropy else log_p
@@ -342,7 +354,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     temperature_squared: bool = False,
     chunk_bytes: int = 0,
-    kept_tokens: int = 0,
+    kept_tokens: int | str = "count",
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(y / T)``, ``q = softmax((x Wᵀ + b) / T)``: distillation without
@@ -401,7 +413,7 @@ def linear_distillation_loss(
         tail=tail,
         ignore_index=int(ignore_index),
         chunk_bytes=chunk_bytes,
-        kept_tokens=kept_tokens,
+        kept_tokens=upper_bound(kept_tokens),
     )
     if reduction == "mean":
         counted = (

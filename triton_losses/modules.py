@@ -204,7 +204,7 @@ class CTCLoss(OptionsOfCTC):
 class LinearCrossEntropyLoss(
     Loss, function=F.linear_cross_entropy, inputs=4, without=("token_weights", "kept_tokens", "options")
 ):
-    def forward(self, input, linear_weight, target, linear_bias=None, *, token_weights=None, kept_tokens=0):
+    def forward(self, input, linear_weight, target, linear_bias=None, *, token_weights=None, kept_tokens="count"):
         of_the_call = {"linear_bias": linear_bias, "token_weights": token_weights, "kept_tokens": kept_tokens}
         return self.function(input, linear_weight, target, **of_the_call, **self.given())
 
@@ -230,7 +230,7 @@ class LinearCrossEntropyHead(LinearCrossEntropyLoss):
         self.num_classes = num_classes
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, input, target, *, token_weights=None, kept_tokens=0):
+    def forward(self, input, target, *, token_weights=None, kept_tokens="count"):
         of_the_call = {"token_weights": token_weights, "kept_tokens": kept_tokens}
         return super().forward(input, self.linear.weight, target, self.linear.bias, **of_the_call)
 

@@ -33,7 +33,7 @@ def linear_log_probs(
     return_entropy=False,
     ignore_index=-100,
     chunk_bytes=0,
-    kept_tokens=0,
+    kept_tokens="count",
 ):
     logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
     options = {
@@ -62,7 +62,7 @@ def linear_cross_entropy(
     token_weights=None,
     shift=False,
     chunk_bytes=0,
-    kept_tokens=0,
+    kept_tokens="count",
     out_dtype=None,
     return_stats=False,
 ):
@@ -114,7 +114,7 @@ def linear_distillation_loss(
     reduction="mean",
     temperature_squared=False,
     chunk_bytes=0,
-    kept_tokens=0,
+    kept_tokens="count",
     out_dtype=None,
 ):
     student, teacher = torch.nn.functional.linear(student_hidden, student_weight, student_bias), teacher_logits

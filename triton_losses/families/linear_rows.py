@@ -21,10 +21,13 @@ import torch
 from triton_losses.core.compiler import compute_dtype, runs_kernels
 from triton_losses.core.op import differentiated_again, is_plain, problem_op, read_whole, shapes_only
 from triton_losses.core.rows import Pass
+from triton_losses.core.tuning import capturing
 from triton_losses.families import label_rows
 from triton_losses.families.label_rows import walk
 from triton_losses.whole.label_rows import losses_of
 
+COUNT = -1  # as kept_tokens: the device counts the rows that are not ignored, and the host waits for it
+COUNTED_OPERATIONS = 1e12  # 2 ms of an H100: beyond, waiting 20 µs for the count costs nothing
 ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
 BESIDE_ENTROPY = "log_p_beside_entropy"
 
@@ -36,7 +39,7 @@ class Problem(NamedTuple):
     softcap: float = 0.0  # 0: none
     scale: float = 1.0  # 1 / temperature
     chunk_bytes: int = 0  # of logits at a time; 0: as many as are best
-    kept_tokens: int = 0  # upper bound of the rows that are not ignored; 0: unknown
+    kept_tokens: int = 0  # upper bound of the rows that are not ignored; 0: unknown; COUNT
     dtype: torch.dtype = torch.float32  # of the products
     stats: bool = False  # the rows' entropies and likeliest classes are wanted in any case
 
@@ -61,18 +64,29 @@ def rows_of_chunk(row_bytes, device, chunk_bytes):
 
 def parts_of(rows, labels, chunk, ignore_index, kept_tokens):
     """The rows of each chunk: slices where all count, as they do without labels, else indices of those that do."""
-    if labels is None:
-        kept_tokens = 0
-    elif not runs_kernels(labels):
+    kept = None
+    if labels is not None and not runs_kernels(labels):
         kept = (labels != ignore_index).nonzero()[:, 0]
-        if len(kept) < rows:
-            return kept.split(chunk) if len(kept) else ()
-    elif 0 < kept_tokens < rows:
+    elif labels is not None and kept_tokens:
         ignored = labels == ignore_index
-        # more of them than kept_tokens: some would silently not count
-        torch._assert_async((~ignored).sum() <= kept_tokens)
-        return ignored.to(torch.int8).argsort(stable=True)[:kept_tokens].split(chunk)
-    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+        if kept_tokens == COUNT:
+            kept_tokens = rows - int(ignored.sum())  # the host waits for the device
+        elif kept_tokens < rows:  # were there more than kept_tokens, some would silently not count
+            torch._assert_async((~ignored).sum() <= kept_tokens)
+        if kept_tokens < rows:
+            kept = ignored.to(torch.int8).argsort(stable=True)[:kept_tokens]
+    if kept is None or len(kept) == rows:
+        return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+    return kept.split(chunk) if len(kept) else ()
+
+
+def worth_counting(hidden, weight):
+    """Whether the products take so long (6 N H V operations, some milliseconds) that the host may wait for a count.
+
+    Never in a graph that is being captured, where it may not wait.
+    """
+    operations = 6 * hidden.shape[0] * weight.numel()
+    return operations >= COUNTED_OPERATIONS and not capturing()
 
 
 def chunks(hidden, weight, bias, labels, problem):
@@ -80,7 +94,10 @@ def chunks(hidden, weight, bias, labels, problem):
     classes = weight.shape[0]
     chunk = rows_of_chunk(padded(classes) * hidden.itemsize, hidden.device, problem.chunk_bytes)
     buffer = hidden.new_empty(min(chunk, len(hidden)), padded(classes))
-    for part in parts_of(len(hidden), labels, chunk, problem.ignore_index, problem.kept_tokens):
+    kept_tokens = problem.kept_tokens
+    if kept_tokens == COUNT and not worth_counting(hidden, weight):
+        kept_tokens = 0
+    for part in parts_of(len(hidden), labels, chunk, problem.ignore_index, kept_tokens):
         x = hidden[part]
         room = buffer[: len(x)]
         yield part, x, None if labels is None else labels[part], product(x, weight, bias, room[:, :classes]), room
