@@ -2,5 +2,5 @@
 
 import os
 
-# Before torch is loaded: the profiler that counts memory would write its stages between the progress lines.
+# Set before torch is loaded; otherwise the profiler that counts memory prints its stages between progress lines.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

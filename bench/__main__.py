@@ -1,4 +1,4 @@
-"""The command: ``python -m bench [LOSS ...]``, and with a first word ``host`` or ``build`` what needs no GPU."""
+"""The command ``python -m bench [LOSS ...]``; with ``host`` or ``build`` as its first word, it needs no GPU."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ from reference import cases
 
 try:
     from bench import build, host
-except ImportError:  # where Triton is not installed
+except ImportError:  # Triton is not installed
     build = host = None
 
 PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries have, at full size; full: hours"
@@ -47,7 +47,7 @@ def command_line():
 
 
 def chosen(words, parser):
-    """The timed cases whose names hold one of the words."""
+    """The timed cases that have one of the words in their name; all of them if there are no words."""
     timed = [case for case in cases.CASES if case.bench]
     for word in words:
         if not any(word in case.name for case in timed):
@@ -72,7 +72,7 @@ def dtypes_of(preset, device):
 
 
 def run(timed, device, preset, wanted):
-    """Rows of every case, shape and dtype; an interrupted run returns what it has."""
+    """Rows of every case, shape and dtype; an interrupted run returns the rows that it has so far."""
     plan = [
         (case, shape, dtype)
         for case in timed
@@ -96,11 +96,11 @@ def run(timed, device, preset, wanted):
 
 
 def without_a_gpu(part, timed, out, load_before):
-    """The table of ``python -m bench host``, or of ``build``."""
-    # a head is matrix products, which are neither kernels of ours nor launched by a stub
+    """Make, write and print the table of ``python -m bench host`` or of ``python -m bench build``."""
+    # heads are left out: their matrix products are not our kernels, and the stub driver does not launch them
     frame = part.table([case for case in timed if not case.features])
     lines = conditions(torch.device("cpu"), load_before, kernels=True)
-    lines = lines if part is host else lines[1:2]  # the versions alone: of a build nothing is timed
+    lines = lines if part is host else lines[1:2]  # only the versions, because a build times nothing
     part.write(frame, lines, out)
     text = part.EXPLANATION, part.shown(frame).to_string(), "", part.summary(frame)
     print(*lines, "", *text, f"\nWritten to {out}{os.sep}", sep="\n")
@@ -128,7 +128,7 @@ def main(arguments=None):
     if options.memory_curve:
         if not memory_curve.heads(timed):
             parser.error("--memory-curve is for losses of a language model's head, and none of these is one")
-        # hardware and versions: nothing is timed
+        # only hardware and versions, because nothing is timed
         frame, lines = memory_curve.peaks(timed, device), conditions(device, load_before)[:2]
         memory_curve.write(frame, lines, options.out)
         print(

@@ -6,7 +6,7 @@ import reference.losses
 from bench.memory import logits_of
 from bench.passes import Call, learned_by
 
-ELEMENTS = 1 << 25  # the float64 reference of more takes too long and too much memory
+ELEMENTS = 1 << 25  # with more, the float64 reference takes too long and too much memory
 
 
 def exact(case, shape, tensors, options):
@@ -23,11 +23,11 @@ def in_float64(value):
 
 
 def error(found, truth):
-    """The larger of two: the value's and the gradient's largest deviation, each relative to the largest exact
-    component.
+    """The larger of the value's and the gradient's largest deviation, each relative to the largest exact component.
 
-    Component by component it would judge the least of a gradient's components, where rounding leaves no loss a
-    digit."""
+    A comparison component by component would judge by a gradient's smallest components, in which rounding leaves no
+    correct digit, whatever the loss.
+    """
     return max(deviation(*pair) for pair in zip(found, truth, strict=True))
 
 

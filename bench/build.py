@@ -1,15 +1,15 @@
 """What the compiler says of the kernels: ``python -m bench build``. No GPU is needed.
 
-Every timed loss is built for one target, and of each kernel the part is read that loads most: the innermost loop, or,
-where there is none, the run of instructions between two jumps. What it may reach at most follows from four rates of a
-GPU, all given here as a share of the rate at which it copies memory:
+Every timed loss is compiled for one target. Of each kernel, only the part that loads most is read: an innermost loop
+or, if none loads anything, the instructions between two jumps. Four rates of a GPU limit the speed of that part. Each
+limit is given as a share of the rate at which the GPU copies memory:
 
-    issue       a scheduler starts one instruction of a warp a cycle; a multiprocessor has four
-    special     exp2, log2, reciprocal: 16 lanes a cycle and multiprocessor
-    in flight   bytes that a multiprocessor's programs have asked for and wait for: memory's latency wants 40 kB
+    issue       a scheduler starts one instruction of a warp per cycle; a multiprocessor has four schedulers
+    special     exp2, log2, reciprocal: 16 lanes per cycle and multiprocessor
+    in flight   bytes that a multiprocessor's programs have requested and wait for: memory's latency needs 40 kB of them
     memory      the rate of a copy itself: 1
 
-It is an upper bound: the time before and after the loop, and waits of one instruction for another, are not in it.
+The smallest is an upper bound: it omits the time before and after the loop, and waits of one instruction for another.
 """
 
 import re
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class GPU:
-    """What a kernel may count on: of an H200."""
+    """What a GPU offers a kernel; the defaults are those of an H200."""
 
     copy: float = 4.25e12  # bytes a second, read and written
     clock: float = 1.755e9
@@ -44,7 +44,7 @@ class GPU:
     threads: int = 2048
     programs: int = 32
     shared: int = 227 << 10
-    in_flight: int = 40_000  # bytes
+    in_flight: int = 40_000  # bytes per multiprocessor
 
 
 H200 = GPU()
@@ -52,7 +52,7 @@ SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
 def bytes_of(code):
-    """(loaded, stored) bytes of global memory, of a thread."""
+    """(loaded, stored) bytes of global memory per thread."""
     found = {"LDG": 0, "STG": 0}
     for text in code:
         if match := re.search(r"\b(LDG|STG)\.E((?:\.\w+)*)", text):
@@ -62,7 +62,7 @@ def bytes_of(code):
 
 
 def main_part(build):
-    """The instructions of the innermost loop, or else of the run between jumps, that loads most."""
+    """The instructions of the innermost loop that loads most or, if none loads, of such a run between jumps."""
     code = machine_code(build)
     texts, line_at = [text for _, text in code], {address: i for i, (address, _) in enumerate(code)}
     branches = [(i, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for i, text in enumerate(texts)]
@@ -75,7 +75,7 @@ def main_part(build):
 
 def programs_at_a_time(build, gpu):
     warps, shared = build.kernel.metadata.num_warps, build.kernel.metadata.shared
-    of_warp = -(-build.registers * 32 // 256) * 256  # registers come in lots of 256
+    of_warp = -(-build.registers * 32 // 256) * 256  # registers are allocated in units of 256
     fit = gpu.registers // (of_warp * warps), gpu.threads // build.threads, gpu.programs
     return min(*fit, gpu.shared // (shared + 1024))
 
@@ -112,7 +112,7 @@ def figures(build, gpu=H200):
 
 
 def small(case, shape):
-    """The shape with few rows, images or steps: a build depends on the other sizes alone."""
+    """The shape with few rows, images or steps, because a build depends only on the other sizes."""
     if case.steps:
         return (8, 2, shape[-1])
     if case.features:
@@ -131,7 +131,7 @@ def rows_of(case, shape, dtype, target):
 
 
 def table(cases, target="sm_90", dtypes=DTYPES):
-    """Of each case's largest shape."""
+    """One row per kernel, for each case's largest shape and each dtype."""
     assert TARGETS[target].backend == "cuda", "the figures are read from NVIDIA's machine code"
     triton_losses.set_autotune(False)
     try:
@@ -143,7 +143,7 @@ def table(cases, target="sm_90", dtypes=DTYPES):
 
 
 def shown(frame):
-    """The table for a reader."""
+    """The table as it is printed: rounded, with loss, shape and dtype in one column."""
     text = frame["loss"] + " " + frame["shape"] + " " + frame["dtype"]
     rounded = {"in_flight": 0, "instructions": 1, "special": 1, "share": 2}
     return frame.assign(loss=text).drop(columns=["shape", "dtype", "config"]).set_index("loss").round(rounded)

@@ -33,14 +33,14 @@ def processor():
 
 
 def load():
-    """Processes that want to run, over the last minute; nan where the system does not tell."""
+    """The mean number of processes that want to run, over the last minute; nan if the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
 def conditions(device, load_before, kernels=False):
-    """Lines to stand above every table. Called at the end of a run, which itself adds its threads to the load.
+    """Lines to print above every table. Call it at the end of a run; the load then includes the run's own threads.
 
-    kernels: on a CPU, whether kernels were launched all the same, to a driver that launches nothing.
+    kernels: whether, on a CPU, the losses took the kernels' path, with a driver that launches nothing.
     """
     threads, load_after = torch.get_num_threads(), load()
     loads = f"load {load_before:.1f} before and {load_after:.1f} after"

@@ -1,13 +1,13 @@
-"""A provider that fails (no C compiler, a kernel error, no memory left) is a finding, not the end of the run."""
+"""If a provider fails (no C compiler, a kernel error, no memory left), the run records that and goes on."""
 
 from contextlib import contextmanager
 
-LONGEST = 300  # characters: compilers print pages
+LONGEST = 300  # most characters of an error, because compilers print pages
 
 
 @contextmanager
 def noted(failures, name):
-    """Keep an error's text, on one line, under `name` instead of raising it."""
+    """Store an error's text, on one line, in `failures[name]` instead of raising it."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 (whatever a provider raises)

@@ -1,8 +1,8 @@
 """What a call costs the host: ``python -m bench host``. No GPU is needed, and none is used.
 
-Every loss takes the way of a GPU's tensors, through Triton's own launch path, with a driver that launches nothing.
-Beside it stands eager PyTorch on the same small tensors, arithmetic included: ATen's kernels of so few numbers take
-little.
+Every loss runs as it does for a GPU's tensors, through Triton's own launch path, with a driver that launches nothing.
+It is compared with eager PyTorch on the same small tensors. Eager's time includes the arithmetic, but ATen's kernels
+take little time for so few numbers.
 """
 
 import statistics
@@ -24,7 +24,7 @@ EXPLANATION = (
 COLUMNS = ("loss", "options", "launches_forward", "launches", "us", "eager_us", "ratio")
 ROWS, COLUMNS_OF_A_ROW, IMAGES, PIXELS = 64, 128, 2, 256
 REPEATS, CALLS = 15, 10
-# operations that start nothing on a GPU: they allocate, or look at the same memory in another way
+# operations that launch nothing on a GPU: they allocate memory or return a view
 FREE = set(
     "alias as_strided as_strided_ broadcast_tensors chunk contiguous detach empty empty_like empty_strided expand "
     "expand_as flatten is_nonzero item lift_fresh movedim narrow new_empty new_empty_strided permute promote_types "
@@ -34,9 +34,7 @@ FREE = set(
 
 
 def call_of(case, provider):
-    """A function that runs forward and backward, and one that runs forward alone; None where the provider has no such
-    loss.
-    """
+    """A function that runs the provider's forward, and one that runs its forward and backward."""
     function = PROVIDERS[provider].make(case)
     shape = case.shape(IMAGES, PIXELS) if case.classes else case.shape(ROWS, COLUMNS_OF_A_ROW)
     tensors, options = case.arguments(shape)
@@ -56,7 +54,7 @@ def call_of(case, provider):
 
 
 def operations(work):
-    """How many of PyTorch's operations would each launch a kernel."""
+    """How many PyTorch operations in ``work`` would launch a kernel on a GPU."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
     count = 0
@@ -91,7 +89,7 @@ def measure(case):
         both()
         counted = launches(launcher, forward), launches(launcher, both)
     ours, theirs = [], []
-    for _ in range(REPEATS):  # in turns, so that the machine's noise hits both alike
+    for _ in range(REPEATS):  # take turns, so that the machine's noise affects both equally
         with kernels_launch_nothing():
             both()
             ours.append(seconds(both))
@@ -103,7 +101,7 @@ def measure(case):
 
 def table(cases):
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a GPU's host path has one
+    torch.set_num_threads(1)  # a call's host path on a GPU uses one
     triton_losses.set_autotune(False)
     try:
         with warnings.catch_warnings():
@@ -115,7 +113,7 @@ def table(cases):
 
 
 def shown(frame):
-    """The table for a reader: one row a case."""
+    """The table as it is printed: rounded, with one row per case."""
     table = frame.assign(loss=(frame["loss"] + " " + frame["options"]).str.strip()).drop(columns="options")
     return table.set_index("loss").round({"us": 0, "eager_us": 0, "ratio": 2})
 

@@ -1,4 +1,4 @@
-"""One case at one shape and dtype: every provider and pass measured, each one row of the results."""
+"""Measures one case at one shape and dtype; each provider and pass is one row of the results."""
 
 import gc
 import math
@@ -33,15 +33,15 @@ PRESETS = {
     "peers": Preset(("full",), Budget(seconds=6.0, least=7, most=60)),
     "full": Preset(tuple(PASSES), Budget(seconds=4.0, least=5, most=200)),
 }
-WHOLE_CASE = None  # the name under which a failure of no one provider is noted
+WHOLE_CASE = None  # the key of a failure that concerns no single provider
 
 
 def measure(case, shape, dtype, device, preset, names):
-    """Rows, as mappings over COLUMNS, of the named providers."""
+    """Rows of the named providers: dicts with COLUMNS as keys."""
     passes = preset.passes
     rows = {(name, which): blank_row(case, shape, dtype, device, name, which) for name in names for which in passes}
     failures = {}
-    torch._dynamo.reset()  # nobody inherits what an earlier case compiled
+    torch._dynamo.reset()  # forget what an earlier case compiled
     with noted(failures, WHOLE_CASE):
         if reason := shortage(case, shape, dtype, device):
             failures[WHOLE_CASE] = reason
@@ -84,9 +84,9 @@ def fill(rows, failures, case, shape, arguments, device, preset, names):
 
 
 def first_calls(rows, failures, case, shape, tensors, options, device, passes, names):
-    """Call everyone once, forward and backward: compilation and tuning end here. Returns calls by provider."""
+    """Call each provider once, forward and backward, which compiles and tunes it. Returns the calls by provider."""
     calls, unjudged = {}, {}
-    with noted(unjudged, WHOLE_CASE):  # the float64 reference may not fit: then the error stays blank
+    with noted(unjudged, WHOLE_CASE):  # if the float64 reference does not fit in memory, the error stays blank
         truth = accuracy.exact(case, shape, tensors, options)
     for name in names:
         with noted(failures, name):
@@ -109,7 +109,7 @@ def first_calls(rows, failures, case, shape, tensors, options, device, passes, n
 
 
 def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
-    """Peak memory of one pass into the rows; samples of its time, by provider, returned."""
+    """Write the peak memory of one pass to the rows, and return samples of its time by provider."""
     seconds_of = stopwatch(device)
     small = sum(tensor.nbytes for tensor in inputs) < SMALL
     ready, times = {}, {}
@@ -117,9 +117,9 @@ def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
         with noted(failures, name):
             prepare = partial(call.ready, which)
             if PROVIDERS[name].compiles and which == "no-grad":
-                prepare(1)()  # compiles anew without gradients, outside the measurements
-            call.forget()  # what was allocated unrecorded must not be freed while recording
-            # and this is everyone's warm-up
+                prepare(1)()  # torch.compile compiles again without gradients, before the measurements
+            call.forget()  # memory allocated before the recording must not be freed during it
+            # this call is also each provider's warm-up
             rows[name, which]["peak_mb"] = peak_bytes(partial(prepare, 1), device) / 1e6
             times[name] = calls_per_sample(prepare, seconds_of, small)
             ready[name] = prepare

@@ -1,4 +1,4 @@
-"""Memory: the peak that a piece of work adds, exact to the byte, and what a machine has free."""
+"""Memory: the peak that a piece of work adds, exact to the byte, and the free memory of the machine."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
-WORK = "bench: work"  # marks its beginning among the recorded events
+WORK = "bench: work"  # the event that marks where the work begins
 MEMINFO = Path("/proc/meminfo")
-ASSUMED = 8 << 30  # free bytes where the system does not tell
+ASSUMED = 8 << 30  # free bytes if the system does not tell
 
 
 def peak_bytes(prepare, device):
-    """The most memory that `work = prepare()`, called, holds above what was held before; a gradient it makes counts."""
+    """The peak memory that calling `work = prepare()` adds to what was held before, with the gradients it creates."""
     if device.type == "cuda":
         work = prepare()
         torch.cuda.synchronize(device)
@@ -22,13 +22,13 @@ def peak_bytes(prepare, device):
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the profiler sees the calling thread alone, and triton_losses has threads of its own
+    torch.set_num_threads(1)  # the profiler sees only the calling thread, and triton_losses has threads of its own
     try:
-        # prepared while recording: the profiler cannot tell the size of what was allocated before it came
+        # prepare() runs while recording, because the profiler does not know the size of earlier allocations
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             work = prepare()
             with record_function(WORK):
-                kept = work()  # freed after the recording, like everything that outlives the work
+                kept = work()  # keep the result until the recording has ended
     finally:
         torch.set_num_threads(threads)
     del kept
@@ -38,8 +38,9 @@ def peak_bytes(prepare, device):
 def allocations(recorded):
     """Bytes allocated (positive) and freed (negative) since the work began, in order of time.
 
-    The process's resident size would not do: an allocator keeps freed pages, so it hardly moves after the first call.
-    Nor would prof.events(), which folds allocations into the operators around them and loses their order."""
+    The process's resident size is no measure: an allocator keeps freed pages, so it hardly moves after the first call.
+    Nor is prof.events(), which folds allocations into the operators around them and loses their order.
+    """
     events = recorded.profiler.kineto_results.events()
     began = next(event.start_ns() for event in events if event.name() == WORK)
     changes = [event for event in events if event.name() == "[memory]" and event.start_ns() >= began]
@@ -55,7 +56,7 @@ def highest_sum(changes):
 
 
 def free_bytes(device):
-    """Free memory for a case: tensors are drawn on the host, then moved."""
+    """Free memory for a case: the least of host and GPU, because tensors are created on the host, then moved."""
     host = ASSUMED
     if MEMINFO.exists():
         host = next(
@@ -65,12 +66,12 @@ def free_bytes(device):
 
 
 def logits_of(case, shape):
-    """How many logits a head's eager loss makes on the way; no other makes more than it is given."""
+    """The number of logits that a head's eager loss creates; 0 for others, which need no larger tensor."""
     return shape[0] * shape[-1] if case.features else 0
 
 
 def shortage(case, shape, dtype, device):
-    """Why the case is skipped, or nothing. The limit is a third of the free memory: eager losses hold many copies."""
+    """Why the case is skipped, or "". The limit is a third of the free memory, as eager losses hold many copies."""
     with FakeTensorMode():
         tensors, options = case.arguments(shape, dtype)
     needed = sum(tensor.nbytes for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor))

@@ -1,6 +1,4 @@
-"""Memory against vocabulary: what a language model's head holds at its peak, forward and backward, as the classes grow
-in number.
-"""
+"""Memory against vocabulary: the peak memory of language models' heads, forward and backward, by number of classes."""
 
 import math
 
@@ -18,7 +16,7 @@ from bench.providers import PROVIDERS
 ROWS, FEATURES = 1024, 64
 CLASSES = (4096, 32768, 65536, 98304, 131072)
 COMPARED = ("triton_losses", "eager")
-WEIGHT = "gradient of the weight"  # which is part of every peak: no head can do without
+WEIGHT = "gradient of the weight"  # part of every peak, because every head returns it
 COLUMNS = ("loss", "options", "rows", "features", "classes", "dtype", "device", "provider", "peak_mb", "failed")
 RESULTS, PICTURE = "memory.csv", "memory.png"
 
@@ -28,9 +26,7 @@ def heads(timed):
 
 
 def peaks(timed, device, dtype=torch.float32):
-    """A frame over COLUMNS: the peak of every head, number of classes and provider, and the bytes of the weight's
-    gradient.
-    """
+    """A frame with COLUMNS: every head's peak by number of classes and provider, and its weight's gradient."""
     rows = []
     for case in heads(timed):
         for classes in CLASSES:
@@ -50,7 +46,7 @@ def peaks(timed, device, dtype=torch.float32):
 
 
 def peak_of(case, shape, dtype, device, provider):
-    """MB, and what went wrong."""
+    """The peak in MB, nan if there is none, and the error's text or ""."""
     failures, peak = {}, math.nan
     if reason := shortage(case, shape, dtype, device):
         return peak, reason
@@ -95,7 +91,7 @@ def draw(frame, lines, path):
         axes.set_ylim(bottom=0)
         axes.spines[:].set_visible(False)
     figure.axes[0].set_ylabel("peak MB", fontsize=8, color=FAINT)
-    for axes in figure.axes[len(panels) :]:  # the last place of an odd number
+    for axes in figure.axes[len(panels) :]:  # the last place is empty if the number of panels is odd
         axes.remove()
     figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
     title = f"Peak memory, forward and backward, {ROWS} rows of {FEATURES} features, {frame['dtype'].iloc[0]}"

@@ -1,4 +1,4 @@
-"""A driver for Triton that launches nothing: what a call costs the host can be measured where there is no GPU."""
+"""A Triton driver that launches nothing, so that the host's cost of a call can be measured without a GPU."""
 
 import contextlib
 from unittest import mock
@@ -11,7 +11,7 @@ from triton_losses.core import compiler, dispatch, plan
 
 
 class Utils:
-    """What a driver tells of a GPU; here of an H100 that is not there."""
+    """The properties that a driver reports of a GPU; here those of an H100 that is not there."""
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
@@ -24,7 +24,7 @@ class Utils:
 
 
 class Launcher:
-    """In place of the one that puts a compiled kernel on a stream: it counts."""
+    """Replaces the launcher that puts a compiled kernel on a stream; it only counts launches."""
 
     launches = 0
     launch_cooperative_grid, num_ctas, global_scratch_size, profile_scratch_size = False, 1, 0, 0
@@ -54,7 +54,7 @@ class NoGPU:
 
 @contextlib.contextmanager
 def kernels_launch_nothing():
-    """CPU tensors take the way of a GPU's, as far as the launch. Results are what happened to lie in memory."""
+    """CPU tensors take the path of a GPU's up to the launch. No kernel runs, so results are uninitialised memory."""
     plan.forget()
     with (
         mock.patch.object(driver, "_active", NoGPU()),

@@ -1,7 +1,7 @@
-"""Kernels built for GPUs that are not here, and what can be read off a build.
+"""Kernels compiled for GPUs that are not here, and figures read from such a build.
 
-A loss is called as ever, on CPU tensors. Triton's own launch path takes its kernels as far as the launch: it
-specialises the arguments, compiles, and stops. So a build here is the build that the same call would get on such a GPU.
+A loss is called as usual, on CPU tensors. Triton's own launch path specialises the arguments and compiles the kernels,
+and stops before the launch. So a build here is the one that the same call would get on such a GPU.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-OWN_CACHE = tempfile.TemporaryDirectory()  # a kernel out of Triton's usual cache comes without the assembler's report
-# what the assembler said of a kernel, by the kernel's hash: it speaks once, and a kernel may be asked for again
+OWN_CACHE = tempfile.TemporaryDirectory()  # a kernel from Triton's usual cache has no report of the assembler
+# the assembler's report by kernel hash: it is printed once, although a kernel may be requested several times
 REPORTS = {}
 
 
 class NoGPU:
-    """All that a launch asks of a GPU before it runs on it.
+    """The driver methods that Triton calls before a launch.
 
-    Triton keeps its builds by device index: were the targets to share one, the first target's build would be handed to
-    all.
+    Each target has its own device index, because Triton caches builds by device index: with a shared one, every target
+    would get the first target's build.
     """
 
     def __init__(self, name):
@@ -67,9 +67,7 @@ class Build:
 
     @property
     def lines(self):
-        """The kernel's own lines of PTX, or of AMD's assembly: on AMD an assertion brings a library of printing with
-        it.
-        """
+        """The kernel's own lines of PTX or AMD assembly, without the printing library that assertions add on AMD."""
         text = self.kernel.asm.get("ptx") or self.kernel.asm["amdgcn"]
         name = self.kernel.name
         return re.search(rf"(\.entry {name}\(|^{name}:).*?(^}}|^\.Lfunc_end)", text, re.MULTILINE | re.DOTALL)[
@@ -86,7 +84,7 @@ class Build:
 
     @property
     def spills(self):
-        """Bytes stored and loaded on NVIDIA, registers on AMD."""
+        """Spilled bytes, stored and loaded, on NVIDIA; spilled registers on AMD."""
         return reported(self, r"(\d+) bytes spill (?:stores|loads)", r"\.[sv]gpr_spill_count:\s+(\d+)")
 
 
@@ -100,7 +98,7 @@ def reported(build, by_ptxas, by_amd):
 
 @contextlib.contextmanager
 def building(name):
-    """Launches are builds for this target, listed in what this yields; afterwards everything is as it was."""
+    """A context in which launches only compile for this target. Yields the list of builds; undoes all at exit."""
     builds, launches = [], []
 
     def build(kernel, grid):
@@ -135,13 +133,13 @@ def building(name):
     own = {
         "TRITON_CACHE_DIR": OWN_CACHE.name,
         "TRITON_DUMP_PTXAS_LOG": "1",
-    }  # the assembler counts registers and spills
+    }  # its log counts registers and spills
     replaced = [
-        (driver, "_active", NoGPU(name)),  # a kernel that asks for its target is told by the driver
+        (driver, "_active", NoGPU(name)),  # Triton asks the driver for the target
         (JITFunction, "__getitem__", build),
         (Tuned, "launch", launch),
         (Tuned, "bind", bind),
-        (Launch, "remember", lambda *_: None),  # a build is not to be run
+        (Launch, "remember", lambda *_: None),  # a build must not be kept to be run by later calls
         (compiler, "KERNEL_DEVICES", {"cpu"}),
     ]
     for module in [module for name, module in sys.modules.items() if name.startswith("triton_losses.")]:
@@ -167,9 +165,7 @@ def loops_of(lines):
 
 
 def innermost(spans, lines):
-    """The lines of each span that holds no other: code moved out of the way branches back too, round everything
-    between.
-    """
+    """The lines of each span that contains no other. Code moved out of line branches back too, over much more."""
     spans = [span for span in spans if span]
     return [
         [lines[i] for i in span]
@@ -191,7 +187,7 @@ def accesses(lines):
 
 
 def machine_code(build):
-    """(address, instruction) of an NVIDIA kernel, as its assembler left it."""
+    """(address, instruction) pairs of an NVIDIA kernel's machine code."""
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(build.kernel.asm["cubin"])
@@ -214,7 +210,7 @@ def machine_loops(build):
 
 
 def spills_in_loops(build):
-    """The instructions, in innermost loops, that store or load what did not fit the registers."""
+    """The instructions in innermost loops that store or load spilled registers."""
     loops = loops_of(build.lines) if build.kernel.asm.get("amdgcn") else machine_loops(build)
     return [
         code

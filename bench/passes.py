@@ -1,15 +1,15 @@
-"""The passes that are timed. Each prepares a piece of work: what it does before it returns is not timed."""
+"""The passes that are timed. Each returns a function to time; what it does before it returns is not timed."""
 
 import torch
 
 
 def learned_by(case):
-    """How many of the leading tensors take a gradient, as in training: the first, and a head's weight."""
+    """How many of the first tensors require a gradient, as in training: the input and, of a head, the weight."""
     return 2 if case.features else 1
 
 
 class Call:
-    """A provider's function and the arguments of one case; the first ``learned`` tensors take a gradient."""
+    """A provider's function and the arguments of one case; the first ``learned`` tensors require a gradient."""
 
     def __init__(self, function, tensors, options, learned=1):
         self.function, self.tensors, self.options = function, tensors, options
@@ -28,7 +28,7 @@ class Call:
         loss.backward(self.upstream)
 
     def ready(self, which, times):
-        """Work of so many calls of a pass; the gradient of earlier work is freed now, not while the clock runs."""
+        """A function that runs a pass ``times`` times. Frees earlier gradients now, so that this is not timed."""
         self.forget()
         return PASSES[which](self, times)
 
@@ -46,7 +46,7 @@ def forward(call, times):
     def work():
         for _ in range(times):
             loss = call.loss()
-        return loss  # and with it what the backward pass would need, until the clock has stopped
+        return loss  # keeps what the backward needs alive until the clock has stopped
 
     return work
 

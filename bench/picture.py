@@ -7,12 +7,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 SPEED_UP = "speedup.png"
 COLOURS = ("#1f5fa8", "#b4bac4", "#86b3dc", "#c98b5a", "#7d9a6f", "#9b7fb0")
 INK, FAINT = "#22262b", "#7a828c"
-BAR = 0.17  # inches a bar
+BAR = 0.17  # inches per bar
 KEYS = ["loss", "options", "shape", "dtype"]
 
 
 def speed_ups(frame):
-    """Rows of the full pass with `speed_up`, the eager median over theirs; eager itself is the line at 1×."""
+    """Rows of the full pass with `speed_up`, the eager median over theirs; without eager's, which would all be 1×."""
     full = frame[(frame["pass"] == "full") & frame["ms"].notna()]
     eager = full[full["provider"] == "eager"][[*KEYS, "ms"]]
     both = full[full["provider"] != "eager"].merge(eager, on=KEYS, suffixes=("", "_eager"))

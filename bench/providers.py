@@ -1,7 +1,7 @@
-"""Who computes a loss: one entry per provider.
+"""The providers, which compute the losses: one entry each.
 
-`make` takes a case and returns the function to call with the case's tensors and options, or None where the provider has
-no such loss. To add an installed peer, add an entry.
+`make` takes a case and returns the function to call with the case's tensors and options, or None if the provider has no
+such loss. To add an installed peer, add an entry.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from reference import peers
 @dataclass(frozen=True)
 class Provider:
     make: Callable
-    compiles: bool = False  # seconds a case: the quick preset compiles headline cases alone
-    slow: bool = False  # seconds a call: not in the quick preset
+    compiles: bool = False  # takes seconds per case: presets but `full` compile only headline cases' largest shapes
+    slow: bool = False  # takes seconds per call: not in the quick preset
 
 
 def ours(case):

@@ -1,4 +1,4 @@
-"""The results for a reader: the table on the terminal, results.csv and report.md."""
+"""The report of the results: the table on the terminal, results.csv and report.md."""
 
 import pandas
 
@@ -19,13 +19,13 @@ seconds of the first call, with compilation and tuning, the caches on disk as th
 
 def frame_of(rows, columns):
     frame = pandas.DataFrame(rows, columns=columns)
-    # shapes go from small to large: one too large to be judged takes the error of the one before
+    # shapes go from small to large: one too large for the float64 reference takes the error of the one before
     frame["error"] = frame.groupby(["loss", "options", "dtype", "provider"], sort=False)["error"].ffill()
     return frame
 
 
 def table_of(frame):
-    """Text cells, one row per loss, shape and dtype: a time per provider, then ours beside eager's."""
+    """A table of text, one row per loss, shape and dtype: all providers' times, then our and eager's other figures."""
     full = frame[frame["pass"] == "full"]
     full = full.assign(loss=(full["loss"] + " " + full["options"]).str.strip())
     rows = pandas.MultiIndex.from_frame(full[INDEX].drop_duplicates())
@@ -46,7 +46,7 @@ def table_of(frame):
 
 
 def heading(provider):
-    """Two lines, for a long name would widen every row."""
+    """The provider's name on two lines, because a long name would widen every row."""
     name, bracket, rest = provider.partition("(")
     return name, bracket + rest
 
@@ -66,7 +66,7 @@ def failures_of(frame):
 
 
 def write(frame, lines, directory):
-    """Everything that outlives the run. `lines`: its conditions."""
+    """Write results.csv, report.md and the picture. `lines`: the conditions of the run."""
     directory.mkdir(parents=True, exist_ok=True)
     frame.to_csv(directory / "results.csv", index=False)
     table = table_of(frame)

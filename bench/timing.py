@@ -1,4 +1,4 @@
-"""Time: samples of several providers, taken in turns so that the machine's noise hits all of them alike."""
+"""Time: samples of several providers, taken in turns so that the machine's noise affects all of them equally."""
 
 import math
 import time
@@ -9,13 +9,13 @@ import torch
 from bench.failures import noted
 
 CACHE_FLUSH = 256 << 20  # bytes: several times a GPU's L2
-SMALL = 1 << 20  # bytes of tensors; below, a call is host work of microseconds, so a sample holds many calls
+SMALL = 1 << 20  # bytes of tensors; with fewer, a call is microseconds of host work, so a sample has many calls
 SAMPLE = 2e-3  # seconds that such a sample takes at least
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one pass: repeats end at `most`, or after `seconds` per provider, but not before `least`."""
+    """The repeats of one pass: they end at `most`, or after `seconds` per provider, but not before `least`."""
 
     seconds: float
     least: int
@@ -23,7 +23,7 @@ class Budget:
 
 
 def stopwatch(device):
-    """A function that runs a piece of work and returns its seconds, whatever it returns being freed after."""
+    """A function that runs a piece of work and returns its seconds; it frees the work's result afterwards."""
     return gpu_stopwatch(device) if device.type == "cuda" else cpu_seconds
 
 
@@ -40,7 +40,7 @@ def gpu_stopwatch(device):
 
     def seconds(work):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()  # inputs come from memory, as they do in training
+        flush.zero_()  # empties the L2 cache, so that inputs come from memory, as they do in training
         start.record()
         kept = work()
         end.record()
@@ -52,12 +52,12 @@ def gpu_stopwatch(device):
 
 
 def calls_per_sample(ready, seconds_of, small):
-    """`ready(times)` is work of so many calls. Large work is one call: each sample starts from a cold cache."""
+    """How many calls a sample has: one for large work, so that each starts from a cold cache. ready(n) runs n calls."""
     return math.ceil(SAMPLE / (seconds_of(ready(10)) / 10)) if small else 1
 
 
 def take_turns(ready, times, seconds_of, budget, failures):
-    """Samples, in seconds a call, by provider, as are `ready` and `times`. One that fails is noted and drops out."""
+    """Samples, in seconds per call, by provider, as are `ready` and `times`. One that fails is noted and drops out."""
     samples = {name: [] for name in ready}
     start = time.perf_counter()
     for repeat in range(budget.most):

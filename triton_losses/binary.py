@@ -24,7 +24,7 @@ def cross_entropy_of_chances(x, y):
     yes = tl.log(x)
     no = log1p(-x)
     loss = (y - 1.0) * at_least(no, -100.0) - y * at_least(yes, -100.0)
-    return loss, quotient(x - y, at_least(x * (1.0 - x), 9.999999960041972e-13)), no - yes  # torch's 1e-12 is a float32
+    return loss, quotient(x - y, at_least(x * (1.0 - x), 9.999999960041972e-13)), no - yes  # torch's 1e-12 in float32
 
 
 @formula
@@ -42,7 +42,7 @@ def squared_hinge(x, y, margin):
 @formula
 def exponential(x, y):
     minus = -y
-    e = tl.exp2(x * minus * 1.4426950408889634)  # what exp is in a kernel; in PyTorch a quarter of its time
+    e = tl.exp2(x * minus * 1.4426950408889634)  # kernels compute exp so; in PyTorch it takes a quarter of exp's time
     return e, minus * e, -x * e
 
 
@@ -111,7 +111,7 @@ def binary_cross_entropy_with_logits(
             "binary_cross_entropy_with_logits is not differentiable with respect to weight: it must not require grad"
         )
     if pos_weight is None:
-        # in torch the target's decides
+        # the result has the target's dtype, as in torch
         aten = torch.nn.functional.binary_cross_entropy_with_logits
         return elementwise(logistic, (input, target), (), reduction, weight, target.dtype, aten=aten)
     return elementwise(weighted_logistic, (input, target, pos_weight), (), reduction, weight, target.dtype)
@@ -169,7 +169,7 @@ def sigmoid_focal_loss(
 
 
 def check_chances(**tensors):
-    """Values in [0, 1], for CPU tensors only; NaN is refused as torch does."""
+    """Values must be in [0, 1]; NaN is refused, as in torch. Only CPU tensors are checked."""
     for name, t in tensors.items():
         if readable(t) and t.numel():
             low, high = t.detach().aminmax()
@@ -214,7 +214,7 @@ def binary_cross_entropy(
 
 
 def check_signs(input, target):
-    """Scores and labels of one size; labels -1 or +1, looked at for CPU tensors only."""
+    """Scores and labels must have one size, and labels be -1 or +1, which is checked only for CPU tensors."""
     check_same_size(input, target)
     if not input.is_floating_point():
         raise NotImplementedError(f"input must be floating-point, got {input.dtype}")
@@ -222,7 +222,7 @@ def check_signs(input, target):
         parts = [part for (part,) in blocks([target.detach()], elements(target.dtype))]
         wrong = []
 
-        def look(i):  # a block at a time, for |y| of a whole tensor costs as much as a loss
+        def look(i):  # one block at a time, because |y| of a whole tensor takes as long as a loss
             size = parts[i].abs()
             if not (size.amin() == 1 and size.amax() == 1):
                 wrong.append(i)

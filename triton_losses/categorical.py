@@ -35,7 +35,7 @@ def clipped_cross_entropy_smoothed(y, p, least, most, smoothing, uniform):
 
 
 def check_input(input, target, dim):
-    """The dimension of the classes, not negative."""
+    """Check the tensors, and return the dimension of the classes as a non-negative number."""
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a Tensor, got {value!r}")
@@ -131,7 +131,7 @@ def sparse_categorical_cross_entropy(
             f"target must have the input's shape without its classes, {tuple(rest)}, got {tuple(target.shape)}"
         )
     if ignore_index is None:
-        ignore_index = -(2**62)  # no class
+        ignore_index = -(2**62)  # no label has this value
     elif not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     x, labels = as_rows(input, dim), target.reshape(-1).long()

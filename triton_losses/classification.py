@@ -23,7 +23,7 @@ def check_types(input, target, ignore_index):
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a Tensor, got {value!r}")
-    if not isinstance(ignore_index, numbers.Integral):  # NumPy's integers too
+    if not isinstance(ignore_index, numbers.Integral):  # includes NumPy's integers
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
 
 
@@ -90,10 +90,9 @@ def check_probabilities(input, target, weight, ignore_index):
 
 
 def by_rows(formula, input, target, weight, out_dtype=None, **options):
-    """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension where there are two.
+    """label_rows over (C), (N, C) or (N, C, d1, ...): classes are the second dimension if there are two or more.
 
-    The stride decides how an image is walked: in rows where its classes lie side by side (channels_last), else in
-    planes.
+    An image is read in rows if its classes have stride 1 (channels_last), otherwise in planes.
     """
     check_logits(input)
     check_labels(input, target, weight)
@@ -109,16 +108,16 @@ def by_rows(formula, input, target, weight, out_dtype=None, **options):
     losses = label_rows(formula, logits, labels, weight, out_dtype, **options)
     if options["reduction"] != "none":
         return losses
-    # unbatched, so is the loss, though the target may have size 1
+    # an unbatched input has a loss without dimensions, though the target may have size 1
     return losses.view(target.shape if input.dim() > 1 else ())
 
 
 def by_aten(name, input, target, weight, **options):
-    """torch's function of that name, on a CPU; our errors."""
+    """Call torch's function of that name, on a CPU, after our own checks, which raise our errors."""
     check_logits(input)
     check_labels(input, target, weight)
     weight = weight if weight is None else weight.to(input.dtype)
-    input, target = input.contiguous(), target.long()  # nll_loss' backward takes no other strides, nor images bytes
+    input, target = input.contiguous(), target.long()  # nll_loss' backward needs this, and images refuse uint8
     return getattr(torch.nn.functional, name)(input, target, weight, **options)
 
 
@@ -143,7 +142,7 @@ def nll_loss(
     """
     reduction = reduction_of(reduction, size_average, reduce)
     check_types(input, target, ignore_index)
-    # a gather: nothing of ours is faster than ATen's own loop
+    # this loss is a gather, for which no code here is faster than ATen's loop
     if input.device.type == "cpu" and not runs_kernels(input):
         return by_aten("nll_loss", input, target, weight, ignore_index=ignore_index, reduction=reduction)
     return by_rows(negative_log_likelihood, input, target, weight, ignore_index=int(ignore_index), reduction=reduction)
@@ -246,7 +245,7 @@ def probability_cross_entropy(input, target, weight, label_smoothing, softcap, o
     reduction = options["reduction"]
     if reduction == "none":
         return losses.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
-    # torch counts numbers, divided by the classes
+    # torch divides the number of elements by that of classes: without classes the mean is 0 / 0
     return losses if classes or reduction == "sum" else losses * float("nan")
 
 

@@ -32,19 +32,19 @@ from triton_losses.row_formulas import cross_entropy_plain, softmax_focal
 
 
 class Beside(NamedTuple):
-    """The loss of single pixels that stands beside Dice."""
+    """The loss of single pixels that is added to Dice."""
 
     formula: Formula
     scalars: tuple[float, ...]
     lambdas: dict[str, float]  # λ₁ of Dice and λ₂ of this, by their public names
-    by_softmax: bool  # the formula is of rows, else of elements
+    by_softmax: bool  # the formula takes rows; otherwise elements
     class_weights: Any = None
     smoothing: float = 0.0
     means_of_space: bool = False  # "sum" adds up the images' means over space, not all losses
 
 
 def compound(image, options, jaccard, other):
-    """λ₁ Dice + λ₂ Σ losses / Σ weights; where nothing counts the second is 0."""
+    """λ₁ Dice + λ₂ Σ losses / Σ weights; the second term is 0 if no pixel counts."""
     check_not_negative(**other.lambdas)
     logits, labels, of_dice = flat_problem(image)
     together = (image.softmax if other.by_softmax else image.sigmoid) and image.other_act is None
@@ -61,13 +61,13 @@ def compound(image, options, jaccard, other):
         raise ValueError('reduction="none" gives each image\'s loss, and with batch=True there is one Dice for all')
     named_classes(None, options.include_background, logits.shape[1])
     weights, of_images = other.class_weights, None
-    counts_are_known = labels.dim() == 2 or problem.ignore_index is None  # by the sums, or by the image's size
+    counts_are_known = labels.dim() == 2 or problem.ignore_index is None  # from the sums, or from the image's size
     if together and counts_are_known and options.process_group is None and not options.return_stats:
         loss = regions(problem, logits, labels, weights)
     else:
         if together:
             of_images, losses = region_sums(of_both, logits, labels, weights)
-        else:  # Dice and the formula see the input differently: another read
+        else:  # Dice and the formula have different activations, so the input is read twice
             of_images, _ = region_sums(of_dice, logits, labels)
             _, losses = region_sums(of_both, *flat_image(image.input, image.target), weights)
         dice = loss_of_scores(chosen_sums(of_images, None, options.process_group), weights, problem)
@@ -76,7 +76,7 @@ def compound(image, options, jaccard, other):
 
 
 def class_weights_for(weight, input, background=True):
-    """(C,) or None; without background the first is 0, which no one gives."""
+    """Weights (C,) or None; without background, a 0 for class 0 precedes the weights that were given."""
     if weight is None and background:
         return None
     classes = input.shape[1]

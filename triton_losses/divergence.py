@@ -63,7 +63,7 @@ def kl_div(
         return elementwise(chosen, (input, target), (), reduction)
     dtype = result_dtype(input, promoted(input, target))
     total = elementwise(chosen, (input, target), (), "sum", dtype=compute_dtype(dtype))
-    return (total / input.shape[0] if input.dim() else total).to(dtype)  # rounded once
+    return (total / input.shape[0] if input.dim() else total).to(dtype)  # only this rounds to the dtype
 
 
 def distillation_loss(
@@ -116,7 +116,7 @@ def distillation_loss(
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     check_counting(labels, student_logits.shape[:-1], ignore_index, out_dtype)
     if labels is not None:
-        labels = labels.reshape(-1).long()  # a byte has no room for -100
+        labels = labels.reshape(-1).long()  # uint8 cannot hold -100
     q, p = student_logits, teacher_logits
     if q.dim() != 2:
         q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (q, p))

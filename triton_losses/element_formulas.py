@@ -1,4 +1,4 @@
-"""The formulas of a logit and a chance, which themes share: binary losses, and what stands beside Dice."""
+"""Formulas of a logit and a probability, which binary losses and the losses added to Dice share."""
 
 from triton_losses.core.device_math import (
     at_least_tiny,
@@ -29,9 +29,7 @@ def weighted_logistic(x, y, positive):
 
 
 def class_balance(alpha):
-    """The formula's two scalars: α of y = 1 and 1 - α of y = 0, as a value at 0 and a slope; 1 of both where alpha is
-    None.
-    """
+    """Scalars of a line in y, value at 0 and slope: α at y = 1 and 1 - α at y = 0; 1 at both if alpha is None."""
     return (1.0, 0.0) if alpha is None else (1.0 - alpha, 2.0 * alpha - 1.0)
 
 
@@ -41,7 +39,7 @@ def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
     q = sigmoid(-x)
     entropy = less_product(relu(x), x, y) + log1p_exp_minus_abs(x)
     alpha = alpha_no + alpha_slope * y
-    miss = at_least_tiny(p * (1.0 - y) + q * y)  # 1 - p_t, without the difference
+    miss = at_least_tiny(p * (1.0 - y) + q * y)  # 1 - p_t, without cancellation
     modulator = power(miss, gamma)
     slope = quotient(modulator * entropy * gamma, miss)  # ∂(modulator · entropy)/∂miss
     loss = alpha * modulator * entropy

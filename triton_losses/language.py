@@ -1,6 +1,4 @@
-"""The language model's head: losses of hidden states and the weight they are multiplied with, whose logits are never
-whole.
-"""
+"""The language model's head: losses of hidden states and a weight, without memory for all of their logits."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +21,7 @@ from triton_losses.row_formulas import (
 
 
 def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "linear_bias")):
-    """Shapes and dtypes, in the words of the caller's parameters."""
+    """Check shapes and dtypes; errors use the names of the caller's parameters."""
     check_product(hidden, weight, bias, names)
     if target.dtype not in (torch.int64, torch.uint8):
         raise NotImplementedError(
@@ -38,9 +36,7 @@ def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "l
 
 
 def check_product(hidden, weight, bias, names):
-    """Of hidden states, weight and bias, whose names in the caller's signature are these; what does not fit is torch's
-    RuntimeError.
-    """
+    """Check hidden states, weight and bias. names: the caller's. A misfit raises a RuntimeError, as in torch."""
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise NotImplementedError(
             f"{names[0]} and {names[1]} must be floating-point, got {hidden.dtype} and {weight.dtype}"
@@ -68,21 +64,21 @@ def check_devices(hidden, *tensors):
 
 
 def next_tokens(target, ignore_index):
-    """Each position's label is the next position's target; the last position has none."""
+    """The targets shifted: a position's label is the next position's target, and the last one's is ignore_index."""
     if target.dim() == 0:
         raise ValueError("shift needs a sequence: target must have at least one dimension")
-    target = target.long()  # a byte has no room for -100
+    target = target.long()  # uint8 cannot hold -100
     return torch.cat([target[..., 1:], torch.full_like(target[..., :1], ignore_index)], -1)
 
 
 def mean_of(total, weight):
-    """total / weight; where no row counts nan, whose gradients are 0 and not 0 · inf."""
+    """total / weight; nan if no row counts, with gradients of 0 and not 0 · inf."""
     nothing = weight == 0
     return torch.where(nothing, (total / weight).detach(), total / torch.where(nothing, 1, weight))
 
 
 def upper_bound(kept_tokens):
-    """``kept_tokens`` as an integer; a compiled graph, which may not wait for a count, goes without one."""
+    """``kept_tokens`` as an integer; 0 for "count" in a compiled graph, which may not wait for a count."""
     if kept_tokens == "count":
         return 0 if torch.compiler.is_compiling() else COUNT
     if isinstance(kept_tokens, str) or kept_tokens < 0:
@@ -155,7 +151,7 @@ def linear_cross_entropy(
         target = next_tokens(target, ignore_index)
     dtype = out_dtype or compute_dtype(input.dtype)
     factors = None if token_weights is None else token_weights.reshape(-1).to(compute_dtype(input.dtype))
-    labels = target.reshape(-1).long()  # a byte has no room for -100
+    labels = target.reshape(-1).long()  # uint8 cannot hold -100
     tensors = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, labels, weight
     found = linear_rows(
         formula,
@@ -278,7 +274,7 @@ def log_probs(
     return label_rows(chosen_log_p, *rows, reduction="none", out_dtype=dtype, **options).view(target.shape)
 
 
-TEACHERS = {  # how a teacher comes, and the tensors that it comes as
+TEACHERS = {  # the ways to give a teacher, and the tensors of each
     "products": ("teacher_hidden", "teacher_weight", "teacher_bias"),
     "logits": ("teacher_logits",),
     "top_k": ("teacher_ids", "teacher_log_probs"),
@@ -286,9 +282,7 @@ TEACHERS = {  # how a teacher comes, and the tensors that it comes as
 
 
 def teacher_of(where, classes, device_of, **given):
-    """In which of the ways the teacher comes, and its tensors, rows flattened; logits as they are, for a copy would be
-    large.
-    """
+    """The way in which the teacher is given, and its tensors with rows flattened; logits are not: a copy is large."""
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     kind = next(
         (kind for kind, names in TEACHERS.items() if given.keys() - {"teacher_bias"} == set(names) - {"teacher_bias"}),

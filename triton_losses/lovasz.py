@@ -1,6 +1,4 @@
-"""Lovász losses: the Jaccard loss, made convex in the pixels' errors. Sorting is torch's: plain PyTorch from end to
-end.
-"""
+"""Lovász losses: the Jaccard loss, made convex in the pixels' errors. All is plain PyTorch, the sorting too."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ MODES = ("softmax", "hinge")
 
 
 def extension(errors, wanted):
-    """The Lovász extension of the Jaccard loss, of each row of errors (rows, n) and wanted truth values."""
+    """The Lovász extension of the Jaccard loss, for each row of errors (rows, n) and of wanted truth values."""
     errors, order = torch.sort(errors, dim=1, descending=True, stable=True)
     wanted = wanted.gather(1, order)
     total, found = wanted.sum(1, keepdim=True), wanted.cumsum(1)  # integers: exact for any number of pixels
@@ -35,7 +33,7 @@ def of_hinge(x, target, groups, ignore_index):
     if readable(t) and ((t != 0) & (t != 1) & kept).any():
         raise ValueError(f'every target must be 0 or 1 for mode="hinge", got {t[(t != 0) & (t != 1) & kept][0].item()}')
     wanted = (t == 1) & kept
-    # those sort to the end, and count nothing
+    # ignored pixels sort to the end and cost 0
     errors = torch.where(kept, 1 - x * (2 * t.to(x.dtype) - 1), -float("inf"))
     size = x[:1].numel() * (len(x) // max(groups, 1))
     return extension(errors.reshape(groups, size), wanted.reshape(groups, size).long())[0]
@@ -52,7 +50,7 @@ def of_softmax(x, target, groups, ignore_index, classes):
     kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     check_class_labels(labels, kept, count)
     wanted = (labels == torch.arange(count, device=x.device).view(-1, *[1] * len(space))) & kept
-    # last, and they count nothing
+    # ignored pixels sort to the end and cost 0
     errors = torch.where(kept, (wanted.to(x.dtype) - torch.where(kept, x, 0).softmax(1)).abs(), 0)
     if not isinstance(classes, str):
         errors, wanted = (torch.stack([v[:, c] for c in classes], 1) for v in (errors, wanted))
@@ -66,7 +64,7 @@ def of_softmax(x, target, groups, ignore_index, classes):
 
 
 def check_class_labels(labels, kept, classes):
-    """On a CPU alone; a label that is no class would belong to none in silence, so on a GPU it is asserted."""
+    """Raise for a label that is no class, for CPU tensors; on a GPU assert it, or it would silently match no class."""
     valid = (labels >= 0) & (labels < classes) | ~kept
     if readable(labels):
         wrong = labels[~valid]

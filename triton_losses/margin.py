@@ -17,7 +17,7 @@ from triton_losses.families.margin_rows import margin_rows, margin_rows_by_aten
 @formula
 def margin_excess(d, margin):
     z = margin + d
-    excess = tl.where(z > 0.0, z, 0.0)  # nan costs nothing, as in torch
+    excess = tl.where(z > 0.0, z, 0.0)  # nan costs 0, as in torch
     return excess, sign(excess)
 
 
@@ -29,7 +29,7 @@ def squared_margin_excess(d, margin):
 
 
 def check_scores(input, target):
-    """Scores (N, C) or (C), with int64 labels beside them; torch's exception types."""
+    """Scores must be (N, C) or (C), and labels int64; raises torch's exception types."""
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target must be a Tensor, got {target!r}")
     if input.dtype not in DTYPES:
@@ -49,7 +49,7 @@ def check_device(input, name, tensor):
 
 
 def check_range(target, low, classes):
-    """Labels in [low, classes), looked at for CPU tensors only."""
+    """Labels must be in [low, classes), which is checked only for CPU tensors."""
     if readable(target) and target.numel():
         least, most = (int(v) for v in target.aminmax())
         if least < low or most >= classes:
@@ -66,18 +66,17 @@ def check_power_and_weight(p, weight):
 
 
 def by_margin(formula, x, labels, weight, margin, reduction, low):
-    """Scores (rows, classes) and their labels, which begin at ``low``; on a GPU the kernels assert it."""
+    """The loss of scores (rows, classes). Labels must be at least ``low``, which on a GPU the kernels assert."""
     if INTERPRET or not runs_kernels(x):
         check_range(labels, low, x.shape[1])
     return margin_rows(formula, x, labels, weight, margin, reduction)
 
 
 def by_aten(formula, input, target, weight, margin, reduction):
-    """The loss by ATen, of few numbers on a CPU: all else takes longer there. None where it is ours, or where ATen
-    refuses.
+    """The loss by ATen, for few numbers on a CPU, where it is fastest. None if ATen cannot serve, or refuses.
 
-    ATen refuses what the checks would refuse, but it does not say which label was wrong. The loss is ours in a graph
-    that is being recorded, under torch.func, and of 16-bit numbers.
+    ATen refuses what our checks refuse, but it does not say which label was wrong. It cannot serve in a graph that is
+    being recorded, under torch.func, and for 16-bit numbers.
     """
     if not aten_serves(input) or is_watched(input, target, weight) or transformed():
         return None
@@ -92,7 +91,7 @@ def by_aten(formula, input, target, weight, margin, reduction):
 
 
 def fits(weight, input):
-    """Whether ATen may read the weight: it does not look at all of this itself."""
+    """Whether ATen may read the weight, because it does not check all of this itself."""
     alike = weight.dtype == input.dtype and weight.shape == input.shape[1:] and weight.is_cpu
     return alike and not weight.requires_grad
 

@@ -16,10 +16,10 @@ from triton_losses.core.reduction import DTYPES, reduction_of
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.pairs import pairs
 
-# numbers up to which, on a CPU, overhead and one thread alone make a call slower than ATen's: four times at 64 x 10
+# up to this many numbers, overhead and a single thread make a CPU call slower than ATen's: four times at 64 x 10
 FEW = 1 << 19
 
-# of one coordinate of each of two vectors
+# Formulas of one coordinate of two vectors
 
 
 @formula
@@ -46,19 +46,19 @@ def power_of_difference(x, y, eps, p):
     return power(tl.abs(d), p), slope, -slope
 
 
-# of what those sum to in a row
+# Formulas of the sums that those give for a row
 
 
 @formula
-def triplet(near, far, margin, p):  # distances to the power p: anchor and positive, anchor and negative
+def triplet(near, far, margin, p):  # anchor to positive, anchor to negative: distances to the power p
     slack = margin + root(near, p) - root(far, p)
     return relu(slack), step(slack) * root_slope(near, p), -step(slack) * root_slope(far, p)
 
 
 @formula
-def triplet_swapped(near, far, beyond, margin, p):  # and positive and negative
+def triplet_swapped(near, far, beyond, margin, p):  # beyond: positive to negative
     slack = margin + root(near, p) - root(tl.where(far > beyond, beyond, far), p)
-    nearer = 0.5 - 0.5 * sign(far - beyond)  # the gradient goes to the nearer, half to each of two equals
+    nearer = 0.5 - 0.5 * sign(far - beyond)  # the nearer one gets the gradient, two equals half each
     active = step(slack)
     return (
         relu(slack),
@@ -70,9 +70,9 @@ def triplet_swapped(near, far, beyond, margin, p):  # and positive and negative
 
 @formula
 def cosine_embedding(ab, aa, bb, y, margin):
-    square_a = aa + 9.999999960041972e-13  # torch's 1e-12 is a float32
+    square_a = aa + 9.999999960041972e-13  # torch's 1e-12 in float32
     square_b = bb + 9.999999960041972e-13
-    scale = 1.0 / (tl.sqrt(square_a) * tl.sqrt(square_b))  # the product of the squares would overflow
+    scale = 1.0 / (tl.sqrt(square_a) * tl.sqrt(square_b))  # the product of the squares could overflow
     cosine = ab * scale
     beyond = cosine - margin
     slope = tl.where(y == 1.0, -1.0, tl.where(y == -1.0, step(beyond), 0.0))
@@ -84,7 +84,7 @@ def cosine_embedding(ab, aa, bb, y, margin):
 def squared_cosine_error(ab, aa, bb, y, eps):
     length_a = tl.sqrt(aa)
     length_b = tl.sqrt(bb)
-    bounded_a = at_least(length_a, eps)  # the derivative passes through it, as in torch
+    bounded_a = at_least(length_a, eps)  # the derivative ignores this bound, as in torch
     bounded_b = at_least(length_b, eps)
     scale = 1.0 / (bounded_a * bounded_b)
     cosine = ab * scale
@@ -110,12 +110,12 @@ def margin_ranking(x1, x2, y, margin):
 
 
 def are_real(*tensors):
-    """Of a type that the losses compute in; PyTorch's own functions take others too: integers, complex numbers."""
+    """Whether the dtypes are among those of our losses; PyTorch's functions also take integers and complex numbers."""
     return all(t.dtype in DTYPES for t in tensors)
 
 
 def are_atens(*tensors):
-    """Few numbers on a CPU, and of a type that ATen computes in without rounding in between."""
+    """Whether ATen serves: few numbers on a CPU, of a dtype in which ATen does not round intermediate results."""
     return aten_serves(tensors[0], most=FEW) and all(t.element_size() >= 4 for t in tensors)
 
 
@@ -210,7 +210,7 @@ def triplet_margin_loss(
         and anchor.dim()
         and anchor.shape[-1] == positive.shape[-1] == negative.shape[-1]
     )
-    # a last dimension that broadcasts counts in one distance once, in another often
+    # a last dimension that broadcasts counts once in one distance, and several times in another
     if not ours or are_atens(*vectors):
         return torch.nn.functional.triplet_margin_loss(*vectors, margin, p, eps, swap, reduction=reduction)
     distance, of_distance = POWERS.get(p, power_of_difference), (eps,) if p in POWERS else (eps, p)
@@ -282,7 +282,7 @@ def cosine_embedding_loss(
     """
     reduction = reduction_of(reduction, size_average, reduce)
     plain = input1.dim() == input2.dim() == target.dim() + 1 <= 2 and input1.shape[-1] == input2.shape[-1]
-    if not plain or not are_real(input1, input2) or are_atens(input1, input2):  # what is not plain is refused as a rule
+    if not plain or not are_real(input1, input2) or are_atens(input1, input2):  # torch refuses most that is not plain
         return torch.nn.functional.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
     options = {"scalars": (float(margin),), "reduction": reduction, "dtype": promoted(input1, input2)}
     return pairs(cosine_embedding, product, (input1, input2), COSINE, target.detach(), **options)

@@ -16,18 +16,18 @@ LEGACY = ("size_average", "reduce")
 
 
 class Loss(torch.nn.Module):
-    """A module made from a loss function: what the function takes beside ``inputs`` is an option, given when it is
-    made.
-    """
+    """A module made from a loss function: the function's arguments after ``inputs`` are options of its constructor."""
 
     def __init_subclass__(
         cls, function=None, inputs=2, without=(), reductions=(), keyword_only=False, check=None, **more
     ):
         """function: the loss. inputs: how many of its first parameters ``forward`` takes. without: parameters left out.
-        reductions: those it takes beside none, sum and mean. keyword_only: whether options go by their names alone.
-        check: refuses options of its parameters' names, where torch does so when the module is made."""
+        reductions: those it takes besides none, sum and mean. keyword_only: whether options must be given by name.
+        check: a function that raises for wrong options when the module is made, as torch does; its parameters' names
+        say which options it takes.
+        """
         super().__init_subclass__(**more)
-        if function is None:  # a user's subclass
+        if function is None:  # a subclass that a user has written
             return
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in without]
         inputs, options = parameters[:inputs], parameters[inputs:]
@@ -64,7 +64,7 @@ class Loss(torch.nn.Module):
             forward.__signature__, cls.forward = inspect.Signature([self, *inputs]), forward
 
     def given(self):
-        """The options, as they stand now."""
+        """The options, with their current values."""
         return {name: getattr(self, name) for name in self.options}
 
     def forward(self):
@@ -93,7 +93,7 @@ class GaussianNLLLoss(Loss, function=F.gaussian_nll_loss, inputs=3, keyword_only
 
 
 class PoissonNLLLoss(Loss, function=F.poisson_nll_loss):
-    def forward(self, log_input, target):  # torch's names, though the option may say that it is no logarithm
+    def forward(self, log_input, target):  # torch's names, even if the option says that it is no logarithm
         return self.function(log_input, target, **self.given())
 
 

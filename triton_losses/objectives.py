@@ -2,9 +2,9 @@
 
     WeightedSum       several losses of the same input
     MultiOutputLoss   a loss for each head of a model that has several
-    ParameterPenalty  L1 and L2 of parameters, which stands among the losses of a WeightedSum
+    ParameterPenalty  L1 and L2 of parameters, for use as one of the losses of a WeightedSum
 
-They call losses of any make, and hold no numbers of their own beside the weights.
+They call any loss functions or modules, and hold no numbers of their own besides the weights.
 """
 
 import math
@@ -29,7 +29,7 @@ class Function(torch.nn.Module):
 
 
 def check_names(what, found, known):
-    """Whether the names are those known, to the last one."""
+    """The names must be exactly the known ones."""
     missing, unknown = [name for name in known if name not in found], [name for name in found if name not in known]
     if missing or unknown:
         said = [f"{what} must be named as the losses are, {list(known)}"]
@@ -150,7 +150,7 @@ class ParameterPenalty(torch.nn.Module):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
         self.l1, self.l2 = l1, l2
-        # in a tuple, where torch.nn.Module does not take them for its own
+        # in a tuple, so that torch.nn.Module does not register them as its own
         self.held = (parameters,) if isinstance(parameters, (torch.nn.Module, torch.Tensor)) else tuple(parameters)
         for tensor in self.tensors():
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():

@@ -8,9 +8,9 @@ one number per sequence, which `sequence_log_probs` makes of them: the sum or th
     chosen, rejected = sequence_log_probs(token_log_probs, target != -100).chunk(2)
     loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected)
 
-16-bit log-probabilities are widened first: losses and rewards are float32 (float64 for float64). What a reference
-model, the policy that sampled, or a critic said is a constant: no gradient flows into it. Rewards are detached, one per
-sequence whatever the reduction.
+16-bit log-probabilities are widened first: losses and rewards are float32 (float64 for float64). Numbers from
+a reference model, from the policy that sampled or from a critic are constants: no gradient flows into them. Rewards are
+detached, and there is one per sequence for every reduction.
 """
 
 import math
@@ -41,14 +41,12 @@ def check(name, rule, holds, value):
 
 
 def check_shape(name, x, other, shape):
-    if x.shape != shape:  # the sentence is made where it is needed: sizes may be symbols
+    if x.shape != shape:  # the message is made only if needed, because sizes may be symbols
         raise ValueError(f"{name} must have the shape of {other}, {tuple(shape)}, got {tuple(x.shape)}")
 
 
 def masked(log_probs, mask):
-    """log_probs with 0 where the mask forbids (before any exp: inf · 0 would be NaN, in the backward too), and the mask
-    as bool.
-    """
+    """log_probs, 0 outside the mask before any exp (inf · 0 is NaN, in the backward too), and the mask as bool."""
     if mask is None:
         return log_probs, torch.ones_like(log_probs, dtype=torch.bool)
     check_shape("mask", mask, "token_log_probs", log_probs.shape)
@@ -61,7 +59,7 @@ def constant(name, x, other, shape):
 
 
 def per_sequence(**log_probs):
-    """The tensors, widened; each is one number per sequence, and all have one shape."""
+    """The tensors, widened. Each must have one number per sequence, and all must have one shape."""
     first = next(iter(log_probs))
     for name, x in log_probs.items():
         check(
@@ -81,7 +79,7 @@ def answer(losses, reduction, rewards, return_rewards):
 
 
 def of_margin(margin, beta, loss_type, label_smoothing):
-    """DPO's loss per pair, of the margin by which the policy prefers the chosen answer."""
+    """DPO's loss per pair. margin: by how much the policy prefers the chosen answer."""
     check("beta", "> 0", beta > 0, beta)
     check("loss_type", f"one of {PREFERENCES}", loss_type in PREFERENCES, loss_type)
     limit = 0.5 if loss_type == "sigmoid" else 0
@@ -370,7 +368,7 @@ def grpo_loss(
     if importance_sampling_level == "sequence":
         log_ratio = (log_ratio.sum(-1) / lengths).unsqueeze(-1)
     lower, upper = math.log1p(-epsilon_low) if epsilon_low < 1 else -math.inf, math.log1p(epsilon_high)
-    # the minimum in logarithms: a ratio that is clipped may overflow, and its gradient, 0 · inf, would be NaN
+    # the minimum is taken of logarithms: a clipped ratio could overflow, and its gradient, 0 · inf, would be NaN
     log_ratio = torch.where(advantages >= 0, log_ratio.clamp(max=upper), log_ratio.clamp(min=lower))
     losses = -advantages * log_ratio.exp()
     if beta > 0:

@@ -9,21 +9,21 @@ SMP_MODES = {"binary": {"sigmoid": True}, "multilabel": {"sigmoid": True}, "mult
 
 
 class RegionLoss(Loss):
-    """A loss of regions, whose weight may be given as numbers too; it travels with the module as a tensor."""
+    """A loss of regions. Its weight may be given as numbers too, and becomes a buffer of the module."""
 
     def register_buffer(self, name, tensor, persistent=True):
         super().register_buffer(name, tensor if tensor is None else torch.as_tensor(tensor), persistent)
 
 
 def smp_options(mode, classes, log_loss, from_logits, smooth, ignore_index, class_weights):
-    """What segmentation-models-pytorch's options say: sums over the batch, and an absent class costs nothing."""
+    """Our options for segmentation-models-pytorch's: sums over the batch, and an absent class costs nothing."""
     if mode not in SMP_MODES:
         raise ValueError(f"mode must be one of {tuple(SMP_MODES)}, got {mode!r}")
     if mode == "binary" and (classes is not None or class_weights is not None):
         raise ValueError(
             f'classes and class_weights are not supported with mode="binary", got {classes} and {class_weights}'
         )
-    if class_weights is not None:  # a mean by weight, for a factor of each class
+    if class_weights is not None:  # smp takes a weighted mean; our weights are a factor of each class
         weights = torch.as_tensor(class_weights, dtype=torch.float32)
         weights = weights if classes is None else weights[list(classes)]
         class_weights = weights * (len(weights) / weights.sum())
@@ -185,7 +185,7 @@ class DeepSupervisionLoss(torch.nn.Module):
 
 
 def nearest(target, space):
-    """The target, its last dimensions sampled at the middles of so many pixels; any dtype."""
+    """The target, of any dtype, sampled at the middles of ``space`` pixels in its last dimensions."""
     for i, size in enumerate(space, target.dim() - len(space)):
         if target.shape[i] != size:
             middles = (2 * torch.arange(size, device=target.device) + 1) * target.shape[i] // (2 * size)

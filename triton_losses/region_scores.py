@@ -21,7 +21,7 @@ EMPTY = ("smooth", "zero", "exclude")
 
 
 class Image(NamedTuple):
-    """An image, its target, and how they are read. What the options mean stands in ``dice_loss``."""
+    """An image, its target, and how they are read. ``dice_loss`` documents the options."""
 
     input: torch.Tensor
     target: torch.Tensor
@@ -35,7 +35,7 @@ class Image(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What becomes of the sums of images."""
+    """How the sums of images become a loss."""
 
     include_background: bool
     reduction: str
@@ -47,7 +47,7 @@ class Options(NamedTuple):
 
 
 class OfClasses(NamedTuple):
-    """What becomes of the scores of classes."""
+    """How the scores of classes become a loss."""
 
     weight: Any = None
     log_loss: bool = False
@@ -57,7 +57,7 @@ class OfClasses(NamedTuple):
     gamma: float = 1
 
 
-# Scores of Σ pt, Σ p and Σ t: 1 where there is nothing over nothing, which without smoothing may be
+# Scores of Σ p t, Σ p and Σ t; a score is 1 if it would be 0 / 0, which is possible without smoothing
 
 
 @formula
@@ -81,7 +81,7 @@ def tversky_score(overlap, predicted, wanted, alpha, beta, smooth_nr, smooth_dr)
     return score, (1.0 - score * (1.0 - alpha - beta)) * slope, -alpha * score * slope, -beta * score * slope
 
 
-# The loss of a score; logarithms are taken of 1e-7 at least, and of a perfect score's loss the power has a finite slope
+# The loss of a score; logarithms are of 1e-7 at least, and the power of a perfect score's loss has a finite slope
 
 
 @formula
@@ -126,7 +126,7 @@ def dice_or_jaccard(options, jaccard):
     return dice_score, (options.smooth_nr, options.smooth_dr)
 
 
-# What may be given
+# Checks of arguments
 
 
 def activation_of(input, sigmoid, softmax, other_act=None):
@@ -168,12 +168,10 @@ def check_image(input, target, to_onehot_y):
 
 
 def ignorable(ignore_index, target):
-    """None where the target's type cannot hold it: a comparison would take it for another number, -100 for 156 among
-    bytes.
-    """
+    """ignore_index, or None if the target's dtype cannot hold it: compared with uint8, -100 would be taken for 156."""
     if ignore_index is None:
         return None
-    if not isinstance(ignore_index, numbers.Integral):  # NumPy's integers too
+    if not isinstance(ignore_index, numbers.Integral):  # includes NumPy's integers
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
     if target.dtype != torch.bool and not target.is_floating_point():
         limits = torch.iinfo(target.dtype)
@@ -199,7 +197,7 @@ def check_average(average):
 
 
 def named_classes(classes, include_background, count):
-    """The indices of the classes that are named, None if none are; there are so many classes."""
+    """The indices of the classes that are named, None if none are. count: how many classes there are."""
     if classes is None:
         if not include_background and count == 1:
             warnings.warn("single channel prediction, `include_background=False` ignored.", stacklevel=4)
@@ -214,7 +212,7 @@ def named_classes(classes, include_background, count):
 
 
 def class_weights_of(weight, input, count):
-    """(count,) numbers >= 0 on the input's device, or None; checked where that costs nothing."""
+    """(count,) numbers on the input's device, or None. They must be >= 0, which is checked only on a CPU."""
     if weight is None:
         return None
     dtype = None if isinstance(weight, torch.Tensor) else compute_dtype(input.dtype)
@@ -233,7 +231,7 @@ def class_weights_of(weight, input, count):
 
 
 def flat_image(input, target):
-    """Logits (B, C, P), and labels (B, P) or a map (B, C, P); of one class, labels are its map."""
+    """Logits (B, C, P), and labels (B, P) or a map (B, C, P); for one class, its labels are a map."""
     images, classes, *space = input.shape
     pixels = math.prod(space)
     whole = target.shape == input.shape or classes == 1
@@ -255,14 +253,14 @@ def flat_problem(image):
     ignore_index = ignorable(image.ignore_index, target)
     logits, target = flat_image(input if other_act is None else other_act(input), target)
     squared = bool(image.squared_pred)
-    smaller = bool(image.soft_label) and not squared  # of squares p t is right for soft maps too
+    smaller = bool(image.soft_label) and not squared  # with squared sums, p t is right for soft maps too
     problem = SumsProblem(activation, ignore_index, squared, smaller, "", (), 0.0)
     check_ignored(problem, target)
     return logits, target, problem
 
 
 def problem_of(of_sums, input, options, score, of_classes, lambdas=(), means_of_space=False):
-    """The sums' problem, and what the options say of the rest. score: a formula and its scalars."""
+    """The problem of the sums, completed by the options. score: a formula and its scalars."""
     check_smooth(smooth_nr=options.smooth_nr, smooth_dr=options.smooth_dr)
     if of_classes.empty not in EMPTY:
         raise ValueError(f"empty must be one of {EMPTY}, got {of_classes.empty!r}")
@@ -287,7 +285,7 @@ def problem_of(of_sums, input, options, score, of_classes, lambdas=(), means_of_
 
 
 class AllReduce(torch.autograd.Function):
-    """The sum over the processes of a group, of gradients too: DistributedDataParallel's mean is then right."""
+    """The sum over a group's processes, of gradients too, so that DistributedDataParallel's mean is right."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -317,7 +315,7 @@ def chosen_sums(sums, classes, process_group):
 def loss_of_regions(image, options, score, of_classes):
     """1 - score, or -log score, to the power gamma, of each image and class; weighted and reduced.
 
-    Of "none" (B, C, 1, 1, ...), or (C, 1, 1, ...) for a whole batch; and the sums' values where options say so.
+    With reduction "none" (B, C, 1, 1, ...), or (C, 1, 1, ...) with batch. With return_stats the sums are returned too.
     """
     logits, target, of_sums = flat_problem(image)
     problem = problem_of(of_sums, image.input, options, score, of_classes)

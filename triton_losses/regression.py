@@ -1,6 +1,5 @@
 """Regression losses: how far is a number from the number it should be?"""
 
-import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -51,7 +50,7 @@ def log_cosh_error(x, y):
 
 @formula
 def gaussian(x, y, variance, least, constant):
-    v = at_least(variance, least)  # the derivative passes through it, as in torch
+    v = at_least(variance, least)  # the derivative ignores this bound, as in torch
     d = x - y
     slope = division(d, v)
     return 0.5 * (tl.log(v) + d * slope) + constant, slope, -slope, division(0.5 - 0.5 * d * slope, v)
@@ -73,7 +72,7 @@ def poisson_of_rate(x, y, eps):
 def poisson_full(x, y, half_log_tau):
     rate = exp(x)
     log_count = tl.log(at_least(y, 1.0))
-    stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # log y!
+    stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # Stirling's approximation of log y!
     return rate - y * x + stirling, rate - y, tl.where(y <= 1.0, 0.0, log_count + 0.5 / at_least(y, 1.0)) - x
 
 
@@ -81,7 +80,7 @@ def poisson_full(x, y, half_log_tau):
 def poisson_of_rate_full(x, y, eps, half_log_tau):
     log_rate = tl.log(x + eps)
     log_count = tl.log(at_least(y, 1.0))
-    stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # log y!
+    stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # Stirling's approximation of log y!
     dy = tl.where(y <= 1.0, 0.0, log_count + 0.5 / at_least(y, 1.0)) - log_rate
     return x - y * log_rate + stirling, 1.0 - y / (x + eps), dy
 
@@ -89,7 +88,7 @@ def poisson_of_rate_full(x, y, eps, half_log_tau):
 @formula
 def pinball(x, y, half_above, half_below):
     d = y - x
-    slope = half_above * (1.0 + sign(d)) - half_below * (1.0 - sign(d))  # q above 0, q - 1 below, their mean at 0
+    slope = half_above * (1.0 + sign(d)) - half_below * (1.0 - sign(d))  # q if d > 0, q - 1 if d < 0, their mean if 0
     return d * slope, -slope, slope
 
 
@@ -104,7 +103,7 @@ HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 
 def in_one_shape(input, target, weight=None):
-    """input and target broadcast, with torch's warning, before their dtypes meet: a scalar's counts too."""
+    """Broadcast input and target, with torch's warning, before dtypes are promoted: a scalar's dtype counts too."""
     if weight is not None and weight.size() != input.size():
         raise ValueError(
             f"weight and input must have the same size, got {tuple(weight.size())} and {tuple(input.size())}"
@@ -122,14 +121,14 @@ def in_one_shape(input, target, weight=None):
 
 
 def mean_by_weight(formula, input, target, reduction, weight, aten):
-    """Losses whose weighted mean divides by the sum of the weights."""
+    """An elementwise loss; its weighted mean divides by the sum of the weights."""
     if weight is None:
         return elementwise(formula, (input, target), (), reduction, aten=aten)
     dtype = result_dtype(input, torch.promote_types(torch.promote_types(input.dtype, target.dtype), weight.dtype))
     if reduction != "mean":
         return elementwise(formula, (input, target), (), reduction, weight, dtype)
     total = elementwise(formula, (input, target), (), "sum", weight, compute_dtype(dtype))
-    return (total / weight.sum(dtype=total.dtype)).to(dtype)  # rounded once
+    return (total / weight.sum(dtype=total.dtype)).to(dtype)  # only this rounds to the dtype
 
 
 def mse_loss(
@@ -197,7 +196,10 @@ def smooth_l1_loss(
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta: beta must be >= 0, got {beta}")
     reduction = reduction_of(reduction, size_average, reduce)
-    aten = functools.partial(torch.nn.functional.smooth_l1_loss, beta=beta)
+
+    def aten(x, y, reduction, beta=beta):
+        return torch.nn.functional.smooth_l1_loss(x, y, reduction=reduction, beta=beta)
+
     if beta < 1e-37:  # 1 / beta would overflow in float32
         return elementwise(absolute_error, (input, target), (), reduction, aten=aten)
     beta = min(beta, 1e37)  # infinity · 0 would be NaN
@@ -221,10 +223,13 @@ def huber_loss(
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta: delta must be > 0, got {delta}")
     reduction = reduction_of(reduction)
-    # torch asks nothing of the target
+    # the result does not depend on the target's dtype, as in torch
     dtype = input.dtype if weight is None else torch.promote_types(input.dtype, weight.dtype)
-    aten = functools.partial(torch.nn.functional.huber_loss, delta=delta)
-    # ATen's is no slower than blocks of any size, and has no scratch memory
+
+    def aten(x, y, reduction):
+        return torch.nn.functional.huber_loss(x, y, reduction=reduction, delta=delta)
+
+    # ATen's loss is no slower than blocks at any size, and needs no scratch memory
     return elementwise(huber, (input, target), (delta,), reduction, weight, dtype, aten=aten, aten_up_to=math.inf)
 
 
@@ -278,7 +283,7 @@ def gaussian_nll_loss(
     if isinstance(var, torch.Tensor):
         dtype = torch.promote_types(dtype, var.dtype)
     wide, shape = compute_dtype(dtype), torch.broadcast_shapes(input.shape, target.shape, variance.shape)
-    # gradients that are summed are rounded once
+    # operands that broadcast are widened, so that their summed gradients are rounded once
     operands = [v if v.shape == shape else v.to(wide) for v in (input, target, variance)]
     return elementwise(gaussian, operands, (eps, HALF_LOG_TAU if full else 0.0), reduction_of(reduction), None, dtype)
 
@@ -354,7 +359,7 @@ def multi_quantile_loss(
         raise ValueError(
             f"input must be of the target's shape and {len(quantiles)} quantiles in a last dimension, got {shapes}"
         )
-    # without a copy from the host
+    # new_full fills each on the device: no copy from the host
     q = torch.cat([input.new_full((1,), q, dtype=compute_dtype(input.dtype)) for q in quantiles])
     return elementwise(
         pinball_of_each, (input, target.unsqueeze(-1), q), (), reduction_of(reduction), None, promoted(input, target)

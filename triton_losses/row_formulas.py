@@ -1,5 +1,7 @@
-"""The formulas of a row of logits and a label, and of two rows of logits, which themes share: classification and
-divergence from logits, language from hidden states."""
+"""Formulas of a row of logits and a label, and of two rows of logits.
+
+Several modules share them: classification and divergence for logits, language for hidden states.
+"""
 
 import numbers
 
@@ -32,7 +34,7 @@ def chosen_log_p(log_p):
 
 
 @formula
-def log_p_beside_entropy(log_p, entropy):  # for a forward that is to save the entropy too
+def log_p_beside_entropy(log_p, entropy):  # for a forward that also saves the entropy
     return log_p, 1.0, 0.0
 
 
@@ -47,7 +49,7 @@ def log_total(lse):
 
 
 @formula
-def along(log_p, entropy, d_log_p, d_entropy):  # a backward to both: their upstream gradients are operands of the row
+def along(log_p, entropy, d_log_p, d_entropy):  # the backward of both: their upstream gradients are operands of the row
     return d_log_p * log_p + d_entropy * entropy, d_log_p, d_entropy
 
 
@@ -81,13 +83,13 @@ def cross_entropy_of_smoothed_probabilities(p, log_q, smoothing, uniform):
 
 @formula
 def softmax_focal(log_p, weight, gamma, alpha):
-    miss = at_least_tiny(-expm1(log_p))  # 1 - p, without the difference
+    miss = at_least_tiny(-expm1(log_p))  # 1 - p, without cancellation
     modulator = alpha * weight * power(miss, gamma)
     return -modulator * log_p, modulator * (gamma * log_p * exp(log_p) / miss - 1.0)
 
 
 def cross_entropy_formula(label_smoothing, z_loss):
-    """The one that these options need, and its scalars: 0 · log 0 would be nan in a masked vocabulary."""
+    """The formula without unused terms, because 0 · log 0 of a masked vocabulary is nan; and its scalars."""
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if not z_loss >= 0:
@@ -98,7 +100,7 @@ def cross_entropy_formula(label_smoothing, z_loss):
 
 
 def of_probabilities(label_smoothing, classes):
-    """The formula of class probabilities that are smoothed so, and its scalars."""
+    """The formula of class probabilities with this label smoothing, and its scalars."""
     if not label_smoothing:
         return cross_entropy_of_probabilities, ()
     return cross_entropy_of_smoothed_probabilities, (float(label_smoothing), label_smoothing / max(classes, 1))
@@ -112,7 +114,7 @@ def check_shape_of_logits(temperature, softcap):
 
 
 def check_counting(labels, shape, ignore_index, out_dtype):
-    """Labels that say which rows count, of the rows' shape, and what is beside them."""
+    """Check the labels that say which rows count, the rows' shape, ignore_index and out_dtype."""
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
     if not isinstance(ignore_index, numbers.Integral):
@@ -136,7 +138,7 @@ def jensen_shannon(log_p, log_q, beta, rest):
     p, q = exp(log_p), exp(log_q)
     d = log_q - log_p
     q_above, p_above = relu(d), negative_part(d)
-    # log m, less the larger of log p and log q
+    # log m minus the larger of log p and log q, where m = beta p + rest q
     log_mean = log1p_negative(beta * (exp(-q_above) - 1.0) + rest * (exp(-p_above) - 1.0))
     d_p = tl.where(p == 0.0, p, -beta * p * (log_mean + q_above))
     d_q = tl.where(q == 0.0, q, -rest * q * (log_mean + p_above))
@@ -154,7 +156,7 @@ DIRECTIONS = ("forward", "reverse", "jsd", "tv")
 
 
 def divergence_formula(direction, beta):
-    """The one of this direction, its scalars, and whether it follows distribution_rows' rule of one read."""
+    """This direction's formula, its scalars, and whether it follows the rule of one read of distribution_rows."""
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
     if direction == "jsd" and not 0 < beta < 1:

@@ -13,7 +13,7 @@ from triton_losses.families.ctc import ctc
 
 
 def lengths_of(name, value, samples, most):
-    """(N,) lengths, and the largest of them where it can be told without waiting for a GPU, else None."""
+    """(N,) lengths, and the largest of them, or None if that would mean to wait for a GPU."""
     if not isinstance(value, (torch.Tensor, tuple, list)):
         raise TypeError(f"{name} must be a Tensor, or a tuple or list of integers, got {value!r}")
     known = value
@@ -36,7 +36,7 @@ def lengths_of(name, value, samples, most):
 
 
 def check_labels(targets, target_lengths, longest, classes):
-    """A label that is no class; what pads a target does not matter."""
+    """Raise for a label that is no class; the padding of a target is not checked."""
     if targets.numel():
         lowest, highest = (int(v) for v in targets.aminmax())
         if lowest < 0 or highest >= classes:
@@ -50,7 +50,7 @@ def check_labels(targets, target_lengths, longest, classes):
 def over_alignments(
     name, inputs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity, **convention
 ):
-    """Both losses, of (T, N, C) or (T, C) ``inputs``, which the caller calls ``name``."""
+    """The code of both losses. inputs: (T, N, C) or (T, C). name: the caller's name for them, for errors."""
     reduction = reduction_of(reduction)
     for word, value in ((name, inputs), ("targets", targets)):
         if not isinstance(value, torch.Tensor):
@@ -84,7 +84,7 @@ def over_alignments(
         width = longest + 1
     elif targets.dim() == 2:
         width = room + 1
-    else:  # nobody knows; but a target of more labels than there are steps has no alignment, however many more
+    else:  # unknown; but a target of more labels than steps has no alignment, so room for steps + 1 labels suffices
         width = min(room, steps + 1) + 1
     targets, input_lengths, target_lengths = (
         t.to(inputs.device, non_blocking=True) for t in (targets, input_lengths, target_lengths)

@@ -1,9 +1,8 @@
-"""Connectionist temporal classification on a CPU: torch's own recursion, in float64, over each target's own classes
-alone; the rest in blocks that stay in its cache.
+"""Connectionist temporal classification on a CPU: the recursion by torch, the rest in blocks that stay in its cache.
 
-Torch's loop over states has no match in PyTorch's operations. In float32 it drifts as sequences grow, and its backward
-takes two exponentials a class, one at a time: so it gets float64, and no class that the target does not have. The
-different classes of a sample are its *slots*, counted from 0, which is blank.
+No combination of PyTorch operations is as fast as torch's own loop over states. But in float32 its error grows with the
+sequence, and its backward computes two exponentials per class, one at a time. So it gets float64, and only the classes
+of the target. The distinct classes of a sample are its *slots*, numbered from 0, which is blank.
 """
 
 import math
@@ -15,17 +14,16 @@ from triton_losses.core.op import shapes_only
 from triton_losses.core.targets import labels_of
 from triton_losses.core.threads import row_blocks, share
 
-IMPOSSIBLE = -1e30  # for -inf, whose difference to itself would be nan
+IMPOSSIBLE = -1e30  # in place of -inf, because -inf - (-inf) is nan
 
 
 def readable(inputs):
-    """Without gaps, and the classes of a step and sample side by side; the first two dimensions in either order."""
+    """The inputs, copied unless they are dense with contiguous classes; steps and samples may be in either order."""
     return inputs if inputs.is_contiguous() or inputs.transpose(0, 1).is_contiguous() else inputs.contiguous()
 
 
 def forward(tensors, problem):
-    """saved: losses (N,); of each row max x and log Σ exp(x - max x); the slots' occupancies (N, T, width), and whose
-    slots they are."""
+    """saved: losses (N,), each row's max x and log Σ exp(x - max x), slots' occupancies (N, T, width), `classes_of`."""
     inputs, targets, input_lengths, target_lengths = tensors
     (steps, samples, classes), width, none = inputs.shape, problem.width, problem.reduction == "none"
     wide = compute_dtype(inputs.dtype)
@@ -51,9 +49,9 @@ def forward(tensors, problem):
 
 
 def classes_of(labels, target_lengths, classes):
-    """(N, width): blank (-1) and the target's labels, sorted by class, and where they stood, blank at 0.
+    """Blank (-1) and the target's labels, sorted by class, and their indices before that (blank: 0); (N, width) each.
 
-    What stands after a target's end counts as blank.
+    Entries after a target's end count as blank.
     """
     within = torch.arange(labels.shape[1], device=labels.device) < target_lengths[:, None]
     labels = torch.where(within, labels.clamp(0, classes - 1), -1)
@@ -61,17 +59,17 @@ def classes_of(labels, target_lengths, classes):
 
 
 def slots_of(found):
-    """(N, width): the slot of what stands at each place."""
+    """The slot of each sorted entry, (N, width)."""
     return torch.nn.functional.pad((found[:, 1:] != found[:, :-1]).cumsum(1), (1, 0))
 
 
 def classes_of_slots(found, slots, blank):
-    """(N, width): the class of each slot; blank of those that are none."""
+    """The class of each slot, (N, width); blank for unused slots."""
     return torch.full_like(found, blank).scatter_(1, slots, torch.where(found < 0, blank, found))
 
 
 def fill_statistics(inputs, input_lengths, statistics):
-    """Max x and log Σ exp(x - max x) (2, steps, samples); 0 after a sample's end."""
+    """Fill (2, steps, samples) with max x and log Σ exp(x - max x), and with 0 after a sample's end."""
     steps, samples, classes = inputs.shape
     parts = row_blocks(steps, samples * classes, statistics.dtype)
     highest, log_total = statistics
@@ -87,12 +85,12 @@ def fill_statistics(inputs, input_lengths, statistics):
 
 
 def walk(inputs, highest, input_lengths, target_lengths, places, of_slot, occupancies):
-    """Losses (N,) in float64; fills the occupancies (N, T, width), where they are asked for.
+    """Losses (N,) in float64; fills the occupancies (N, T, width) unless they are None.
 
-    places: (N, width), the slots of blank and of the labels in their order; of_slot: (N, width), their classes.
+    places: (N, width), the slots of blank and of the labels in their order; of_slot: (N, width), the slots' classes.
     """
     steps, samples, _ = inputs.shape
-    if not steps or not samples:  # which torch refuses
+    if not steps or not samples:  # torch refuses empty inputs
         return torch.where(target_lengths > 0, math.inf, 0.0).double()
     of_slot = of_slot[:, : used(places)]
     log_p = inputs.gather(2, of_slot.expand(steps, *of_slot.shape)).double()
@@ -105,13 +103,13 @@ def walk(inputs, highest, input_lengths, target_lengths, places, of_slot, occupa
     if occupancies is not None:
         grad = torch.ops.aten._ctc_loss_backward(torch.ones_like(losses), log_p, *arguments, losses, log_alpha, 0)
         taken = log_p.exp_().sub_(grad)
-        taken.div_(taken.sum(2, keepdim=True))  # which is 1, but for what torch drifts
+        taken.div_(taken.sum(2, keepdim=True))  # the sum is 1, except for torch's rounding errors
         occupancies[:, :, : of_slot.shape[1]].copy_(taken.transpose(0, 1))
-    return losses + 0.0  # torch's loss of no steps is -0
+    return losses + 0.0  # turns -0, torch's loss without steps, into 0
 
 
 def used(slots):
-    """How many classes the target of most classes has."""
+    """The largest number of slots that a sample uses."""
     return int(slots.max()) + 1 if slots.numel() else 1
 
 

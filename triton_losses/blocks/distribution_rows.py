@@ -1,7 +1,7 @@
 """Losses of two rows in blocks of rows that stay in a CPU's cache.
 
-Nothing is saved. But a plain call's forward has all at hand that its gradients are made of: it makes them, for an
-upstream gradient of 1, and leaves them to the backward, which multiplies them.
+Nothing is saved. But the forward of a plain call has everything that the gradients need, so it computes them for an
+upstream gradient of 1 and keeps them in scratch memory; the backward only multiplies them.
 """
 
 import functools
@@ -14,7 +14,7 @@ from triton_losses.core.op import shapes_only
 from triton_losses.core.reduction import cast, given, widest
 from triton_losses.core.threads import elements, share
 
-SHORT = 1 << 10  # columns up to which log Σ exp is as good as rounded once
+SHORT = 1 << 10  # up to so many columns, the error of log Σ exp is about that of one rounding
 
 
 def forward(tensors, problem, scratch=None):
@@ -46,7 +46,7 @@ def backward(tensors, saved, upstream, problem, wanted, scratch=None):
 
 
 def scratch(tensors, problem):
-    """Memory for the wanted gradients, and what `counted` returns; None where a gradient would be rounded twice."""
+    """Memory for the wanted gradients, and what `counted` returns; None if a gradient would be rounded twice."""
     p, q = pair = tensors[:2]
     if p.dtype != q.dtype or p.dtype != widest(pair):
         return None
@@ -58,7 +58,7 @@ def room_for_gradients(pair, wanted):
 
 
 def counted(tensors, problem):
-    """Which rows count for nothing, None: none; and how many count, where the mean is to know."""
+    """A mask of the rows that are ignored (None: no row), and the number of the others if the mean needs it."""
     rows, labels = tensors[1].shape[0], tensors[3]
     if labels is None:
         return None, rows
@@ -75,9 +75,7 @@ def reduced(losses, problem, count):
 
 
 def small(tensors, problem):
-    """(loss,) of a few rows that all count, where p is given and takes no gradient: then autograd can follow the
-    formula itself.
-    """
+    """(loss,) of a few rows that all count, if p is given and needs no gradient; autograd follows the formula."""
     p, q, weight, labels = tensors
     if not problem.given or labels is not None or p.requires_grad:
         return None
@@ -98,10 +96,10 @@ def walk(tensors, problem, task):
 
 
 def sweep(tensors, problem, dropped, forward, grads, factor=None):
-    """Read every block once: for its rows' losses, for their gradients, which may lie where the rows do, or for both.
+    """Read every block once, for the losses of its rows, their gradients, or both. Gradients may overwrite the rows.
 
-    dropped: which rows count for nothing, None: none. factor: of the gradients, () or (rows, 1); None: the backward
-    will multiply them. Returns the losses without the problem's own factor, where there is a forward.
+    dropped: mask of the rows that are ignored, None if there are none. factor: of the gradients, () or (rows, 1); None
+    if the backward will multiply them. If ``forward``, returns the losses without the problem's own factor.
     """
     p, q, weight, _ = tensors
     wide = widest((p, q))
@@ -123,7 +121,7 @@ def sweep(tensors, problem, dropped, forward, grads, factor=None):
 
 
 def slices(tensor, step):
-    """Its rows, ``step`` at a time; what has no rows goes to every block."""
+    """The tensor's rows, ``step`` at a time; None and 0-dim tensors go to every block as they are."""
     return itertools.repeat(tensor) if tensor is None or not tensor.dim() else tensor.split(step)
 
 
@@ -138,7 +136,7 @@ def ruled(problem):
 
 
 def log_rows(p, q, problem, wide):
-    """log p, or p where it is given; log q; and log Σ exp of q's logits, where the z-loss takes it."""
+    """log p, or p itself if it is given; log q; and log Σ exp of q's logits, if there is a z-loss."""
     p, q, scale = cast(p, wide), cast(q, wide), problem.scale
     if scale != 1:
         q = q * scale
@@ -148,13 +146,13 @@ def log_rows(p, q, problem, wide):
 
 
 def total(f, weight, lse, problem):
-    """The losses of rows of f."""
+    """The losses of the rows: f summed over the columns, with their weights, plus the z-loss."""
     losses = f.sum(1) if weight is None else f.mv(weight)
     return losses if lse is None else losses + problem.z_loss * lse[:, 0].square()
 
 
 def visit(block, problem, weight, wanted):
-    """One block. wanted: of what the formula returns."""
+    """Compute one block. wanted: which outputs of the formula are needed."""
     p, q, grad_p, grad_q, factor, dropped = block
     wide, one_read = widest((p, q)), ruled(problem)
     a, b, lse = log_rows(p, q, problem, wide)
@@ -169,8 +167,8 @@ def visit(block, problem, weight, wanted):
             slope = slope if lse is None else slope - 2 * problem.z_loss * lse
             g_q = torch.addcmul(d_q, chances, slope, value=-1, out=same_type(grad_q, wide))
     if f is not None and one_read:
-        # log Σ exp is rounded, so that p sums to 1 + ε and q to 1 + δ. By the rule of one read the loss is, to first
-        # order, (Σ f + δ - ε) / (1 + ε). The loss of two rows that are nearly equal is no larger than δ - ε
+        # log Σ exp is rounded, so p sums to 1 + ε and q to 1 + δ. By the rule of one read the loss is, to first order,
+        # (Σ f + δ - ε) / (1 + ε). This matters for nearly equal rows, because their loss is no larger than δ - ε
         losses = f.add_(g_q).sum(1)
         losses = losses if b.shape[1] <= SHORT else losses / d_q.sum(1).neg_()
     else:
@@ -179,7 +177,7 @@ def visit(block, problem, weight, wanted):
         g_p = d_p if weight is None else d_p * weight
         if not problem.given:
             slope, chances = g_p.sum(1, keepdim=True), a.exp_()
-            slope = slope / chances.sum(1, keepdim=True) if one_read else slope  # of equal rows exactly 1
+            slope = slope / chances.sum(1, keepdim=True) if one_read else slope  # exactly 1 for equal rows
             g_p = torch.addcmul(g_p, chances, slope, value=-1, out=same_type(grad_p, wide))
     made = (None if grad_p is None else g_p, None if grad_q is None else g_q)
     if factor is not None:
@@ -200,4 +198,4 @@ def multiply(grads, problem, factor, dropped):
         if grad is not None:
             grad.mul_(of_this)
             if dropped is not None:
-                grad.masked_fill_(dropped[:, None], 0)  # 0 · nan
+                grad.masked_fill_(dropped[:, None], 0)  # 0 · nan would be nan

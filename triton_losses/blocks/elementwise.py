@@ -9,7 +9,7 @@ from triton_losses.core.threads import elements, share
 
 
 def blocks(tensors, most):
-    """Slices of at most ``most`` elements of tensors of one shape; flat ones where every tensor is contiguous."""
+    """Slices of at most ``most`` elements of tensors of one shape; flat if every tensor is contiguous."""
     if all(t.is_contiguous() for t in tensors):
         tensors = [t.view(-1) for t in tensors]
     size, shape = tensors[0].numel(), tensors[0].shape

@@ -1,8 +1,8 @@
 """Images and their labels in blocks of pixels that stay in a CPU's cache: logits (images, classes, pixels).
 
-The backward computes the softmax of a pixel anew, from the values it has read anyhow, so nothing is saved: at two
-classes a saved maximum and logarithm would be as large as the logits. Or the forward leaves log softmax where the
-gradient is to lie, and the backward makes it of that, in place.
+The backward computes the softmax of each pixel again from the logits, which it reads anyway. So nothing is saved per
+pixel: with two classes, a saved maximum and logarithm would be as large as the logits. Or the forward keeps the log
+softmax in the gradient's memory, and the backward turns it into the gradient in place.
 """
 
 import torch
@@ -15,7 +15,7 @@ from triton_losses.core.threads import elements, share
 
 
 def scratch(tensors, problem):
-    """log softmax over the classes, in what is to become the gradient; None where that does not serve."""
+    """The log softmax over the classes, in memory that becomes the gradient's; None if the backward cannot use it."""
     logits = tensors[0]
     if (
         not any(slots_of(FORMULAS[problem.formula])[1:4])
@@ -53,9 +53,9 @@ def backward(tensors, saved, upstream, problem, log_rows=None):
 
 
 def plane_blocks(logits):
-    """(images, pixels) of each block: whole images while they are small, else a run of one image's pixels."""
+    """Slices (images, pixels) of each block: whole images if they are small, otherwise a run of one image's pixels."""
     images, classes, pixels = logits.shape
-    # pixels, which have operations of their own: fewer, larger blocks
+    # pixels of a block: fewer, larger blocks than elsewhere, because each block also takes operations per pixel
     most = 4 * elements(compute_dtype(logits.dtype)) // (classes + 2)
     if pixels <= most:
         step = most // max(pixels, 1)
@@ -72,7 +72,7 @@ OF_LOGITS, OF_LOG_SOFTMAX = {"picked", "lse"}, {"log_p", "mean_log_p", "lse"}
 
 
 def statistics_of(x, log_softmax, at, class_weights, taken):
-    """In STATISTICS' order, those taken of x and of its log softmax, else None."""
+    """In the order of STATISTICS, those in ``taken``, from x and its log softmax; None for the others."""
     return (
         x.gather(1, at)[:, 0] if "picked" in taken else None,
         log_softmax.gather(1, at)[:, 0] if "log_p" in taken else None,
@@ -84,9 +84,7 @@ def statistics_of(x, log_softmax, at, class_weights, taken):
 
 
 def forward_blocks(tensors, problem, out, log_rows=None):
-    """Losses into ``out``, or, where that is None, the sums (2, blocks) of losses and weights. log_rows: log softmax,
-    if known.
-    """
+    """Write losses to ``out``, or return sums (2, blocks) of losses and weights. log_rows: log softmax, if known."""
     logits, labels, class_weights = tensors
     formula, scalars, ignore_index, softcap, scale, *_ = problem
     formula = FORMULAS[formula]
@@ -94,7 +92,7 @@ def forward_blocks(tensors, problem, out, log_rows=None):
     class_weights = class_weights if class_weights is None else class_weights.to(wide)
     parts = plane_blocks(logits)
     sums = logits.new_empty(2, max(len(parts), 1), dtype=wide)
-    if not parts:  # no pixels, or no classes: then every label is ignored
+    if not parts:  # no pixels, or no classes: then every label must be ignored
         counted(labels, None, classes, ignore_index, wide)
         (sums if out is None else out).zero_()
 
@@ -120,7 +118,7 @@ def forward_blocks(tensors, problem, out, log_rows=None):
 
 
 def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False):
-    """The gradient of Σ upstream · losses into ``grad``, which may hold log softmax before."""
+    """Write the gradient of Σ upstream · losses to ``grad``, which holds the log softmax if ``of_log_rows``."""
     logits, labels, class_weights = tensors
     formula, scalars, ignore_index, softcap, scale, *_ = problem
     formula = FORMULAS[formula]
@@ -158,7 +156,7 @@ def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False):
             g.scatter_add_(1, at, (d_log_p + d_picked).expand(at[:, 0].shape)[:, None])
         if softcap:
             g.mul_(1 - (x / (softcap * scale)).square_())
-        if kept is not None and bool(g.sum().isnan()):  # whose product with an ignored pixel's 0 is nan
+        if kept is not None and bool(g.sum().isnan()):  # nan times an ignored pixel's 0 is nan
             g.masked_fill_(~kept[:, None], 0)
         if g is not out:
             out.copy_(g)

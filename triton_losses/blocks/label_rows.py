@@ -48,26 +48,32 @@ def backward(tensors, saved, upstream, problem, wanted, exponentials=None):
 
 
 def small(tensors, problem):
-    """(loss,) of a few rows that all count, by ATen's log_softmax."""
+    """(loss,) of a few rows, by ATen's log_softmax."""
     logits, labels, class_weights = tensors
-    if logits.dim() == 3 or not logits.shape[1] or (labels == problem.ignore_index).any():
-        return None
     formula = FORMULAS[problem.formula]
     picked, log_p, mean_log_p, lse, entropy = slots_of(formula)[:5]
-    if picked or mean_log_p or entropy:
+    if logits.dim() == 3 or not logits.shape[1] or picked or mean_log_p or entropy:
         return None
-    x, at = transform(logits, problem.softcap, problem.scale), labels.long()[:, None]
+    x, at, kept = transform(logits, problem.softcap, problem.scale), labels.long(), labels != problem.ignore_index
+    all_count = bool(kept.all())
+    if not all_count:
+        # an ignored row may hold nan: its gradient is 0 all the same
+        x, at = torch.where(kept[:, None], x, 0), torch.where(kept, at, 0)
+    at = at[:, None]
     log_rows = x.log_softmax(1)
     try:
         chosen = log_rows.gather(1, at)[:, 0] if log_p else None
     except RuntimeError:
-        counted(labels, None, logits.shape[1], problem.ignore_index, logits.dtype)  # names the label that is no class
+        # its error names the label that is no class
+        counted(labels, None, logits.shape[1], problem.ignore_index, logits.dtype)
         raise
     weight = 1.0 if class_weights is None else class_weights.to(logits.dtype)[at[:, 0]]
     statistics = (None, chosen, None, x.logsumexp(1) if lse else None, None)
     losses = formula.value(*arguments_of(formula, statistics, weight), *problem.scalars)
+    if not all_count:
+        losses, weight = torch.where(kept, losses, 0), kept * weight
     if problem.reduction == "mean":
-        losses = losses.mean() if class_weights is None else losses.sum() / weight.sum()
+        losses = losses.mean() if all_count and class_weights is None else losses.sum() / weight.sum()
     elif problem.reduction == "sum":
         losses = losses.sum()
     return (cast(losses, problem.dtype),)
@@ -78,9 +84,7 @@ def room_for_gradient(logits):
 
 
 def scratch(tensors, problem):
-    """Where the forward may leave its exponentials, because the gradient is to lie there; None where that does not
-    serve.
-    """
+    """The gradient's memory, where the forward may keep its exponentials; None if the backward cannot use them."""
     logits = tensors[0]
     if logits.dim() == 3:
         return label_planes.scratch(tensors, problem)
@@ -90,7 +94,7 @@ def scratch(tensors, problem):
 
 
 def scratch_again(tensors, problem):
-    """The same for a second backward, after the first has changed what the forward had left."""
+    """The same for a second backward, because the first has overwritten what the forward had kept."""
     return label_planes.scratch(tensors, problem) if tensors[0].dim() == 3 else None
 
 
@@ -117,11 +121,10 @@ def statistics_backward(tensors, saved, upstream, problem, wanted):
 
 
 def walk(tensors, problem, task, exponentials=None):
-    """One Pass; the formula takes more than `picked`.
+    """Run one Pass, for a formula that takes more than `picked`.
 
-    Blocks hold what is of the size of the logits; what is of the size of the rows, the formula itself, is done once.
-    exponentials: to be filled with exp(x - max x) by the forward; in the backward they are where the gradient is to
-    lie.
+    Operations on logits run block by block. Those on one number per row, such as the formula, run once for all rows.
+    exponentials: the forward fills them with exp(x - max x); the backward gets them as the memory of the gradient.
     """
     logits, labels, class_weights = tensors
     saved, forward, entropy, likeliest, grad, upstream, operands, room = task
@@ -136,11 +139,11 @@ def walk(tensors, problem, task, exponentials=None):
         mean_weight = 1.0 if class_weights is None else class_weights.mean()
     parts = row_blocks(rows, cols, wide)
     transformed = softcap or scale != 1
-    # then blocks can be computed where they are to lie
+    # then blocks can be computed directly in the gradient
     direct = grad is not None and grad.dtype == wide and not softcap
     highest, log_total, mean_log_p, entropies = saved
     entropy = entropy or slots[4] > 0
-    buffers = {}  # a thread's own, for a row may be larger than what the allocator keeps
+    buffers = {}  # one per thread, because a row may be larger than what the allocator keeps
     in_room = (
         room is not None
         and forward
@@ -175,7 +178,7 @@ def walk(tensors, problem, task, exponentials=None):
             entropies[parts[i]] = bounded.mul_(raised).sum(1) / total
 
     wanted, picked = tuple(True for slot in slots[:5] if slot), None
-    if forward or "log_p" in formula.needs[wanted]:  # before the gradient, which may lie where the logits do
+    if forward or "log_p" in formula.needs[wanted]:  # before the gradient, which may overwrite the logits
         picked = logits.gather(1, labels)[:, 0].to(wide) if cols else saved.new_zeros(rows)
         picked = transform(picked, softcap, scale) if transformed else picked
     if in_room:
@@ -244,17 +247,19 @@ def walk(tensors, problem, task, exponentials=None):
 
 
 def make_probabilities(room, cols, highest, log_total):
-    """Logits become probabilities in place, by torch's softmax: a third of the time of its parts, for an exponential
-    that is off by a few roundings, no more than logits which are a matrix product. It wants its rows contiguous, so
-    padding joins in."""
+    """Turn logits into probabilities in place with torch.softmax, in a third of the time of separate operations.
+
+    The error of its exponential is a few roundings, no more than the error of logits that come from a matrix product.
+    It needs contiguous rows, so the padding takes part.
+    """
     room[:, cols:] = -torch.inf
     torch.amax(room, 1, out=highest)
     torch.softmax(room, 1, out=room)
-    torch.amax(room, 1, out=log_total).log_().neg_()  # the likeliest class's is 1 / Σ exp(x - max)
+    torch.amax(room, 1, out=log_total).log_().neg_()  # the largest probability is 1 / Σ exp(x - max)
 
 
 def scale_rows(grad, slope, labels, at_label, kept):
-    """Probabilities become their rows' gradient."""
+    """Turn probabilities into the gradient of their rows, in place."""
     if (slope != 1).any():
         grad.mul_(slope[:, None])
     if at_label is not None:
@@ -263,5 +268,5 @@ def scale_rows(grad, slope, labels, at_label, kept):
 
 
 def clear_ignored(grad, kept):
-    if kept is not None:  # whatever stood in those rows, nan too
+    if kept is not None:  # overwrites everything in those rows, also nan
         grad.index_fill_(0, (~kept).nonzero()[:, 0], 0)

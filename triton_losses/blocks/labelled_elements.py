@@ -1,4 +1,4 @@
-"""Labelled elements in blocks of rows that stay in a CPU's cache: each block has a map of bits of its own."""
+"""Labelled elements in blocks of rows that stay in a CPU's cache: each block creates its own one-hot tensor."""
 
 import torch
 
@@ -11,7 +11,7 @@ from triton_losses.core.threads import row_blocks, share
 
 
 def blocks_of(x, labels, background):
-    """The blocks' rows, and a function that gives the logits and bits of one of them in the compute type."""
+    """The blocks' rows, and a function that returns the logits and bits of one block in the compute type."""
     wide, parts = compute_dtype(x.dtype), row_blocks(*x.shape, x.dtype)
     kept, at, _ = counted(labels, None, x.shape[1], background, torch.float32)  # refuses a label that is no class
     if kept is not None:

@@ -1,7 +1,7 @@
-"""Margin losses of rows on a CPU, by ATen: its loops make no temporaries, and blocks of ours were no faster a core.
+"""Margin losses of rows on a CPU, by ATen: it makes no temporaries, and blocks of ours were no faster per core.
 
-They stand in an op of ours because ATen has no second derivatives of them, and because torch 2.13 compiles
-multilabel_margin_loss wrongly: labels that are missing become class 0.
+An op of ours calls ATen, because ATen has no second derivatives of these losses, and because torch 2.13 compiles
+multilabel_margin_loss incorrectly: labels that are missing become class 0.
 """
 
 import torch
@@ -12,11 +12,11 @@ from triton_losses.core.reduction import cast, reduced
 
 aten = torch.ops.aten
 POWERS = {"margin_excess": 1, "squared_margin_excess": 2}
-NUMBERS = {"none": 0, "mean": 1, "sum": 2}  # ATen's, of reductions
+NUMBERS = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers of the reductions
 
 
 def loss_of(x, labels, class_weights, formula, margin, reduction):
-    """In autograd's graph, where one is recorded."""
+    """The loss by ATen's functions, which autograd can follow."""
     if labels.dim() == 2:
         return torch._C._nn.multilabel_margin_loss(x, labels, NUMBERS[reduction])
     return torch._C._nn.multi_margin_loss(x, labels, POWERS[formula], margin, class_weights, NUMBERS[reduction])
@@ -28,7 +28,7 @@ def widened(x, class_weights):
 
 
 def forward(tensors, problem):
-    """Of sets of labels it saves 1 where a column is one of them."""
+    """saved, for sets of labels: 1 where a column is one of them."""
     x, labels, class_weights = tensors
     formula, margin, reduction, dtype = problem
     if shapes_only():
@@ -40,7 +40,7 @@ def forward(tensors, problem):
         loss, *members = aten.multilabel_margin_loss_forward(x, labels, NUMBERS[reduction])
     else:
         loss = loss_of(x, labels, class_weights, formula, margin, reduction)
-    if not x.shape[0]:  # ATen returns what happened to lie there
+    if not x.shape[0]:  # ATen returns uninitialised memory
         loss = reduced(x.new_zeros(0), reduction, dtype)
     return [cast(loss, dtype)], members
 

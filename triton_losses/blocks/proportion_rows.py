@@ -1,4 +1,4 @@
-"""Losses of rows of chances in blocks of rows that stay in a CPU's cache."""
+"""Losses of rows of proportions in blocks of rows that stay in a CPU's cache."""
 
 import itertools
 
@@ -61,12 +61,12 @@ def small(tensors, problem):
     kept = y != problem.ignore_index
     if kept.all():
         kept = None
-    else:  # whatever stands in the other rows, nan too
+    else:  # replaces everything in the other rows, also nan
         label, x = torch.where(kept, y, 0), torch.where(kept, x, 1)
     try:
         p = x.gather(1, label) / x.sum(1, keepdim=True)
     except RuntimeError:
-        counted(tensors[1], None, x.shape[1], problem.ignore_index, wide)  # names the label that is no class
+        counted(tensors[1], None, x.shape[1], problem.ignore_index, wide)  # its error names the invalid label
         raise
     losses = formula.value(1.0, p, *problem.scalars)
     losses = losses if kept is None else torch.where(kept, losses, 0)
@@ -110,13 +110,13 @@ def write_gradient_of_labels(grad, saved, label, kept, factor, problem):
     at_label = d * (factor / total)
     elsewhere = (p * at_label).neg_()
     at_label += elsewhere
-    if kept is not None:  # whatever stood in those rows, nan too
+    if kept is not None:  # overwrites everything in those rows, also nan
         at_label, elsewhere = (torch.where(kept[:, None], g, 0) for g in (at_label, elsewhere))
     grad.copy_(elsewhere).scatter_(1, label, cast(at_label, grad.dtype))
 
 
 def in_blocks(work, tensors, cols, wide):
-    """What ``work`` returns of some rows of the tensors at a time; what has no rows goes to every block."""
+    """What ``work`` returns for each block of rows; None and 0-dim tensors go to every block as they are."""
     step = elements(wide) // max(cols, 1) or 1
     if tensors[0].shape[0] <= step:
         return [work(*tensors)]

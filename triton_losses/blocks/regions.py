@@ -18,11 +18,12 @@ from triton_losses.core.regions import (
 )
 from triton_losses.core.threads import elements, share
 
-CERTAIN = 1e-30  # a smaller probability of a pixel's own class has lost digits, or all of itself; its logarithm has not
+CERTAIN = 1e-30  # below this, the probability of a pixel's own class has lost digits; its log softmax has not
 FEW = 1 << 16  # elements of the smallest block
-# bytes of logits that the calling thread reads without help: beyond, another process on a core costs too much
+# up to so many bytes of logits, blocks run in the calling thread; beyond, waiting for torch's own threads costs too
+# much if another process occupies a core
 ALONE = 64 << 20
-SHARE = 10.5  # of the logits that a block's buffers may be together beyond that: less than a tenth of the gradient
+SHARE = 10.5  # beyond FEW, all buffers of a block take 1/10.5 of the logits: less than a tenth of the gradient
 
 
 def forward(tensors, problem, probabilities=None):
@@ -43,7 +44,7 @@ def backward(tensors, saved, upstream, problem, wanted, probabilities=None):
 
 
 def slopes_of(sums, tensors, problem, upstream):
-    """The derivatives of `loss_of` by the sums and by the formula's losses, times the upstream gradient."""
+    """The derivatives of `loss_of` with respect to the sums and the formula's losses, times the upstream gradient."""
     _, targets, weights = tensors
     (overlap, predicted, wanted), factors, class_weights = parts_of(sums, weights, problem)
     of_score, of_formula = problem.lambdas if problem.formula else (1.0, 0.0)
@@ -72,7 +73,7 @@ def slopes_of(sums, tensors, problem, upstream):
 
 
 def sums_forward(tensors, problem, probabilities=None):
-    """Sums (images, 3, classes) and losses (images,). probabilities: to fill with those of all pixels."""
+    """Sums (images, 3, classes) and losses (images,). probabilities: to fill with the probabilities of all pixels."""
     logits = tensors[0]
     images, classes, _ = logits.shape
     if shapes_only() or not logits.numel():
@@ -82,14 +83,14 @@ def sums_forward(tensors, problem, probabilities=None):
 
 
 def sums_backward(tensors, saved, upstream, problem, wanted, probabilities=None):
-    """The gradient; in place of the probabilities, where these are given."""
+    """The gradient; it overwrites the probabilities, if these are given."""
     if shapes_only() or not tensors[0].numel():
         return [torch.empty_like(tensors[0])]
     return [Blocks(tensors, problem).backward(*upstream, probabilities)]
 
 
 def scratch(tensors, problem):
-    """Where the forward may leave the probabilities, as the gradient will lie there; None where they do not fit."""
+    """The gradient's memory, where the forward may keep the probabilities; None if they do not fit there."""
     return torch.empty_like(tensors[0]) if may_hold_probabilities(tensors[0], problem) else None
 
 
@@ -98,9 +99,9 @@ def may_hold_probabilities(grad, problem):
 
 
 class Blocks:
-    """Runs of pixels of an image, or several small images at a time: (images, classes, pixels) each.
+    """Blocks (images, classes, pixels): runs of pixels of one image, or several small images.
 
-    The probabilities of all pixels lie where their gradient is to lie: a forward that is to be differentiated computes
+    The probabilities of all pixels are stored in the gradient's memory: a forward that will be differentiated computes
     them once, and the backward turns them into the gradient in place.
     """
 
@@ -138,26 +139,26 @@ class Blocks:
         self.sigmoid_is_due = False
 
     def blocks(self, tensor):
-        """Those of a tensor (images, ..., pixels)."""
+        """The blocks of a tensor (images, ..., pixels)."""
         return [run for some in tensor.split(self.images) for run in some.split(self.pixels, -1)]
 
     def begin_probabilities(self, probabilities):
-        """Fill them, or have `read` fill them."""
+        """Fill the probabilities now (softmax), or let `read` fill them block by block (sigmoid)."""
         if self.activation == "softmax":
-            torch.softmax(self.logits, 1, out=probabilities)  # whole: of a slice of pixels it would make a copy
+            torch.softmax(self.logits, 1, out=probabilities)  # whole, because it would copy a slice of pixels
         else:
             self.sigmoid_is_due = True
         self.probabilities_of = self.blocks(probabilities)
 
     def read(self, i):
-        """x, p, t and which of them count, None where all do; else p and t are 0. Of labels the last has one class."""
+        """x, p, t, and a mask of what counts (None: all); p and t are 0 elsewhere. With labels it has one class."""
         x, raw, kept = self.logits_of[i].to(self.dtype), self.targets_of[i], None
         raw = raw[:, None] if self.labels else raw
         if self.ignore_index is not None:
             kept = raw != self.ignore_index
             kept = None if kept.all() else kept
         raw = raw.to(self.dtype) if kept is None else raw.to(self.dtype).masked_fill(~kept, -1 if self.labels else 0)
-        # a comparison that writes floats is ten times as fast as one that writes truth values
+        # a comparison that writes floats is ten times as fast as one that writes booleans
         t = (
             torch.eq(raw, self.index, out=torch.empty_like(x, memory_format=torch.contiguous_format))
             if self.labels
@@ -176,11 +177,11 @@ class Blocks:
         return x, p, t, kept
 
     def times(self, t, factor):
-        """t · factor, in place of t where that is no tensor of the caller's."""
+        """t · factor, in place unless t belongs to the caller."""
         return t.mul_(factor) if self.labels else t * factor
 
     def check_labels(self, i, pixels, kept):
-        """Every label that counts hit a class; pixels: how many hit each."""
+        """Raise an IndexError if a label that counts is no class. pixels: how many pixels each class has."""
         raw, classes = self.targets_of[i], self.logits.shape[1]
         if pixels.sum() != (raw.numel() if kept is None else kept.sum()):
             raw = raw if kept is None else raw[kept[:, 0]]
@@ -190,7 +191,7 @@ class Blocks:
                 raise IndexError(f"Target {wrong[0].item()} is out of bounds: it must be in [0, {classes}){ignored}")
 
     def log_p_of_label(self, i, x, pt, kept):
-        """Of each pixel's own class."""
+        """log p of each pixel's own class."""
         own = over_classes(self.ones, pt)
         if kept is not None:
             own += ~kept[:, 0]
@@ -245,7 +246,7 @@ class Blocks:
         return [partial_sums.view(images, -1, 3, classes).sum(1), partial_losses.view(images, -1).sum(1)]
 
     def backward(self, d_sums, d_losses, probabilities):
-        """The gradient; in place of the probabilities, where these are given."""
+        """The gradient; it overwrites the probabilities, if these are given."""
         grad = torch.empty_like(self.logits) if probabilities is None else probabilities
         grad_of = self.blocks(grad)
         if probabilities is not None:
@@ -264,7 +265,7 @@ class Blocks:
             dx = self.through_activation(
                 i, dx, x, p, t, kept, d_losses_of[images], out if out.dtype == dx.dtype else dx
             )
-            if kept is not None and not self.by_label:  # there p and t make it 0
+            if kept is not None and not self.by_label:  # by label, p and t are 0 and make it 0
                 dx.masked_fill_(~kept, 0)
             if dx is not out:
                 out.copy_(dx)
@@ -273,7 +274,7 @@ class Blocks:
         return grad
 
     def through_activation(self, i, dp, x, p, t, kept, upstream, out):
-        """∂/∂p becomes ∂/∂x, the formula's with it; in ``out``, which may be where p lies."""
+        """Turn ∂/∂p into ∂/∂x and add the formula's; the result is in ``out``, which may be the memory of p."""
         if self.activation == "softmax":
             return self.through_softmax(i, dp.mul_(p), x, p, t, kept, upstream, out)
         own = None if self.formula is None else self.slope(x, p, t)
@@ -309,5 +310,5 @@ class Blocks:
 
 
 def over_classes(factors, x):
-    """Σ_c factors_c x_c; (classes,) and (images, classes, pixels)."""
+    """Σ_c factors_c x_c of factors (classes,) and x (images, classes, pixels)."""
     return (factors @ x[0])[None] if len(x) == 1 else torch.matmul(factors, x)

@@ -1,24 +1,25 @@
-"""The bridge from a family to PyTorch: its ops, and its autograd Function. Derivatives and transforms are decided here,
-once.
+"""Connects a family of losses to PyTorch: defines its ops, and decides how derivatives and transforms are computed.
 
-A family is read in up to three ways. A *reading* is a module with two functions:
+A family has up to three implementations, called readings. A *reading* is a module with two functions:
 
     forward(tensors, problem)                            -> outputs, saved: two lists of tensors
     backward(tensors, saved, upstream, problem, wanted)  -> the gradients of the wanted tensors, a list
 
-tensors are the family's, None where one is not given; problem is its options, a NamedTuple; upstream are the gradients
-of the outputs; saved is what a reading leaves for its own backward, and nobody else looks at it.
+``tensors`` are the family's tensors, None where one is not given. ``problem`` is its options, a NamedTuple.
+``upstream`` are the gradients of the outputs. ``saved`` is what a forward keeps for the backward of the same reading.
 
     kernels   Triton, on a GPU
-    blocks    PyTorch on slices that stay in a CPU's cache
-    whole     PyTorch on whole tensors, which autograd and torch.func follow. It saves nothing, so it returns the
-              outputs alone, and its backward takes no ``saved``; without a backward of its own autograd differentiates
-              its forward
+    blocks    PyTorch on slices that fit in a CPU's cache
+    whole     PyTorch on whole tensors, which autograd and torch.func can follow. It saves nothing: its forward returns
+              only the outputs, and its backward takes no ``saved``. If it has no backward, autograd differentiates its
+              forward
 
-The blocks may have ``scratch(tensors, problem)``: memory in which the forward leaves what the backward will change, or
-None. Both then take it as a last argument. A second backward has none, or what ``scratch_again`` makes. It is for plain
-calls: an op may not change what it has handed out. And they may have ``small(tensors, problem)``: the outputs, in a
-tuple, of so few numbers that a call is all overhead, by operations that autograd differentiates by itself; or None.
+The blocks may define ``scratch(tensors, problem)``, which returns memory that the forward fills and the backward may
+overwrite, or None. Both then take it as their last argument. A second backward gets None, or what ``scratch_again``
+returns. Only plain calls use scratch memory, because an op must not modify a tensor that it has returned.
+
+The blocks may also define ``small(tensors, problem)``, for tensors so small that the overhead of a call dominates. It
+returns a tuple of the outputs, computed by operations that autograd can differentiate, or None.
 """
 
 import typing
@@ -39,14 +40,15 @@ from triton_losses.core.op import (
     read_whole,
 )
 
-BRIDGES: dict[type, "Bridge"] = {}  # by the type of the problem: torch.compile follows a type to what it stands for
+BRIDGES: dict[type, "Bridge"] = {}  # by the type of the problem, because torch.compile can trace that lookup
 
 
 class Bridge:
-    """Callable with a problem and the family's tensors; returns the outputs, or the output where there is one.
+    """Called with a problem and the family's tensors; returns a tuple of outputs, or the output if there is only one.
 
-    inputs, outputs: how many tensors the readings take and return; those not given are None.
-    compiled_whole: torch.compile sees the whole reading, and fuses it with what is around it; else it sees ops.
+    inputs, outputs: how many tensors the readings take and return; inputs that are not given are None.
+    compiled_whole: whether torch.compile traces the whole reading, to fuse it with other operations; if not, it calls
+    our ops.
     """
 
     def __init__(self, name, problem, inputs, outputs, whole, blocks, kernels, compiled_whole=False):
@@ -91,7 +93,7 @@ class Bridge:
         return tensors if len(tensors) == self.inputs else (*tensors, *[None] * (self.inputs - len(tensors)))
 
     def forward(self, tensors, problem):
-        """outputs + saved, as one list."""
+        """Return outputs + saved as one list."""
         if is_watched(*tensors):
             return self.forward_op(tensors, *problem)
         return on_device_of(tensors[0], self.read_forward, tensors, problem)
@@ -110,7 +112,7 @@ class Bridge:
         reading = self.kernels if runs_kernels(tensors[0]) else self.blocks
         return reading.backward(self.padded(tensors), saved, upstream, problem, wanted)
 
-    # The same as ops, whose arguments are flat
+    # The same two functions as bodies of ops, which take the fields of the problem one by one
 
     def flat_forward(self, tensors, *fields):
         return self.read_forward(tensors, problem_of(self.problem, fields))
@@ -118,7 +120,7 @@ class Bridge:
     def flat_backward(self, tensors, saved, upstream, wanted, *fields):
         return self.read_backward(tensors, saved, upstream, problem_of(self.problem, fields), tuple(wanted))
 
-    # By the whole reading
+    # With the whole reading
 
     def whole_forward(self, tensors, problem):
         found = self.whole.forward(self.padded(tensors), problem)
@@ -132,7 +134,7 @@ class Bridge:
         leaves = [t for t, want in zip(tensors, wanted) if want]
         return torch.autograd.grad(outputs, leaves, upstream, create_graph=torch.is_grad_enabled())
 
-    # In blocks, in what a forward leaves for its backward alone
+    # With blocks, in scratch memory that only the forward and its backward use
 
     def forward_keeping(self, tensors, problem):
         tensors = self.padded(tensors)
@@ -146,11 +148,11 @@ class Bridge:
         return self.blocks.backward(self.padded(tensors), saved, upstream, problem, wanted, scratch)
 
 
-# Autograd Functions. torch.compile wants a fixed number of parameters, so each number of tensors has its own.
+# Autograd Functions. torch.compile needs a fixed number of parameters, so there is one Function per number of tensors.
 
 
 class Keeping(NamedTuple):
-    """A problem whose forward may leave scratch memory for the backward, which may change it: nobody else sees it."""
+    """Wraps a problem if its forward may keep scratch memory, which only the backward uses and may overwrite."""
 
     problem: typing.Any
 
@@ -175,7 +177,7 @@ def backward_of(ctx, *upstream):
     if differentiated_again() or read_whole(*upstream):
         found = bridge.whole_backward(tensors, upstream, problem, wanted)
     elif ctx.keeps:
-        scratch, ctx.scratch = ctx.scratch, None  # the first backward uses it up
+        scratch, ctx.scratch = ctx.scratch, None  # only the first backward may use it
         found = on_device_of(tensors[0], bridge.backward_keeping, tensors, saved, upstream, problem, wanted, scratch)
     else:
         found = bridge.backward(tensors, saved, upstream, problem, wanted)
@@ -183,15 +185,13 @@ def backward_of(ctx, *upstream):
 
 
 def places_of(found, wanted):
-    """What backward returns: nothing for the problem, each wanted tensor's gradient in its place."""
+    """What backward returns: None for the problem, then a gradient for each wanted tensor and None for the others."""
     found = iter(found)
     return None, *[next(found) if want else None for want in wanted]
 
 
 class ByDevice1(torch.autograd.Function):
-    """By kernels, or in blocks. (forward takes ctx: with setup_context, apply would look at signatures, which takes 25
-    µs.)
-    """
+    """Runs kernels or blocks. forward takes ctx, because with setup_context `apply` spends 25 µs on signatures."""
 
     @staticmethod
     def forward(ctx, problem, a):
@@ -223,9 +223,7 @@ def whole_forward_of(problem, *tensors):
 
 
 class Whole1(torch.autograd.Function):
-    """By plain torch: for torch.func's transforms, for devices without kernels, and where a compiled graph is to see
-    inside.
-    """
+    """Runs the whole reading: for torch.func, for devices without kernels, and where torch.compile should fuse it."""
 
     generate_vmap_rule = True
 
@@ -264,6 +262,6 @@ class Whole4(Whole1):
 
 BY_DEVICE = dict(enumerate((ByDevice1, ByDevice2, ByDevice3, ByDevice4), 1))
 WHOLE = dict(enumerate((Whole1, Whole2, Whole3, Whole4), 1))
-# torch's own apply below the one that looks after torch.func, of which `Bridge.__call__` has made sure that it is not
-# at work
+# `apply` of the base class of autograd.Function. It skips the check for torch.func's transforms, which
+# `Bridge.__call__` has already made
 APPLY = {count: super(torch.autograd.Function, function).apply for count, function in BY_DEVICE.items()}

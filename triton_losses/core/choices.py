@@ -1,7 +1,7 @@
 """Launch configurations that were the fastest on known GPUs: device -> kernel -> key -> configuration.
 
-The key is the kernel's own (``Tuned.key``). A first call measures only what is not here. To add a GPU: let its first
-calls measure, then copy what ``tuning.chosen`` returns.
+The key is what the kernel's ``Tuned.key`` returns. A first call measures only what is missing here. To add a GPU, let
+its first calls measure, then copy what ``tuning.chosen`` returns.
 """
 
 ROWS = ("ENTROPY", "LIKELIEST", "FORWARD", "BACKWARD", "WEIGHTED", "CAPPED", "SCALED")

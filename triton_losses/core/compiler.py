@@ -1,6 +1,6 @@
-"""Triton where it is installed, and which tensors its kernels serve.
+"""Imports Triton if it is installed, and tells which tensors its kernels run on.
 
-Without Triton (macOS, Windows) every name below still exists, and the package serves the PyTorch readings.
+Without Triton (macOS, Windows) every name below still exists, and the package runs the PyTorch readings.
 """
 
 import torch
@@ -14,20 +14,20 @@ except ImportError:
 if triton is None:
     INTERPRET = False
 
-    class tl:  # type: ignore[no-redef] # a formula's `tl` is only ever called in its PyTorch reading, which binds the name anew
+    class tl:  # type: ignore[no-redef] # a placeholder: PyTorch runs formulas with `formula.Eager` as `tl`
         constexpr = staticmethod(lambda value: value)
 
     def jit(fn=None, **_):
         return fn if fn is not None else jit
 else:
-    INTERPRET = bool(triton.knobs.runtime.interpret)  # read once, as triton.jit itself reads it
+    INTERPRET = bool(triton.knobs.runtime.interpret)  # read only once, as triton.jit does
     jit = triton.jit
 
 WARP = 64 if torch.version.hip else 32
 
 
-# Kernels serve GPU tensors (ROCm calls itself cuda), and CPU tensors in Triton's interpreter; PyTorch reads the formula
-# for all others.
+# Kernels run on GPU tensors (ROCm devices are called cuda), and on CPU tensors in Triton's interpreter. For all others
+# PyTorch runs the formula.
 KERNEL_DEVICES = {"cuda", "xpu", "cpu"} if INTERPRET else set() if triton is None else {"cuda", "xpu"}
 
 

@@ -1,9 +1,9 @@
 """Elementary functions for formulas and kernels: fast on a GPU, each with its PyTorch twin.
 
-Errors of the float32 forms against float64, in units of the last place of the result unless it says absolute: exp 2
-near 0 and |x|·2⁻²⁴ relative elsewhere, log1p_exp_minus_abs 3, quotient 2, sigmoid 4, power 2·|γ·log2 b| + 2γ + 3, tanh
-4, log_cosh 9, expm1 4, log1p 4.
-float64 always takes an exact branch (log_cosh and tanh of tiny arguments: absolute 1e-16).
+Errors of the float32 versions against float64, in units in the last place (ulp) of the result: exp 2 near 0 (elsewhere
+a relative error of |x|·2⁻²⁴), log1p_exp_minus_abs 3, quotient 2, sigmoid 4, power 2·|γ·log2 b| + 2γ + 3, tanh 4,
+log_cosh 9, expm1 4, log1p 4.
+float64 always takes an exact branch (for tiny arguments log_cosh and tanh have an absolute error of 1e-16).
 """
 
 import functools
@@ -17,18 +17,18 @@ if triton is not None:
     from triton.language.extra import libdevice
     from triton.language.target_info import is_cuda
 
-INTERPRETED = tl.constexpr(INTERPRET)  # the interpreter knows neither libdevice nor inline assembly
+INTERPRETED = tl.constexpr(INTERPRET)  # the interpreter supports neither libdevice nor inline assembly
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_REST = tl.constexpr(1.925963033500012e-08)  # of log2 e, what float32 does not hold
+LOG2E_REST = tl.constexpr(1.925963033500012e-08)  # log2 e minus its value in float32
 LN2 = tl.constexpr(0.6931471805599453)
-tiny = 1e-37  # about the smallest positive number that float32 still holds to all its digits
+tiny = 1e-37  # near the smallest positive number that float32 holds with full precision
 TINY = tl.constexpr(tiny)
-# below it, polynomials in x² (minimax, relative error 5e-8) in place of differences that would cancel
+# for |x| below this, polynomials in x² (minimax, relative error 5e-8) replace differences that would cancel
 SERIES = tl.constexpr(0.45)
 
 
 def twin(eager):
-    """Mark a device function with what PyTorch runs in its place."""
+    """Decorate a device function with ``eager``, the function that PyTorch runs in its place."""
 
     def mark(fn):
         made = jit(fn)
@@ -56,9 +56,7 @@ def exp_minus_abs(x):
 
 @twin(torch.div)
 def quotient(x, y):
-    """x / y for 1e-37 <= |y| <= 8e37; in float32 one reciprocal and one multiplication, where `/` takes eight
-    instructions.
-    """
+    """x / y for 1e-37 <= |y| <= 8e37; in float32 a reciprocal and a multiplication, where `/` takes 8 instructions."""
     if INTERPRETED or x.dtype == tl.float64:
         return x / y
     else:
@@ -67,7 +65,7 @@ def quotient(x, y):
 
 @twin(torch.div)
 def division(x, y):
-    """x / y, rounded to the nearest number; Triton's `/` of float32 is off by up to two units of the last place."""
+    """x / y, correctly rounded; Triton's float32 `/` has an error of up to 2 ulp."""
     if INTERPRETED or x.dtype == tl.float64:
         return x / y
     else:
@@ -76,12 +74,10 @@ def division(x, y):
 
 @twin(torch.exp)
 def exact_exp(x):
-    """exp(x) for x <= 88, off by 3 units of the last place at most: what rounding x · log2 e left over is multiplied
-    in.
-    """
+    """exp(x) for x <= 88 with an error of at most 3 ulp, because it corrects for the rounding of x · log2 e."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    bounded = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)  # of -inf, inf - inf would be left over
+    bounded = tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL)  # for -inf, `rest` would be inf - inf = nan
     t = bounded * LOG2E
     rest = tl.fma(bounded, tl.full(x.shape, LOG2E, tl.float32), -t) + bounded * LOG2E_REST
     e = tl.exp2(t)
@@ -91,7 +87,7 @@ def exact_exp(x):
 @twin(torch.log2)
 def log2(x):
     """log₂ x for x >= 1e-37; in float32 one instruction, absolute error 2⁻²² near 1."""
-    if INTERPRETED or x.dtype == tl.float64 or not is_cuda():  # AMD's own is one instruction
+    if INTERPRETED or x.dtype == tl.float64 or not is_cuda():  # on AMD GPUs tl.log2 is one instruction
         return tl.log2(x)
     else:
         return libdevice.fast_log2f(x)
@@ -117,15 +113,13 @@ def relu(x):
 
 @twin(lambda x: -torch.clamp(x, max=0.0))
 def negative_part(x):
-    """max(0, -x), whose derivative at 0 is -1: relu's is 0 there, so that x = relu(x) - negative_part(x) has the right
-    one.
-    """
+    """max(0, -x) with derivative -1 at 0. relu has 0 there, so relu(x) - negative_part(x) = x has the derivative 1."""
     return tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
 @twin(lambda x: torch.clamp(x, min=tiny))
 def at_least_tiny(x):
-    """Keeps a logarithm or a quotient finite; far below anything that shows in a float32 result."""
+    """max(x, tiny), which keeps a logarithm or a quotient finite; tiny is too small to change a float32 result."""
     return tl.maximum(x, TINY, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
@@ -137,36 +131,36 @@ def at_least(x, low):
 
 @twin(lambda x: (x >= 0).to(x.dtype))
 def step(x):
-    """1 from 0 on, else 0: the derivative of a hinge that counts its corner in."""
+    """1 for x >= 0, else 0: the derivative of max(0, x), with 1 at the corner."""
     return tl.where(x >= 0, 1.0, 0.0).to(x.dtype)
 
 
 @twin(torch.log1p)
 def log1p(x):
-    """log(1 + x) (Kahan: the rounding of 1 + x cancels)."""
+    """log(1 + x) by Kahan's method, in which the rounding error of 1 + x cancels."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
 
 
 @twin(lambda a, x, y: torch.addcmul(a, x, y, value=-1))
 def less_product(a, x, y):
-    """a - x y, which PyTorch would take two steps for."""
+    """a - x y; in PyTorch one operation instead of two."""
     return a - x * y
 
 
 def log1p_exp_minus_abs_eager(x):
-    # whose derivative at 0 is -1, as relu's is 0: together they are softplus's
+    # |x| with derivative -1 at 0, where relu has 0: the result plus relu(x) has the derivative of softplus
     magnitude = torch.nn.functional.leaky_relu(x, -1.0)
-    return torch.nn.functional.softplus(-magnitude, threshold=50.0)  # from 50 on log1p(exp) is x in float64 too
+    return torch.nn.functional.softplus(-magnitude, threshold=50.0)  # above 50, log1p(exp(x)) is x in float64 too
 
 
 @twin(log1p_exp_minus_abs_eager)
 def log1p_exp_minus_abs(x):
-    """log(1 + exp(-|x|)): what softplus(x) has beside relu(x)."""
+    """log(1 + exp(-|x|)), which is softplus(x) - relu(x)."""
     e = exp_minus_abs(x)
     if x.dtype == tl.float64:
         u = 1.0 + e
-        return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # Kahan: the rounding of 1 + e cancels
+        return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # Kahan's method, as in log1p
     p = 5.232629355e-03 * e - 2.950498695e-02  # minimax of log1p(e)/e on [0, 1], relative error 1e-7
     p = p * e + 7.822555769e-02
     p = p * e - 1.366321402e-01
@@ -180,7 +174,7 @@ def log1p_exp_minus_abs(x):
 
 @twin(torch.log1p)
 def log1p_negative(x):
-    """log(1 + x) for -1 < x <= 0, to its last digits near 0 as well."""
+    """log(1 + x) for -1 < x <= 0, accurate near 0 as well."""
     if x.dtype == tl.float64:
         return log1p(x)
     s = quotient(x, 2.0 + x)
@@ -194,9 +188,7 @@ def log1p_negative(x):
 
 @twin(functools.partial(torch.nn.functional.softplus, threshold=50.0))
 def softplus(x):
-    """log(1 + exp(x)), which never overflows; as a formula's sum of parts, PyTorch would take five steps where it knows
-    one.
-    """
+    """log(1 + exp(x)) without overflow. As one function it takes PyTorch one operation; its parts would take five."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype) + log1p_exp_minus_abs(x)
 
 
@@ -209,7 +201,7 @@ def sigmoid(x):
 @twin(torch.pow)
 def power(base, exponent):
     """base ** exponent for base > 0; squares, the default of every focal loss, cost one multiplication."""
-    if exponent == 2.0:  # a scalar of the launch: the whole program takes one branch
+    if exponent == 2.0:  # a scalar argument: all threads take the same branch
         result = base * base
     else:
         if base.dtype == tl.float64:
@@ -221,15 +213,16 @@ def power(base, exponent):
 
 def root_eager(x, p):
     zero = x == 0
-    return x.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)  # or the second derivative at 0 were nan
+    return x.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)  # otherwise the second derivative at 0 is nan
 
 
 @twin(root_eager)
 def root(x, p):
     """x ** (1 / p) for x >= 0 and p >= 1.
 
-    It chooses between results, not between branches: LLVM may merge branches that end in different functions of
-    libdevice into one call with two arguments, and then aborts ("__nvvm_reflect argument must be a constant string").
+    It computes all results and selects one, without branches: LLVM may merge branches that end in different libdevice
+    functions into one call with two possible arguments, and then aborts ("__nvvm_reflect argument must be a constant
+    string").
     """
     return tl.where(p == 2.0, tl.sqrt(x), tl.where(p == 1.0, x, tl.exp2(tl.log2(x) / p)))
 
@@ -241,14 +234,14 @@ def root_slope_eager(x, p):
 
 @twin(root_slope_eager)
 def root_slope(x, p):
-    """The derivative of `root`; at 0, where it is infinite unless p = 1, 0."""
+    """The derivative of `root`, but 0 at x = 0, where it is infinite unless p = 1."""
     slope = tl.where(p == 2.0, 0.5 / tl.sqrt(x), tl.exp2(tl.log2(x) * (1.0 / p - 1.0)) / p)
     return tl.where(p == 1.0, 1.0, tl.where(x == 0.0, 0.0, slope)).to(x.dtype)
 
 
 @twin(torch.expm1)
 def expm1(x):
-    """exp(x) - 1 (Kahan: the error of y - 1 is that of log y, and cancels)."""
+    """exp(x) - 1 by Kahan's method: y - 1 and log y have the same relative error, which cancels."""
     y = tl.exp(x)
     return tl.where(y == 1.0, x, tl.where(y - 1.0 == -1.0, y - 1.0, (y - 1.0) * (x / tl.log(y))))
 
@@ -256,7 +249,7 @@ def expm1(x):
 @twin(torch.tanh)
 def tanh(x):
     e = exp_minus_abs(2.0 * x)
-    t = 1.0 - 2.0 * quotient(e, 1.0 + e)  # not (1 - e) / (1 + e): the quotient's own error gets small as it does
+    t = 1.0 - 2.0 * quotient(e, 1.0 + e)  # not (1 - e) / (1 + e): here the quotient's error shrinks with e
     large = tl.where(x < 0, -t, t)
     if x.dtype == tl.float64:
         return large
@@ -268,13 +261,13 @@ def tanh(x):
 
 
 def log_cosh_eager(x):
-    """log(1 + 2 sinh²(x/2)); beyond 20 it is a line."""
+    """log(1 + 2 sinh²(x/2)); linear for |x| > 20."""
     return torch.log1p(2.0 * torch.sinh((0.5 * x.abs()).clamp(max=10.0)).square()) + (x.abs() - 20.0).relu()
 
 
 @twin(log_cosh_eager)
 def log_cosh(x):
-    """log(cosh(x)), which is |x| - log 2 + log(1 + exp(-2|x|)) and about x²/2 where that cancels."""
+    """log(cosh(x)) = |x| - log 2 + log(1 + exp(-2|x|)); near 0, where that cancels, a polynomial close to x²/2."""
     a = tl.abs(x)
     large = a + (log1p_exp_minus_abs(2.0 * x) - LN2)
     if x.dtype == tl.float64:
@@ -287,7 +280,7 @@ def log_cosh(x):
 
 
 def as_scalars(values, dtype):
-    """A Python float reaches a kernel as float32; for a float64 kernel it travels as a float32 and the remainder."""
+    """Scalars for a kernel. Triton passes floats as float32, so for float64 each one is split into two float32."""
     if dtype != torch.float64:
         return tuple(values)
     return tuple(part for value in values for part in split(value))
@@ -312,7 +305,7 @@ def exact(scalars, COMPUTE: tl.constexpr):
 
 @jit
 def load_zeros(pointers, mask):
-    """What is there, zeros where the mask forbids; no mask at all (None) keeps the load as wide as it can be."""
+    """Load, with zeros where the mask is False; without a mask (None) the compiler can use the widest loads."""
     if mask is None:
         return tl.load(pointers)
     else:

@@ -1,11 +1,11 @@
-"""Which of the ways to compute a loss serves a call: a reading of ours, or ATen's own function.
+"""Chooses what computes a call: one of our readings (core/bridge.py), or ATen's own function.
 
     kernels      GPU tensors; CPU tensors in Triton's interpreter
-    ATen         few numbers on a CPU, where ATen has the same loss: a call of ours is all overhead there
+    ATen         small tensors on a CPU if ATen has the same loss, because the overhead of our call would dominate
     blocks       other CPU tensors
     plain torch  torch.func's transforms, other devices, and compiled graphs of losses that a graph can fuse
 
-A theme declares ATen's function where it calls its family (``aten=...``); `Bridge` asks the rest.
+A theme passes ATen's function when it calls its family (``aten=...``); `Bridge` decides the rest.
 """
 
 import torch
@@ -13,15 +13,15 @@ import torch
 from triton_losses.core.compiler import runs_kernels
 
 DEVICES = ("cpu", "cuda", "xpu")  # with blocks or kernels
-SMALL = 1 << 15  # elements up to which a call is all overhead
-ATEN = True  # whether ATen's functions are called at all: tests say no
-WIDE = (torch.float32, torch.float64)  # in which ATen computes without rounding in between
+SMALL = 1 << 15  # up to so many elements, the overhead of a call dominates
+ATEN = True  # whether ATen's functions may be called; tests set it to False
+WIDE = (torch.float32, torch.float64)  # dtypes in which ATen does not round intermediate results
 
 
 def aten_serves(*tensors, most=SMALL):
-    """True for up to ``most`` elements on a CPU, of tensors of one shape and wide type."""
+    """True for CPU tensors of one shape and one dtype of WIDE, with at most ``most`` elements."""
     x = tensors[0]
-    if not ATEN or torch.compiler.is_compiling():  # a graph is for any size
+    if not ATEN or torch.compiler.is_compiling():  # a graph may run with any size
         return False
     if x.device.type != "cpu" or runs_kernels(x) or x.numel() > most or x.dtype not in WIDE:
         return False
@@ -32,10 +32,10 @@ def aten_serves(*tensors, most=SMALL):
 
 
 def transformed():
-    """Whether one of torch.func's transforms is at work: it wants operations that it can follow."""
+    """Whether a transform of torch.func is active, which can only follow PyTorch's own operations."""
     return torch._C._are_functorch_transforms_active()
 
 
 def plain_torch_serves(x, compiling):
-    """Whether neither kernels nor blocks may: they are Functions and ops of ours, which a transform cannot follow."""
+    """Whether a call needs plain PyTorch: its device has no kernels or blocks, or a transform cannot follow our ops."""
     return x.device.type not in DEVICES or not compiling and transformed()

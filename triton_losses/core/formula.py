@@ -1,13 +1,13 @@
-"""A formula is a loss written once and read three ways.
+"""A formula is a loss, written once and used in three ways.
 
     Triton          compiles it into a family's kernel
     PyTorch, whole  the same source on whole tensors: torch.compile, vmap, devices without kernels
     PyTorch, blocks the same source on slices that stay in a CPU's cache
 
-It is a straight-line function of values, never pointers: first the operands (tensors), then the scalars (options). It
-returns the loss, then its partial derivative by each operand. `tl` and the functions of device_math are its vocabulary.
-PyTorch runs line by line and would compute what nobody asked for, so its readings keep only the lines that the wanted
-outputs need.
+It is a function without branches or loops. It takes values, never pointers: first the operands (tensors), then the
+scalars (options). It returns the loss, then its partial derivative with respect to each operand. It may use `tl` (the
+functions in `Eager`) and the functions of device_math. PyTorch runs every line, so the PyTorch versions contain only
+the lines that the wanted outputs need.
 """
 
 import ast
@@ -22,11 +22,11 @@ from triton_losses.core.compiler import jit, tl
 
 FORMULAS: dict[
     str, "Formula"
-] = {}  # by name: an op carries a formula's name, for torch.compile cannot carry a compiled function
+] = {}  # by name: an op takes a formula's name, because torch.compile cannot pass a compiled function to it
 
 
 class Eager:
-    """The part of triton.language that a formula may use, on tensors of any dtype."""
+    """PyTorch versions of the functions of triton.language that a formula may use."""
 
     abs, exp, exp2, log, sqrt, where, sigmoid = (
         torch.abs,
@@ -43,7 +43,7 @@ class Formula:
     """``formula.kernel`` is what Triton compiles; ``value`` and ``partials`` are what PyTorch runs."""
 
     def __init__(self, fn):
-        # the interpreter wants it in sight, even of a formula that calls helpers alone
+        # Triton's interpreter needs `tl` among the globals, even if the formula only calls helpers
         fn.__globals__.setdefault("tl", tl)
         self.name, self.kernel = fn.__name__, jit(fn)
         self.__doc__ = fn.__doc__
@@ -59,12 +59,12 @@ class Formula:
         self.value = self.reading((0,))
         wishes = [wanted for wanted in itertools.product((False, True), repeat=partials) if any(wanted)]
         outputs = {wanted: tuple(i + 1 for i, want in enumerate(wanted) if want) for wanted in wishes}
-        # now: torch.compile cannot trace it
+        # built now, because torch.compile cannot trace `reading`
         self.cuts = {wanted: self.reading(outputs[wanted], in_tuple=True) for wanted in wishes}
         self.needs = {wanted: self.lines_for(outputs[wanted])[1].intersection(self.parameters) for wanted in wishes}
 
     def lines_for(self, outputs, given=()):
-        """The lines that these outputs need beside what is given, and the names that they read."""
+        """The lines that these outputs need, without those that assign a given name; and all names that are read."""
         *lines, result = self.body.body
         kept, names = [], names_in(*(result.value.elts[i] for i in outputs))
         for line in reversed(lines):
@@ -74,10 +74,9 @@ class Formula:
         return kept, names
 
     def reading(self, outputs, in_tuple=False, given=()):
-        """The source cut down to what these outputs need, as a function that returns them; a lone one bare or in a
-        tuple.
+        """A function that computes only these outputs; it returns a single one bare, or in a tuple if ``in_tuple``.
 
-        given: names of lines whose values the function takes, before the formula's own parameters.
+        given: names of intermediate values that the function takes as arguments, before the formula's own parameters.
         """
         found = [self.body.body[-1].value.elts[i] for i in outputs]
         result = ast.Return(ast.Tuple(found, ast.Load()) if len(found) > 1 or in_tuple else found[0])
@@ -89,15 +88,14 @@ class Formula:
         return scope[self.name]
 
     def partials(self, wanted):
-        """A function that returns, as a tuple, the partial derivative by each operand whose entry in ``wanted`` is
-        True.
-        """
+        """A function that returns a tuple of the partial derivatives with respect to the ``wanted`` operands."""
         return self.cuts[wanted]
 
     @functools.cache
     def slope_given(self, expression):
-        """The partial derivative by the first operand; takes the value of this expression first, if a line of the
-        source is that.
+        """A function for the partial derivative by the first operand; it takes the value of ``expression`` first.
+
+        If no line of the formula assigns that expression, the function ignores the value.
         """
         lines = [
             line for line in self.body.body if isinstance(line, ast.Assign) and ast.unparse(line.value) == expression
@@ -110,7 +108,7 @@ def names_in(*nodes):
 
 
 def formula(fn):
-    """File ``fn`` under its own name as a Formula."""
+    """Make a Formula of ``fn`` and register it in FORMULAS under its name."""
     if fn.__name__ in FORMULAS:
         raise ValueError(f"two formulas are named {fn.__name__!r}")
     made = FORMULAS[fn.__name__] = Formula(fn)
@@ -118,7 +116,7 @@ def formula(fn):
 
 
 def value_of(formula, values, scalars, weighted):
-    """L of operands that are already in the compute type; the last of them is a factor where ``weighted``."""
+    """The loss of operands in the compute dtype; if ``weighted``, the last operand is a factor of the loss."""
     if not weighted:
         return formula.value(*values, *scalars)
     return formula.value(*values[:-1], *scalars) * values[-1]
@@ -134,7 +132,7 @@ def partials_of(formula, values, scalars, weighted, wanted):
 
 
 def terms_of(problem, wanted, values):
-    """(vector, pair, ∂g/∂vector) of every wanted vector's place in a pair: of families/pairs.py."""
+    """For families/pairs.py: (vector, pair, ∂g/∂vector) for each place of a wanted vector in a pair."""
     formula = FORMULAS[problem.coordinate]
     for k, pair in enumerate(zip(problem.pairs[::2], problem.pairs[1::2])):
         want = tuple(wanted[i] for i in pair)

@@ -1,15 +1,15 @@
-"""Launching a kernel: the one file that knows Triton's private parts.
+"""Launches kernels; the only file that uses Triton's private API.
 
-Triton's public way, ``kernel[grid](...)``, looks at every argument at every call: thirty of them take the host longer
-than a small loss takes the device. A `Launch` serves the calls of one kind. Its first call goes the public way, which
-compiles and returns the compiled kernel; later calls run that compiled kernel directly.
+Triton's public API, ``kernel[grid](...)``, inspects every argument at every call: with thirty arguments that takes the
+host longer than a small loss takes the device. A `Launch` serves all calls of one kind. Its first call uses the public
+API, which compiles and returns the compiled kernel; later calls run that compiled kernel directly.
 
-This is right only where the public way would choose the same compiled kernel again. It chooses by the types of the
+This is correct only if the public API would choose the same compiled kernel again. It chooses by the types of the
 arguments, by which pointers are multiples of 16 bytes, and by which integers are 1 or multiples of 16. So the arguments
 of a kernel come in two groups:
 
-    those that differ from call to call   first: pointers, then integers declared ``tl.int64`` and not specialised
-    those that a kind of call fixes       the rest: other integers, scalars, constants, launch options
+    those that differ from call to call          first: pointers, then integers declared ``tl.int64``, not specialised
+    those that all calls of one kind share       the rest: other integers, scalars, constants, launch options
 
 The types and the alignment of the pointers are part of the kind (core/plan.py).
 """
@@ -18,19 +18,19 @@ import torch
 
 from triton_losses.core.compiler import INTERPRET, triton
 
-TESTED = ("3.6", "3.7", "3.9")  # with other versions of Triton every launch goes the public way
+TESTED = ("3.6", "3.7", "3.9")  # with other versions of Triton every launch uses the public API
 DIRECT = triton is not None and not INTERPRET and ".".join(triton.__version__.split(".")[:2]) in TESTED
 
 if DIRECT:
     from triton.runtime import driver
 
-    # what a program has set; empty as a rule
+    # the knobs that a program has set; usually empty
     RUNTIME, COMPILATION = vars(triton.knobs.runtime), vars(triton.knobs.compilation)
     ENTER, EXIT = (vars(type(triton.knobs.runtime))[name] for name in ("launch_enter_hook", "launch_exit_hook"))
 
 
 def is_observed():
-    """Whether a hook, a profiler or a debugging option wants to see launches: then they all go the public way."""
+    """Whether a hook, a profiler or a debugging option observes launches; then all of them use the public API."""
     return bool(RUNTIME or COMPILATION or ENTER.calls or EXIT.calls)
 
 
@@ -43,9 +43,7 @@ class Launch:
         self.direct = DIRECT and not triton.knobs.runtime.debug and not triton.knobs.compilation.instrumentation_mode
 
     def __call__(self, *varying):
-        """The last argument is the number of rows (or elements, or images), of which the number of programs is a
-        function.
-        """
+        """The last argument is the number of rows (or elements, or images); it determines the number of programs."""
         programs = self.programs(varying[-1])
         if not programs:
             return
@@ -79,7 +77,7 @@ def on_device_of(x, run, *args):
     """``run(*args)`` with x's device as the current one, and without autocast."""
     device = x.device
     kind = device.type
-    if torch.is_autocast_enabled(kind):  # a compiled graph runs the bodies of ops without autocast: eager must too
+    if torch.is_autocast_enabled(kind):  # a compiled graph runs ops without autocast, so eager mode must too
         with torch.autocast(kind, enabled=False):
             return on_device_of(x, run, *args)
     if kind == "cpu" or device.index == torch.accelerator.current_device_index():

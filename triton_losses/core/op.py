@@ -1,7 +1,7 @@
-"""One decorator between PyTorch and a kernel launch.
+"""Defines ops: functions of ours that PyTorch treats as single operations.
 
-An op is a function that allocates its outputs and computes them. PyTorch sees it whole, so torch.compile, export and
-FakeTensor never look inside. Run with `shapes_only()` true, the same body allocates and stops there.
+An op is a function that allocates its outputs and computes them. torch.compile, export and FakeTensor do not trace its
+body. While `shapes_only()` is True, the same body only allocates the outputs.
 """
 
 import functools
@@ -22,7 +22,7 @@ SCHEMA = {
     int: "int",
     float: "float",
     bool: "bool",
-    torch.SymInt: "SymInt",  # an integer that a compiled graph does not fix
+    torch.SymInt: "SymInt",  # an integer that may differ between calls of a compiled graph
     torch.dtype: "ScalarType",
     int | None: "int?",
     tuple[float, ...]: "float[]",
@@ -40,7 +40,7 @@ GIVEN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 def define(name, schema, body):
-    """The op ``triton_losses::name``. Its first argument is a tensor, or a list of them, on the device to run on."""
+    """Define the op ``triton_losses::name``. Its first argument, a tensor or a list of tensors, decides the device."""
 
     def run(first, *args):
         return on_device_of(first[0] if isinstance(first, list) else first, body, first, *args)
@@ -60,10 +60,10 @@ def define(name, schema, body):
 
 
 def op(fn):
-    """Define ``triton_losses::<fn>``; the first argument is a tensor on the device to run on.
+    """Define ``triton_losses::<fn>``, which runs on the device of its first argument, a tensor.
 
-    Where no op is needed, the result runs the body itself: the dispatcher costs microseconds that small losses feel.
-    `.overload` is the op.
+    The returned function calls ``fn`` itself if no op is needed, because the dispatcher takes microseconds, which is
+    a lot for a small loss. Its attribute `.overload` is the op.
     """
     overload = define(fn.__name__, torch.library.infer_schema(fn, mutates_args=()), fn)
 
@@ -81,14 +81,15 @@ def fields_of(problem):
 
 
 def problem_of(problem, fields):
-    """The NamedTuple of what an op was given for its fields: lists for tuples."""
+    """The problem with these fields, as an op receives them: tuples arrive as lists."""
     return problem(*[tuple(field) if isinstance(field, list) else field for field in fields])
 
 
 def problem_op(arguments, problem):
-    """Define ``triton_losses::<fn>``, of the function's ``arguments`` and of a problem, which is its last one.
+    """Define ``triton_losses::<fn>`` for a function that takes a problem as its last argument.
 
-    Its first argument is a list of tensors, its result another. As for `op`, no op is called where none is needed.
+    arguments: the schema of the other arguments. The first one is a list of tensors, and so is the result. As with
+    `op`, the returned function calls the op only if it is needed.
     """
     count = len(problem._fields)
 
@@ -111,9 +112,7 @@ def problem_op(arguments, problem):
 
 
 def is_watched(*tensors):
-    """Whether a call of ours has to be an op: a graph is being recorded, a dispatch mode is on, or a tensor is a
-    subclass.
-    """
+    """Whether an op is needed: a graph is being traced, a dispatch mode is active, or a tensor is of a subclass."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     for tensor in tensors:
@@ -123,37 +122,31 @@ def is_watched(*tensors):
 
 
 def keeps_for_backward(x):
-    """True where a backward in PyTorch will follow a forward in PyTorch, and what is kept for it can be changed, for
-    nobody else sees it.
-    """
+    """True if blocks will run both forward and backward for x, so that backward may overwrite what forward keeps."""
     return x.requires_grad and torch.is_grad_enabled() and x.numel() > 0 and readable(x) and not runs_kernels(x)
 
 
 def readable(*tensors):
-    """True where values may be looked at before a loss is computed: real tensors on a CPU, and nobody traces or
-    transforms.
-    """
+    """True if a loss may read values of these tensors in Python: real CPU tensors, no tracing and no transform."""
     if torch.compiler.is_compiling() or not all(t.device.type == "cpu" and type(t) in PLAIN for t in tensors):
         return False
-    if runs_kernels(tensors[0]) and not INTERPRET:  # the bench measures a GPU's path on a CPU's tensors
+    if runs_kernels(tensors[0]) and not INTERPRET:  # the benchmark runs the GPU's code path with CPU tensors
         return False
     return not torch._C._len_torch_dispatch_stack() and not read_whole(*tensors)
 
 
 def differentiated_again():
-    """Inside a backward: whether it may be differentiated itself, and so has to be of what autograd sees."""
+    """In a backward: whether it may itself be differentiated, and so has to use operations that autograd can follow."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def is_plain(x):
-    """True where a loss of x is plain PyTorch from end to end: on other devices, and inside torch.func's transforms."""
+    """True if a loss of x must be plain PyTorch throughout: on other devices, and inside torch.func's transforms."""
     return x.device.type not in DEVICES or read_whole()
 
 
 def read_whole(*tensors):
-    """True where a loss should be plain PyTorch from end to end: inside torch.func's transforms and autograd's batched
-    ones.
-    """
+    """True if a loss must be plain PyTorch throughout: in torch.func's transforms, or for batched gradients."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():

@@ -1,37 +1,36 @@
-"""Plans: what the calls of one kind share is found at the first of them, and remembered.
+"""Plans: what all calls of one kind share is computed at the first of them, and cached.
 
-Which configuration a kernel runs with, its compiled form, its constants and strides depend on neither the values nor
-the addresses of the tensors, nor on how many rows there are. A reading finds them in a function that is marked
-``planned``.
+A kernel's configuration, compiled code, constants and strides depend neither on the values or addresses of the tensors
+nor on the number of rows. A reading computes them in a function that is decorated with ``planned``.
 """
 
 import functools
 
 import torch
 
-MOST = 4096  # plans of one function; a program with more kinds of calls than that finds them anew
+MOST = 4096  # plans of one function; when there are more kinds of calls, its cache is cleared
 
-found: list[dict] = []  # the plans of every such function
+found: list[dict] = []  # the caches of all planned functions
 
 
 def kind_of(tensor):
-    """What a plan may depend on: everything but the values, the address, and how many rows there are beyond none and
-    one.
+    """What a plan may depend on: everything but the values, the address and the number of rows.
+
+    It may depend on whether the address is a multiple of 16, and whether there are 0, 1 or more rows.
     """
     shape = tensor.shape
     return tensor.dtype, shape[1:], min(shape[0], 2) if shape else None, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
 def flat_kind_of(tensor):
-    """The same, for a reading that sees a tensor as numbers in a row."""
+    """The same, for a reading that treats a tensor as one-dimensional."""
     return tensor.dtype, tensor.data_ptr() % 16 == 0
 
 
 def planned(make=None, *, kind=kind_of):
-    """Remember what ``make(tensors, *options)`` returns, by the kinds of the tensors and the options, which are
-    hashable.
+    """Cache what ``make(tensors, *options)`` returns, by the kinds of the tensors and the hashable options.
 
-    tensors: some may be None. A plan with a launch that is not settled is for this call only.
+    tensors: some may be None. A plan with a launch that is not settled (`Tuned.choice`) is used only for this call.
     """
     if make is None:
         return functools.partial(planned, kind=kind)
@@ -59,6 +58,6 @@ def planned(make=None, *, kind=kind_of):
 
 
 def forget():
-    """Find all plans anew: the choice of configurations has changed."""
+    """Clear all cached plans, because the choice of configurations has changed."""
     for plans in found:
         plans.clear()

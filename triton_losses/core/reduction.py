@@ -1,4 +1,4 @@
-"""What becomes of a tensor of losses: none, sum or mean, in torch's words and with its older flags."""
+"""Reductions of losses (none, sum, mean) with torch's names and its older flags, and the dtypes of the results."""
 
 import functools
 
@@ -9,9 +9,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def reduction_of(reduction, size_average=None, reduce=None, more=()):
-    """The reduction's name; `size_average` and `reduce` win where they are given, as in torch. more: what else a loss
-    takes.
-    """
+    """The reduction's name; `size_average` and `reduce` override it, as in torch. more: other names a loss accepts."""
     if size_average is not None or reduce is not None:
         return torch.nn._reduction.legacy_get_string(size_average, reduce)
     if reduction not in (*REDUCTIONS, *more):
@@ -20,7 +18,7 @@ def reduction_of(reduction, size_average=None, reduce=None, more=()):
 
 
 def result_dtype(x, dtype=None):
-    """torch's: the operands' own, and float32 for every loss under autocast."""
+    """The dtype of a loss, as in torch: that of the operands, but at least float32 under autocast."""
     dtype = dtype or x.dtype
     if dtype not in DTYPES:
         raise NotImplementedError(f"a loss takes float64, float32, bfloat16 or float16 tensors, got {dtype}")
@@ -28,16 +26,16 @@ def result_dtype(x, dtype=None):
 
 
 def cast(x, dtype):
-    """x in this dtype, and no operation at all where it has that already.
+    """x in this dtype; no operation at all if it already has it.
 
-    `x.to(x.dtype)` gives x back. Where that is what an autograd.Function's forward returns, a graph that torch 2.11
-    compiles loses the gradient, without a word: tests/test_compile.py holds every compiled loss to it.
+    `x.to(x.dtype)` returns x itself. If an autograd.Function's forward returns that, a graph compiled by torch 2.11
+    silently loses the gradient; tests/test_compile.py checks the gradient of every compiled loss.
     """
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def promoted(a, b):
-    """The type torch computes a loss of two tensors in; a scalar tensor does not widen one with dimensions."""
+    """The dtype in which torch computes a loss of two tensors; a 0-dim tensor does not widen one with dimensions."""
     dtype = a.dtype
     if b.dtype != dtype:
         dtypes = [v.dtype for v in (a, b) if v.dim() > 0 or a.dim() == b.dim() == 0]
@@ -50,7 +48,7 @@ def promoted(a, b):
 
 
 def given(tensors):
-    """The tensors without the None among them."""
+    """The tensors that are not None."""
     return [t for t in tensors if t is not None]
 
 

@@ -1,4 +1,4 @@
-"""What the readings of regions share: shares of pixels, and scores of the sums, in torch that autograd follows."""
+"""What the readings of regions share: pixels' shares and scores of sums, in operations that autograd can follow."""
 
 import torch
 
@@ -11,7 +11,7 @@ def activate(x, activation):
 
 
 def share_of(t, smoothing):
-    """How much of a pixel's row loss is each class's; the classes come last but one."""
+    """The factor of each class's loss in a pixel's loss: t, or smoothed t. Dimension -2 is that of the classes."""
     return t + smoothing * (1.0 / t.shape[-2] - t) if smoothing else t
 
 
@@ -20,7 +20,7 @@ def zero_where_no_share(share, losses):
 
 
 def takes_weight(formula, scalars):
-    """Whether the class weight is an operand of the formula of an element; else it multiplies the loss."""
+    """Whether an elementwise formula takes the class weight as an operand; if not, the weight multiplies the loss."""
     return len(formula.parameters) - len(scalars) == 3
 
 
@@ -33,7 +33,7 @@ def shape_of_loss(problem, images, classes):
 
 
 def loss_of(sums, losses, tensors, problem):
-    """The loss, of sums (images, 3, classes) and, where there is a formula, its losses (images,)."""
+    """The loss, from the sums (images, 3, classes) and, if there is a formula, its losses (images,)."""
     _, targets, weights = tensors
     score = loss_of_scores(sums, weights, problem)
     if problem.formula:
@@ -42,9 +42,9 @@ def loss_of(sums, losses, tensors, problem):
 
 
 def parts_of(sums, weights, problem):
-    """Σ pt, Σ p and Σ t as the score takes them, factors of classes that are added up, and weights of classes; or None.
+    """Σ pt, Σ p and Σ t as the score takes them, the factors they were multiplied by, and the weights of the classes.
 
-    Each (images or 1, classes or 1).
+    Each sum is (images or 1, classes or 1). Factors are None unless classes are added up; weights may be None.
     """
     sums = sums if problem.background else sums[:, :, 1:]
     sums = sums.sum(0, keepdim=True) if problem.batch else sums
@@ -57,7 +57,7 @@ def parts_of(sums, weights, problem):
 
 
 def loss_of_scores(sums, weights, problem):
-    """The score's loss of each image and class, weighted and reduced. weights: of so many of the last classes."""
+    """The score's loss of each image and class, weighted and reduced. weights: at least of the classes that count."""
     parts, _, weights = parts_of(sums, weights, problem)
     score = FORMULAS[problem.score].value(*parts, *problem.score_scalars)
     losses = FORMULAS[problem.link].value(score, *problem.link_scalars)
@@ -68,19 +68,19 @@ def loss_of_scores(sums, weights, problem):
         return losses.mean(1) if problem.formula else losses[0] if problem.batch else losses
     if problem.reduction == "sum":
         return losses.sum()
-    if problem.empty == "exclude":  # each image's own mean first
+    if problem.empty == "exclude":  # first the mean of each image
         return (losses.sum(1) / present(parts[2], weights)).mean()
     return losses.sum() / losses.numel()
 
 
 def present(wanted, weights):
-    """How many classes an image has, or their weights; 1 where there is none."""
+    """The number of classes present in each image, or the sum of their weights; 1 if there is none."""
     count = ((wanted > 0) * (1.0 if weights is None else weights)).sum(1)
     return torch.where(count == 0, 1, count)
 
 
 def factors_of_classes(volume, average):
-    """What classes' sums are multiplied by before they are added up; an absent class gets the largest other one."""
+    """Factors for adding up the classes' sums; an absent class gets the largest factor of the others."""
     if average == "micro":
         return torch.ones_like(volume)
     absent = volume == 0
@@ -89,9 +89,9 @@ def factors_of_classes(volume, average):
 
 
 def divisors(sums, targets, weights, problem):
-    """What the formula's losses of each image are divided by, (images,); targets: labels (images, pixels), or maps."""
+    """The divisor of each image's formula losses, (images,); targets: labels (images, pixels), or maps."""
     images, _, classes = sums.shape
-    of_class = sums[:, 2].detach()  # how many pixels have each label: ones are their own squares
+    of_class = sums[:, 2].detach()  # how many pixels have each label; squaring t does not change it
     labels = targets.dim() == 2
     if labels:
         numbers = of_class.sum(1, keepdim=True)
@@ -108,7 +108,7 @@ def divisors(sums, targets, weights, problem):
 
 
 def beside(score, losses, divisors, problem):
-    """λ₁ score + λ₂ Σ losses / Σ divisors; where nothing counts the second is 0."""
+    """λ₁ score + λ₂ Σ losses / Σ divisors; the second term is 0 if no pixel counts."""
     if problem.reduction == "mean":
         losses, divisors = losses.sum(), divisors.sum()
     rest = losses / torch.where(divisors == 0, 1, divisors)

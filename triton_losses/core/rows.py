@@ -1,6 +1,4 @@
-"""What the readings of rows share: the statistics that a row formula takes, which rows count, and what one pass over
-rows does.
-"""
+"""What the readings of rows share: the statistics of a row formula, which rows count, and the `Pass` over the rows."""
 
 import functools
 from typing import NamedTuple
@@ -8,14 +6,15 @@ from typing import NamedTuple
 import torch
 
 STATISTICS = ("picked", "log_p", "mean_log_p", "lse", "entropy")
-LOWEST = -3.4028234663852886e38  # finite, for 0 · -inf is nan
-MOST_PADDING = 64  # a row's stride may exceed its length by less than this; beyond it rows are copied
+LOWEST = -3.4028234663852886e38  # finite, because 0 · -inf is nan
+MOST_PADDING = 64  # rows are copied if their stride exceeds their length by this many elements or more
 
 
 @functools.cache
 def slots_of(formula):
-    """Where each statistic's partial stands in what the formula returns, 0 where it is not taken; last: takes the
-    weight.
+    """For each statistic the index of its partial in what the formula returns, or 0 if the formula does not take it.
+
+    The last entry is not 0 if the formula takes the weight.
     """
     taken = [name for name in (*STATISTICS, "weight") if name in formula.parameters]
     if list(formula.parameters[: len(taken)]) != taken:
@@ -24,7 +23,7 @@ def slots_of(formula):
 
 
 def arguments_of(formula, statistics, weight):
-    """The statistics (in STATISTICS' order) and the weight, those alone that the formula takes."""
+    """Those of the statistics (in the order of STATISTICS) and the weight that the formula takes."""
     return [s for s, slot in zip((*statistics, weight), slots_of(formula)) if slot]
 
 
@@ -34,16 +33,16 @@ def transform(x, softcap, scale):
 
 
 class Pass(NamedTuple):
-    """What one pass over the rows reads and fills, beside the logits. A forward, a backward, or both at once.
+    """What one pass over the rows reads and fills, beside the logits. A pass is a forward, a backward, or both at once.
 
-    saved: (4, rows), what a backward needs of each row: filled by a forward, read by a backward alone.
-    forward: whether there is a forward, which returns losses and weights (rows,); weights None: all 1.
-    entropy: fill saved[3] with the rows' entropies, whether the formula takes them or not.
-    likeliest: (rows,) integers, to fill with the first of each row's highest columns, -1 where ignored.
-    grad: to fill, and it may be the logits, with the gradient of Σ upstream · losses.
-    operands: (rows,) each, more arguments of the formula.
-    room: on a CPU, where logits and grad are both the first columns of it, contiguous (rows, more columns), the rest is
-    free.
+    saved: (4, rows), what a backward needs of each row. A forward fills it; a pass without a forward reads it.
+    forward: whether the pass computes and returns losses and weights (rows,); weights may be None, if all are 1.
+    entropy: whether to fill saved[3] with the rows' entropies even if the formula does not take them.
+    likeliest: (rows,) integers to fill with each row's argmax, the first in a tie; -1 where ignored.
+    grad: a tensor to fill with the gradient of Σ upstream · losses; it may be the logits themselves.
+    operands: further arguments of the formula, (rows,) each.
+    room: on a CPU, a contiguous buffer (rows, more columns). Logits and grad are both its first columns; the other
+    columns may be overwritten.
     """
 
     saved: torch.Tensor
@@ -57,7 +56,7 @@ class Pass(NamedTuple):
 
 
 def readable(logits):
-    """Rows that lie one after another, with little between them."""
+    """The logits, with contiguous rows and little padding between them; copied if they are not so already."""
     rows, cols = logits.shape
     if logits.stride(1) == 1 and (rows == 1 or 0 <= logits.stride(0) - cols < MOST_PADDING):
         return logits
@@ -65,9 +64,9 @@ def readable(logits):
 
 
 def counted(labels, class_weights, cols, ignore_index, dtype):
-    """Which rows count (None: all), labels (rows, 1) that can index, and the rows' weights (None: all 1).
+    """Which rows count (None: all), labels (rows, 1) that are valid indices, and the rows' weights (None: all 1).
 
-    It looks at the labels, and refuses one that is no class: for a CPU's tensors.
+    It is for CPU tensors, because it reads the labels' values. It raises an IndexError if a label is no class.
     """
     kept = None
     if labels.numel():

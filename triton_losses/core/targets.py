@@ -1,10 +1,10 @@
-"""Targets of several labels a sample, padded (samples, room) or concatenated (labels of all samples)."""
+"""Targets with several labels per sample: padded (samples, width), or concatenated (labels of all samples)."""
 
 import torch
 
 
 def labels_of(targets, target_lengths, most):
-    """(samples, most) labels, of targets that have no more than that; anything after a target's end."""
+    """Labels (samples, most), of targets with at most ``most`` labels; entries after a target's end are arbitrary."""
     if targets.dim() > 1:
         return targets[:, :most].long().contiguous()
     if not targets.numel():

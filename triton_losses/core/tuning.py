@@ -1,10 +1,9 @@
-"""Which launch configuration a kernel runs with: known for this GPU, or measured at the first call and remembered on
-disk.
+"""Chooses a kernel's launch configuration: known for this GPU, or measured at the first call and kept on disk.
 
-A first call compiles the few candidates of each kernel side by side, in threads, and then times them one after another.
+A first call compiles the few candidates of each kernel in parallel threads, and then times them one after another.
 
-TRITON_LOSSES_AUTOTUNE=0   never measure; the rule written beside each kernel decides
-TRITON_LOSSES_CACHE_DIR    where the measured choices lie (default: triton_losses inside Triton's own cache)
+TRITON_LOSSES_AUTOTUNE=0   never measure; use the rule that is written beside each kernel
+TRITON_LOSSES_CACHE_DIR    the directory of the measured choices (default: triton_losses inside Triton's own cache)
 """
 
 import concurrent.futures
@@ -28,7 +27,7 @@ from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
 
 LAUNCH_OPTIONS = {
-    "sanitize_overflow": False,  # a kernel with debug=True asserts what it says, not every integer addition
+    "sanitize_overflow": False,  # with debug=True only asserts in the kernel run, not a check of every integer addition
 }
 SAMPLE_BYTES = 256 << 20
 DOES_NOT_LAUNCH: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
@@ -40,22 +39,22 @@ if triton is not None:
     DOES_NOT_LAUNCH += (CompileTimeAssertionFailure, OutOfResources, PTXASError)
 
 log = logging.getLogger("triton_losses")
-one_at_a_time = threading.Lock()  # for all kernels: two that are measured at once would time each other
+one_at_a_time = threading.Lock()  # for all kernels: two measured at once would slow each other down
 autotune = os.environ.get("TRITON_LOSSES_AUTOTUNE", "1") != "0"
-made: list["Tuned"] = []  # every one
+made: list["Tuned"] = []  # all instances
 
 
 class Tuned:
     """A @triton.jit kernel whose launch configuration is chosen once per GPU and ``key(args)``.
 
-    configs     what to try, or a function of args that lists it: few, for each takes a first call its time
+    configs     configurations to try, or args -> a list of them: few, because a first call measures each
     rule        args -> the configuration when nothing is measured
-    key         args -> what the choice may depend on: formula, class of width, dtype, alignment; never the rows
-    size        the argument that says how many rows (or elements, or images) there are: the last one of ``tl.int64``
-    programs    size, arguments with the configuration -> how many programs
+    key         args -> what the choice may depend on: formula, class of width, dtype, alignment; not the number of rows
+    size        name of the argument with the number of rows (or elements, or images), the last one of type ``tl.int64``
+    programs    size, arguments with the configuration -> the number of programs
     bytes_each  args -> the bytes of one row (or element, or image): at most 256 MB of them are measured
-    written     names of the tensors of rows that the kernel reads and overwrites: measured on copies
-    fuse        whether the compiler may make one operation, rounded once, of a multiplication and an addition
+    written     names of the tensors of rows that the kernel reads and overwrites: copies of them are used to measure
+    fuse        whether the compiler may fuse a multiplication and an addition (FMA), which rounds only once
     """
 
     def __init__(self, kernel, *, configs, rule, key, programs, size, bytes_each=None, written=(), fuse=True):
@@ -64,19 +63,17 @@ class Tuned:
         self.configs = configs if callable(configs) else lambda args: configs
         self.bytes_each, self.written, self.chosen = bytes_each, written, {}
         made.append(self)
-        self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # said always: Triton 3.10 flips the default
+        self.options = {**LAUNCH_OPTIONS, "enable_fp_fusion": fuse}  # always passed: Triton 3.10 changes the default
 
     def bind(self, **args):
-        """A launch for all calls of the kind that these arguments are of; those that the kernel does not have are left
-        out.
-        """
+        """A launch for all calls of the same kind as these arguments; it drops those that the kernel does not take."""
         names = self.kernel.arg_names
         args = {name: value for name, value in args.items() if name in names}
         config, settled = self.choice(args)
         varying = names[: names.index(self.size) + 1]
         fixed = {name: value for name, value in {**args, **config}.items() if name not in varying and name in names}
         options = {name: value for name, value in config.items() if name not in names} | self.options
-        if INTERPRET:  # it knows no num_warps
+        if INTERPRET:  # it does not take num_warps
             options = {}
         launch = Launch(self.kernel, fixed, options, functools.partial(self.programs_of, fixed=fixed))
         launch.settled = settled
@@ -92,7 +89,7 @@ class Tuned:
 
     def launch(self, args, config):
         programs = self.programs(args, config)
-        if programs and INTERPRET:  # it knows no num_warps
+        if programs and INTERPRET:  # it does not take num_warps
             self.kernel[(programs,)](
                 **args, **{name: value for name, value in config.items() if name in self.kernel.arg_names}
             )
@@ -100,13 +97,11 @@ class Tuned:
             self.kernel[(programs,)](**args, **config, **self.options)
 
     def config(self, args):
-        """The remembered choice, else the fastest where it can be measured now, else the rule."""
+        """The remembered choice; if there is none, the fastest, or the rule's if nothing can be measured now."""
         return self.choice(args)[0]
 
     def choice(self, args):
-        """The configuration, and whether it is settled: a call that cannot be measured takes the rule, the next one may
-        do better.
-        """
+        """The configuration, and whether it is settled: if it could not be measured now, a later call may change it."""
         if not autotune or INTERPRET or torch.are_deterministic_algorithms_enabled() or not can_measure():
             return self.rule(args), True
         key = (device_name(), self.key(args))
@@ -151,11 +146,11 @@ class Tuned:
         return times
 
     def build(self, args, shipped):
-        """Compile every configuration, side by side. One that does not compile says so again at its launch."""
+        """Compile every configuration in parallel. One that does not compile raises its error again at its launch."""
         index = None if gpu() is None else gpu().current_device()
 
         def compile_one(config):
-            # a thread has a current device of its own
+            # each thread has its own current device
             with contextlib.nullcontext() if index is None else gpu().device(index):
                 self.kernel.warmup(grid=(1,), **args, **config, **self.options)
 
@@ -165,7 +160,7 @@ class Tuned:
                     raise error
 
     def sampled(self, args):
-        """The arguments for measuring: of so many rows that they take SAMPLE_BYTES, with copies of what is written."""
+        """The arguments for measuring: at most SAMPLE_BYTES of rows, and copies of tensors that are overwritten."""
         if self.bytes_each:
             most = SAMPLE_BYTES // max(self.bytes_each(args), 1)
             args = {**args, self.size: min(args[self.size], max(most, 1))}
@@ -173,7 +168,7 @@ class Tuned:
         return {**args, **{name: scratch(args[name][:rows]) for name in self.written if args[name] is not None}}
 
     def path(self, key, args):
-        # the formula's too
+        # the sources of the kernel and of the formula
         sources = [used.cache_key for used in (self.kernel, *args.values()) if hasattr(used, "cache_key")]
         digest = hashlib.sha256(repr((key, triton.__version__, sources)).encode()).hexdigest()
         where = os.environ.get("TRITON_LOSSES_CACHE_DIR") or os.path.join(triton.knobs.cache.dir, "triton_losses")
@@ -181,12 +176,12 @@ class Tuned:
 
 
 def scratch(tensor):
-    """A copy with the tensor's own strides, which the kernel is told: ``clone`` would close the gaps between rows."""
+    """A copy with the tensor's strides, because the kernel takes them: ``clone`` would drop padding between rows."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def recall(path, shipped):
-    """The configuration that the file names, if it is one of ours."""
+    """The configuration in the file, if it is one of the candidates."""
     try:
         config = json.loads(path.read_text())["config"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -199,14 +194,14 @@ def remember(path, record):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(record))
-        os.replace(draft, path)  # ranks may race: the last whole file wins
+        os.replace(draft, path)  # ranks may race: each file is complete, and the last one wins
     except OSError as error:
         log.warning("the choice is for this process only: %s", error)
 
 
-@functools.cache  # asking costs microseconds; not asked at import, for a process that has asked must not fork
+@functools.cache  # the query takes microseconds; not made at import, because afterwards the process must not fork
 def gpu():
-    return next((kind for kind in (torch.cuda, torch.xpu) if kind.is_available()), None)  # ROCm calls itself cuda
+    return next((kind for kind in (torch.cuda, torch.xpu) if kind.is_available()), None)  # ROCm devices are called cuda
 
 
 @functools.cache
@@ -256,7 +251,7 @@ def tune(loss: Callable[..., Any], *tensors: Any, **options: Any) -> None:
     """Choose the launch configurations of ``loss(*tensors, **options)`` now, forward and backward, not at its first
     call.
 
-    It measures whatever ``set_autotune`` says, and changes no ``.grad``.
+    It measures even after ``set_autotune(False)``, and does not change any ``.grad``.
     >>> logits = torch.randn(8192, 128256, device="cuda", requires_grad=True)  # doctest: +SKIP
     >>> tune(triton_losses.cross_entropy, logits, labels)  # doctest: +SKIP
     """

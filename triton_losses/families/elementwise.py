@@ -3,7 +3,7 @@
     forward   reads every operand once; writes L, or its sum
     backward  reads every operand again; writes ∂L/∂operand · upstream for each wanted operand
 
-Nothing but the operands is saved between the two, so a second backward is simply right.
+Only the operands are saved, so a second backward is correct too.
 """
 
 from typing import NamedTuple
@@ -39,9 +39,9 @@ read = Bridge(
 def elementwise(formula, operands, scalars=(), reduction="mean", weight=None, dtype=None, aten=None, aten_up_to=SMALL):
     """Reduce ``weight * formula(*operands, *scalars)``; operands and weight broadcast; the mean is over elements.
 
-    dtype: of the result, unless autocast makes it float32; the operands' promoted type when None.
-    aten: ATen's function of the operands and the reduction for the same loss without weights; it serves up to
-    aten_up_to elements on a CPU.
+    dtype: of the result, unless autocast makes it float32; if None, the operands' promoted type.
+    aten: ATen's function for the same loss without weights, which takes the operands and the reduction; it is called
+    for up to aten_up_to elements on a CPU.
     """
     if aten is not None and weight is None and aten_serves(*operands, most=aten_up_to):
         return aten(*operands, reduction=reduction)

@@ -1,28 +1,29 @@
-"""Losses of a row of numbers and the index of its class: L_r = f(statistics of the row, weight of its class).
+"""Losses of a row of logits and the index of its class: L_r = f(statistics of the row, weight of its class).
 
-A row formula names the statistics it takes, in this order, then perhaps the weight, then scalars:
+A row formula takes some of these statistics, in this order, then optionally the weight, then scalars:
 
-    picked      x_t, the label's own input                     log_p   x_t - log Σ_j exp x_j
+    picked      x_t, the logit of the label t                  log_p   x_t - log Σ_j exp x_j
     mean_log_p  Σ_j w_j log p_j / C                            lse     log Σ_j exp x_j
     entropy     H = -Σ_j p_j log p_j
     weight      w_t, the weight of the label's class: 1 where there are no class weights
 
-and returns the loss, then its partial by each statistic it took. From those, with p = softmax(x) and w̄ = Σ_j w_j / C,
+It returns the loss, then its partial derivative by each statistic that it took, f_log_p and so on. With p = softmax(x)
+and w̄ = Σ_j w_j / C,
 
     ∂L/∂x_j = p_j (f_lse - f_log_p - w̄ f_mean_log_p - f_entropy (log p_j + H))
               + [j = t] (f_log_p + f_picked)  +  f_mean_log_p w_j / C
 
 where x is the logit, or scale · softcap · tanh(logit / softcap).
 
-Logits have two layouts: rows (rows, classes) of labels (rows,), and planes (images, classes, pixels) of labels (images,
-pixels), where a row is a pixel and nothing is permuted or copied.
+Logits have one of two layouts: rows (rows, classes) with labels (rows,), or planes (images, classes, pixels) with
+labels (images, pixels). In planes each pixel is a row; nothing is permuted or copied.
 
-    forward   reads a row once; writes its loss and saves max x and log Σ exp(x - max x). Apart: their sum would round
-              away the digits that a common offset of the logits leaves
+    forward   reads a row once; writes its loss and saves max x and log Σ exp(x - max x). It saves them separately,
+              because if all logits have a large offset in common, rounding the sum would lose digits of the logarithm
     backward  reads a row once and writes its gradient
 
-A formula that takes `picked` alone reads one number a row. Rows whose label is `ignore_index` cost nothing and get
-zeros.
+For a formula that takes only `picked`, one number per row is read. Rows with the label `ignore_index` have loss 0 and
+gradient 0.
 """
 
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ class Problem(NamedTuple):
 
 
 class StatisticsProblem(NamedTuple):
-    """The same, whose loss is log_p and the entropy, differentiable both."""
+    """The problem of `row_statistics`, which returns log_p and the entropy, both differentiable."""
 
     formula: str
     scalars: tuple[float, ...] = ()
@@ -80,10 +81,9 @@ read_statistics = Bridge(
 
 
 def label_rows(formula, logits, labels, class_weights=None, out_dtype=None, **options):
-    """``formula`` of every row of ``logits`` whose label is not ``ignore_index``: (rows, classes), or (images, classes,
-    pixels).
+    """``formula`` of every row of ``logits`` that is not ignored: (rows, classes), or (images, classes, pixels).
 
-    out_dtype: of the result; the logits', or float32 under autocast, when None. options: fields of Problem.
+    out_dtype: of the result; if None, that of the logits, or float32 under autocast. options: fields of Problem.
     """
     problem = Problem(formula.name, dtype=out_dtype or result_dtype(logits), **options)
     return read(problem, logits, labels, class_weights)
@@ -95,5 +95,5 @@ def row_statistics(logits, labels, **options):
 
 
 def walk(tensors, problem, task):
-    """One Pass over the rows, by kernels or in blocks: losses and weights (rows,), where it is a forward."""
+    """Run one Pass over the rows, with kernels or blocks. If it is a forward, return losses and weights (rows,)."""
     return (kernels if runs_kernels(tensors[0]) else blocks).walk(tensors, problem, task)

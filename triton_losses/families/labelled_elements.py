@@ -1,11 +1,10 @@
-"""Losses of the form L_ij = f(x_ij, [j = t_i]): an elementwise formula of a logit and a bit, where a row's label says
-which bit is 1.
+"""Losses of the form L_ij = f(x_ij, [j = t_i]): an elementwise formula of a logit and a bit, 1 in the label's column.
 
     forward   reads logits and labels once; writes L, or its sum
     backward  reads both again; writes ∂L/∂x · upstream
 
-The map of bits, one-hot, would be as large as the logits: kernels and blocks never make it. A row whose label is
-`background` has no 1.
+The one-hot tensor of the bits would be as large as the logits, so kernels and blocks never create all of it. In a row
+with the label `background` all bits are 0.
 """
 
 from typing import NamedTuple
@@ -33,7 +32,7 @@ class Problem(NamedTuple):
 
     @property
     def weighted(self):
-        """What the whole reading of elementwise losses asks of a problem."""
+        """The whole reading of elementwise losses reads this attribute; labelled elements have no weights."""
         return False
 
 

@@ -1,15 +1,16 @@
-"""Losses of two rows of logits that are never whole: distribution_rows of a student's hidden @ weight.T + bias and a
-teacher's.
+"""distribution_rows of a student's logits, hidden @ weight.T + bias, and a teacher's, in chunks of rows.
 
-linear_rows makes the student's logits a chunk of rows at a time, and of a chunk's gradient that of hidden, weight and
-bias. Of the same rows the teacher, which takes no gradient, has
+The student's logits of all rows never exist at once.
 
-    "products"  hidden states, weight and perhaps bias of its own: a second GEMM a chunk, into a second buffer
-    "logits"    whole, from elsewhere: read where they lie
-    "top_k"     ids and log-probabilities of its likeliest classes: see top_k_rows
+linear_rows computes the student's logits for one chunk of rows at a time, and from the chunk's gradient the gradients
+of hidden, weight and bias. For the same rows the teacher, which gets no gradient, provides one of these:
 
-For a sum of losses the forward makes the gradient too, as LinearSum does: three GEMMs and the teacher's. For a loss of
-each row the backward runs the same op once more, now with the upstream gradient: nothing is kept of the forward.
+    "products"  its own hidden states, weight and optionally bias: a second GEMM per chunk, into a second buffer
+    "logits"    all its logits, computed by the caller: they are read where they are, if their strides allow it
+    "top_k"     ids and log-probabilities of its most likely classes: see top_k_rows
+
+For a sum of losses the forward computes the gradient too, as in LinearSum: three GEMMs and the teacher's. For one loss
+per row the backward runs the same op again, with the upstream gradient, because the forward keeps nothing for it.
 """
 
 from typing import NamedTuple
@@ -31,17 +32,17 @@ from triton_losses.families.linear_rows import (
     sweep,
 )
 
-VECTOR = 16  # numbers: rows of two tensors whose strides are multiples of it start at the same place within a vector
+VECTOR = 16  # elements: if the row strides of two tensors are multiples of it, their rows have the same alignment
 
 
 class Problem(NamedTuple):
-    kind: str  # what the teacher has of a row
+    kind: str  # what the teacher provides
     formula: str
     scalars: tuple[float, ...] = ()
     scale: float = 1.0  # 1 / temperature
-    student_first: bool = False  # the student is the formula's p, else its q
+    student_first: bool = False  # whether the student is the formula's p; if not, its q
     one_read: bool = False  # as in distribution_rows
-    tail: bool = False  # top_k: the other classes count, as one
+    tail: bool = False  # top_k: all other classes count, as one bin
     ignore_index: int = -100
     chunk_bytes: int = 0  # as in linear_rows
     kept_tokens: int = 0
@@ -54,7 +55,7 @@ class Problem(NamedTuple):
         return compute_dtype(torch.promote_types(self.dtype, self.teacher_dtype))
 
     def of_rows(self):
-        """The problem of a chunk's rows: a loss of each."""
+        """The problem of a chunk's rows: one loss per row."""
         one_read, ignore_index = self.one_read, self.ignore_index
         return distribution_rows.Problem(
             self.formula, self.scalars, False, one_read, self.scale, 0.0, 1.0, ignore_index, "none", self.wide
@@ -62,32 +63,30 @@ class Problem(NamedTuple):
 
 
 def stored_rows(stored):
-    """Of logits (..., classes): a function from rows to their logits, without a copy where they are a slice that can be
-    read.
-    """
+    """For stored logits (..., classes): a function from rows to their logits, which copies them only if it must."""
     where, classes = stored.shape[:-1], stored.shape[-1]
     everything = torch.arange(where.numel(), device=stored.device)
     try:
         flat = stored.view(where.numel(), classes)
-    except RuntimeError:  # of such strides that no view can be: what a slice of a sequence leaves, for one
+    except RuntimeError:  # the strides do not allow a view, for example after slicing a sequence
         flat = None
 
     def rows_of(part):
         found = stored[torch.unravel_index(everything[part], where)] if flat is None else flat[part]
         if not runs_kernels(found) or (found.stride(1) == 1 and found.stride(0) % VECTOR == 0):
-            return found  # kernels walk both rows of a pair in the same vectors
+            return found  # kernels read both rows of a pair in vectors of the same columns
         return found.new_empty(len(found), padded(classes))[:, :classes].copy_(found)
 
     return rows_of
 
 
 def product_rows(hidden, weight, bias=None):
-    """The same of logits that are products; all chunks share one buffer."""
+    """The same for logits that are hidden @ weight.T + bias; all chunks share one buffer."""
     buffers = []
 
     def rows_of(part):
         x = hidden[part]
-        if not buffers:  # the first chunk is as large as any
+        if not buffers:  # no other chunk is larger than the first
             buffers.append(x.new_empty(len(x), padded(len(weight))))
         return product(x, weight, bias, buffers[0][: len(x), : len(weight)])
 
@@ -96,10 +95,9 @@ def product_rows(hidden, weight, bias=None):
 
 @problem_op("Tensor?[] tensors, Tensor[] teacher, Tensor? upstream, bool[] wanted", Problem)
 def linear_distribution_rows_pass(tensors, teacher, upstream, wanted, problem):
-    """Losses, 0 where ignored; where wanted, the gradients of Σ upstream · loss by hidden, weight and bias (else
-    empty).
+    """Losses, 0 where ignored; then the gradients of Σ upstream · loss by hidden, weight and bias.
 
-    tensors: hidden, weight, bias, labels.
+    tensors: hidden, weight, bias, labels. A gradient that is not wanted is empty.
     """
     losses, of_rows = tensors[0].new_zeros(tensors[0].shape[0], dtype=problem.wide), problem.of_rows()
     kind, student_first = problem.kind, problem.student_first
@@ -139,11 +137,11 @@ def whole(tensors, teacher, problem):
 
 
 class LinearDistributionRows(torch.autograd.Function):
-    """The loss of each row, or their sum with its gradient made in the forward. wanted: those made there."""
+    """One loss per row, or their sum; then the forward also computes those gradients of the sum that are ``wanted``."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, first, second, third, wanted, total, problem):
-        # by name: torch.compile without gradients miscounts *teacher
+        # by name: without gradients, torch.compile counts a parameter *teacher wrongly
         tensors, teacher = (hidden, weight, bias, labels), [t for t in (first, second, third) if t is not None]
         upstream = hidden.new_ones(hidden.shape[0], dtype=problem.wide) if any(wanted) else None
         losses, *grads = linear_distribution_rows_pass(tensors, teacher, upstream, wanted, problem)
@@ -175,11 +173,11 @@ class LinearDistributionRows(torch.autograd.Function):
 
 
 def linear_distribution_rows(formula, tensors, kind, teacher, total=False, **options):
-    """``formula`` of every row of logits and the teacher's, 0 where ignored; ``total``: their sum, which takes one
-    product less.
+    """``formula`` of every row of logits and the teacher's, 0 where ignored.
 
-    tensors: hidden (rows, features), weight (classes, features), bias, labels (rows,) or None. kind, teacher: what the
-    teacher has of every row, and the tensors. options: fields of Problem.
+    tensors: hidden (rows, features), weight (classes, features), bias, labels (rows,) or None. kind: what the teacher
+    provides for every row. teacher: its tensors. total: return the sum of the losses, which takes one GEMM less.
+    options: fields of Problem.
     """
     hidden, weight, bias, _ = tensors
     dtype = dtype_of_product(hidden, weight)

@@ -1,17 +1,18 @@
-"""Row losses of logits that are never whole: logits = hidden @ weight.T + bias, a chunk of rows at a time.
+"""Row losses of logits = hidden @ weight.T + bias, in chunks of rows: the logits of all rows never exist at once.
 
-    forward    per chunk: one GEMM, one read of the chunk; losses, and what a backward needs of each row
-    backward   per chunk: one GEMM, the chunk becomes its own gradient G in place, then
+    forward    per chunk: one GEMM and one read of the chunk, for the losses and what a backward needs of each row
+    backward   per chunk: one GEMM, then the gradient G overwrites the chunk's logits in place, then
                dhidden = G weight,   dweight += Gᵀ hidden,   dbias += Σ_r G_r     (sums in float32)
 
-    LinearRows  a loss for each row, with any upstream gradient. Four GEMMs: the backward makes the logits again.
-    LinearSum   Σ_r u_r L_r with its gradient made in the forward. Three GEMMs. What it keeps are gradients of the plain
-                sum, in float32, so that 1/N never meets float16. The backward hands them out; a second one makes them
-                again.
+    LinearRows  one loss per row, with any upstream gradient. Four GEMMs: the backward computes the logits again.
+    LinearSum   Σ_r u_r L_r; the forward computes its gradient too. Three GEMMs. It keeps the gradients of the plain
+                sum, in float32, so that a factor 1/N is never applied in float16. The backward returns them; a second
+                backward computes them again.
 
-Rows whose label is `ignore_index` are dropped before the GEMMs: on a CPU always; on a GPU, where counting them would be
-a synchronisation, as far as the caller knows an upper bound of those that are left (`kept_tokens`). `sweep` is the
-chunks and the products of every pass, here and in linear_distribution_rows.
+Rows with the label `ignore_index` are dropped before the GEMMs: always on a CPU; on a GPU, where counting them needs a
+synchronisation, only if the caller gives an upper bound of the rows that are left (`kept_tokens`), or asks to count
+them (`COUNT`) and the GEMMs take long enough. `sweep` runs the chunks and GEMMs of every pass, here and in
+linear_distribution_rows.
 """
 
 from typing import NamedTuple
@@ -26,9 +27,9 @@ from triton_losses.families import label_rows
 from triton_losses.families.label_rows import walk
 from triton_losses.whole.label_rows import losses_of
 
-COUNT = -1  # as kept_tokens: the device counts the rows that are not ignored, and the host waits for it
-COUNTED_OPERATIONS = 1e12  # 2 ms of an H100: beyond, waiting 20 µs for the count costs nothing
-ALIGNMENT = 64  # columns: 50257 is odd, and GEMMs and kernels alike want every row of a chunk to start on 16 bytes
+COUNT = -1  # a value of kept_tokens: the device counts the rows that are not ignored, and the host waits for it
+COUNTED_OPERATIONS = 1e12  # 2 ms on an H100: beyond, waiting 20 µs for the count does not matter
+ALIGNMENT = 64  # columns: for GEMMs and kernels, rows should start at multiples of 16 bytes, and 50257 is odd
 BESIDE_ENTROPY = "log_p_beside_entropy"
 
 
@@ -38,13 +39,13 @@ class Problem(NamedTuple):
     ignore_index: int = -100
     softcap: float = 0.0  # 0: none
     scale: float = 1.0  # 1 / temperature
-    chunk_bytes: int = 0  # of logits at a time; 0: as many as are best
-    kept_tokens: int = 0  # upper bound of the rows that are not ignored; 0: unknown; COUNT
+    chunk_bytes: int = 0  # of logits at a time; 0: `rows_of_chunk` decides
+    kept_tokens: int = 0  # upper bound of the rows that are not ignored; 0: unknown; or COUNT
     dtype: torch.dtype = torch.float32  # of the products
-    stats: bool = False  # the rows' entropies and likeliest classes are wanted in any case
+    stats: bool = False  # whether to return the rows' entropies and most likely classes
 
     def of_rows(self, dtype):
-        """The problem of a chunk's rows: a loss of each."""
+        """The problem of a chunk's rows: one loss per row."""
         softcap, scale = self.softcap, self.scale
         return label_rows.Problem(self.formula, self.scalars, self.ignore_index, softcap, scale, "none", dtype)
 
@@ -54,8 +55,9 @@ def padded(classes):
 
 
 def rows_of_chunk(row_bytes, device, chunk_bytes):
-    """GPU: about 4096 rows, for then the traffic of dweight is small beside its GEMM; CPU: at most 64 MB, and 1024
-    rows.
+    """GPU: at most 4096 rows and 1 GB; CPU: at most 1024 rows and 64 MB.
+
+    With about 4096 rows, the memory traffic of dweight is small compared with its GEMM.
     """
     most_bytes, most_rows = (64 << 20, 1024) if device.type == "cpu" else (1 << 30, 4096)
     rows = (chunk_bytes or most_bytes) // row_bytes
@@ -63,7 +65,7 @@ def rows_of_chunk(row_bytes, device, chunk_bytes):
 
 
 def parts_of(rows, labels, chunk, ignore_index, kept_tokens):
-    """The rows of each chunk: slices where all count, as they do without labels, else indices of those that do."""
+    """The rows of each chunk: slices if all rows count, as without labels; otherwise indices of those that count."""
     kept = None
     if labels is not None and not runs_kernels(labels):
         kept = (labels != ignore_index).nonzero()[:, 0]
@@ -71,7 +73,7 @@ def parts_of(rows, labels, chunk, ignore_index, kept_tokens):
         ignored = labels == ignore_index
         if kept_tokens == COUNT:
             kept_tokens = rows - int(ignored.sum())  # the host waits for the device
-        elif kept_tokens < rows:  # were there more than kept_tokens, some would silently not count
+        elif kept_tokens < rows:  # if more rows were left, some would silently not count
             torch._assert_async((~ignored).sum() <= kept_tokens)
         if kept_tokens < rows:
             kept = ignored.to(torch.int8).argsort(stable=True)[:kept_tokens]
@@ -81,16 +83,16 @@ def parts_of(rows, labels, chunk, ignore_index, kept_tokens):
 
 
 def worth_counting(hidden, weight):
-    """Whether the products take so long (6 N H V operations, some milliseconds) that the host may wait for a count.
+    """Whether the GEMMs take so long (6 N H V operations, some milliseconds) that the host can wait for a count.
 
-    Never in a graph that is being captured, where it may not wait.
+    Never while a CUDA graph is captured, because the host must not wait then.
     """
     operations = 6 * hidden.shape[0] * weight.numel()
     return operations >= COUNTED_OPERATIONS and not capturing()
 
 
 def chunks(hidden, weight, bias, labels, problem):
-    """(rows, their hidden states, labels and logits, the room of these) of each chunk; all share one buffer."""
+    """Yield each chunk's rows, hidden states, labels, logits and their padded buffer, which all chunks share."""
     classes = weight.shape[0]
     chunk = rows_of_chunk(padded(classes) * hidden.itemsize, hidden.device, problem.chunk_bytes)
     buffer = hidden.new_empty(min(chunk, len(hidden)), padded(classes))
@@ -109,11 +111,11 @@ def product(hidden, weight, bias, out):
 
 
 def sweep(visit, tensors, wanted, problem):
-    """``visit(rows, their labels, their logits, their room)`` of each chunk makes its logits their gradient where any
-    is wanted.
+    """Call ``visit(rows, labels, logits, room)`` for each chunk, and return the gradients of hidden, weight and bias.
 
-    tensors: hidden, weight, bias, labels; wanted: of the first three. Returns their gradients, in float32 or wider,
-    those wanted, else empty. problem: this family's, or that of linear_distribution_rows.
+    If any gradient is wanted, visit must overwrite the logits with their gradient. tensors: hidden, weight, bias,
+    labels; wanted: one flag for each of the first three. The gradients are float32 or wider, and empty where not
+    wanted. problem: of this family, or of linear_distribution_rows.
     """
     hidden, weight, bias, labels = tensors
     grads = gradients_of(hidden, weight, bias, wanted, compute_dtype(problem.dtype))
@@ -131,9 +133,9 @@ def sweep(visit, tensors, wanted, problem):
 
 
 def add_product(total, a, b, first):
-    """total (float32 or wider) = a @ b, then += a @ b, with no rounding in between."""
+    """Set total (float32 or wider) to a @ b if ``first``, else add a @ b to it; CUDA does not round a @ b first."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)  # beta 0: what total held is not read
+        total.addmm_(a, b, beta=0 if first else 1)  # with beta 0 the old values of total are not read
     elif a.is_cuda:
         torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
     elif first:
@@ -148,11 +150,11 @@ def in_dtype(dtype, *tensors):
 
 @problem_op("Tensor?[] tensors, Tensor? upstream, bool[] wanted", Problem)
 def linear_rows_forward(tensors, upstream, wanted, problem):
-    """Losses, weights (0 where ignored), what a backward needs of each row, and the likeliest class of each where stats
-    are asked for (-1 where ignored; else empty); then, where wanted, the gradients of Σ upstream · loss by hidden,
-    weight and bias (else empty).
+    """Losses, weights, saved, likeliest; then the gradients of Σ upstream · loss by hidden, weight and bias.
 
-    tensors: hidden, weight, bias, labels, class weights.
+    weights: 0 where ignored. saved: what a backward needs of each row. likeliest: the most likely class of each row, -1
+    where ignored; empty without ``stats``. A gradient that is not wanted is empty. tensors: hidden, weight, bias,
+    labels, class weights.
     """
     *tensors, class_weights = tensors
     hidden, labels = tensors[0], tensors[3]
@@ -176,9 +178,7 @@ def linear_rows_forward(tensors, upstream, wanted, problem):
 
 @problem_op("Tensor?[] tensors, Tensor saved, Tensor upstream, Tensor[] operands, bool[] wanted", Problem)
 def linear_rows_backward(tensors, saved, upstream, operands, wanted, problem):
-    """The gradients of Σ upstream · formula(statistics of the row, operands) by hidden, weight and bias where wanted
-    (else empty).
-    """
+    """The gradients of Σ upstream · formula(row statistics, operands) by hidden, weight, bias; empty if not wanted."""
     *tensors, class_weights = tensors
     of_rows = problem.of_rows(compute_dtype(problem.dtype))
 
@@ -191,7 +191,7 @@ def linear_rows_backward(tensors, saved, upstream, operands, wanted, problem):
 
 
 def gradients_of(hidden, weight, bias, wanted, wide):
-    """Room for them; that of ``weight`` is filled by its first chunk."""
+    """Memory for the gradients; that of ``weight`` is not set to 0, because the first chunk overwrites it."""
     return (
         hidden.new_zeros(hidden.shape if wanted[0] else (0,), dtype=wide),
         weight.new_empty(weight.shape if wanted[1] else (0,), dtype=wide),
@@ -200,7 +200,7 @@ def gradients_of(hidden, weight, bias, wanted, wide):
 
 
 def add_gradients(grads, part, x, weight, logits, wanted, first):
-    """From a chunk whose logits have become their gradient."""
+    """Add the gradients of one chunk; its logits have been overwritten with their gradient."""
     d_hidden, d_weight, d_bias = grads
     if wanted[0]:
         d_hidden[part] = (logits @ weight).to(d_hidden.dtype)
@@ -211,7 +211,7 @@ def add_gradients(grads, part, x, weight, logits, wanted, first):
 
 
 def whole(tensors, problem, formula=None):
-    """Losses and weights in plain torch, all logits at once; of another formula of the same rows where it is given."""
+    """Losses and weights in plain torch, with all logits at once. formula: used instead of the problem's if given."""
     hidden, weight, bias, labels, class_weights = tensors
     logits = torch.nn.functional.linear(*in_dtype(problem.dtype, hidden, weight, bias))
     of_rows = problem.of_rows(problem.dtype)
@@ -223,7 +223,7 @@ def whole_entropy(tensors, problem):
 
 
 class LinearRows(torch.autograd.Function):
-    """losses, entropies (where the formula saves them), weights, saved, likeliest: the first two are differentiable."""
+    """Losses, entropies (if the formula saves them), weights, saved, likeliest: the first two are differentiable."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, class_weights, problem):
@@ -237,7 +237,7 @@ class LinearRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, d_entropy, *_):
-        *tensors, saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+        *tensors, saved = ctx.saved_tensors  # read only once, because checkpointing allows one access
         wanted, problem = list(ctx.needs_input_grad[:3]), ctx.problem
         beside = problem.formula == BESIDE_ENTROPY
         if differentiated_again() or read_whole(dout):
@@ -252,7 +252,7 @@ class LinearRows(torch.autograd.Function):
 
 
 def differentiable_gradients(tensors, problem, dout, wanted, upstream=None, d_entropy=None):
-    """By autograd, of all logits at once: for second derivatives."""
+    """The gradients by autograd, with all logits at once: for second derivatives."""
     with torch.enable_grad():
         losses = whole(tensors, problem)[0]
         results, douts = [losses if upstream is None else (losses * upstream).sum()], [dout]
@@ -269,8 +269,9 @@ def cast(grads, tensors, wanted):
 
 
 def keep_gradients(ctx, tensors, grads):
-    """Save tensors, and gradients for the backward to change and hand out; in a graph, which may not change what it
-    saves, save both.
+    """Save tensors, and keep gradients, which the backward will multiply in place and return.
+
+    A compiled graph must not change what it saves, so it saves the gradients like the tensors.
     """
     compiling = torch.compiler.is_compiling()
     ctx.grads = None if compiling else grads
@@ -278,7 +279,7 @@ def keep_gradients(ctx, tensors, grads):
 
 
 def kept_gradients(ctx, saved, dout, make_again):
-    """Those gradients, or in a second backward others like them, times dout."""
+    """The kept gradients times dout; in a second backward ``make_again`` computes them again."""
     if saved:
         return [g * dout for g in saved]
     grads, ctx.grads = ctx.grads, None
@@ -316,13 +317,13 @@ class LinearSum(torch.autograd.Function):
 
 def dtype_of_product(hidden, weight):
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:  # autocast does not change float64
         return torch.get_autocast_dtype(hidden.device.type)
     return dtype
 
 
 class Rows(NamedTuple):
-    """What linear_rows returns: `total` or else `losses` and `entropy` are differentiable."""
+    """What linear_rows returns. `total` is differentiable; if it is None, `losses` and `entropy` are."""
 
     total: torch.Tensor | None
     losses: torch.Tensor
@@ -333,10 +334,10 @@ class Rows(NamedTuple):
 
 
 def linear_rows(formula, tensors, upstream=None, total=False, **options):
-    """``formula`` of each row of logits, as Rows; ``total``: Σ upstream · losses, which takes one product less.
+    """``formula`` of each row of logits, as Rows; ``total``: Σ upstream · losses, which takes one GEMM less.
 
     tensors: hidden (rows, features), weight (classes, features), bias, labels (rows,), class weights. The logits are
-    made in hidden's dtype, or autocast's. options: fields of Problem.
+    computed in the promoted dtype of hidden and weight, or autocast's. options: fields of Problem.
     """
     hidden, weight, bias, labels, class_weights = tensors
     dtype = dtype_of_product(hidden, weight)

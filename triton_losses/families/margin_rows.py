@@ -1,7 +1,6 @@
-"""Losses of a row of scores whose labels should outscore the others: L_r = 1/C Σ_{t∈T} w_t Σ_{j∉T} f(x_j - x_t).
+"""Margin losses of a row of scores, where the labels T should win: L_r = 1/C Σ_{t∈T} w_t Σ_{j∉T} f(x_j - x_t).
 
-T are the row's labels: one, or a set, which ends before the first negative one; a label that stands in it twice counts
-twice.
+T is one label, or a set that ends before its first negative entry; a label that occurs twice counts twice.
 A formula takes d = x_j - x_t and the margin m, and returns f and f': f is max(0, m + d) or its square.
 With s_t = w_t/C Σ_{j∉T} f'(x_j - x_t),
 
@@ -10,7 +9,7 @@ With s_t = w_t/C Σ_{j∉T} f'(x_j - x_t),
     forward   reads a row once for each of its labels; writes its loss and saves s_t
     backward  reads a row once and writes its gradient
 
-On a CPU ATen's own loops do that, of one label a row, or of sets with p = m = w = 1.
+On a CPU ATen's own functions compute this: for one label per row, or for sets with power, margin and weights 1.
 """
 
 from typing import NamedTuple
@@ -45,11 +44,10 @@ def margin_rows(formula, x, labels, class_weights=None, margin=1.0, reduction="m
 
 
 def margin_rows_by_aten(formula, x, labels, class_weights=None, margin=1.0, reduction="mean"):
-    """The same as an operation of ATen's in autograd's graph: of few numbers on a CPU, where an op of ours takes too
-    long.
+    """The same by ATen's operation in autograd's graph: for small tensors on a CPU, where our op takes too long.
 
-    ATen cannot differentiate its own gradient. Where that is asked for, a hook puts the whole reading's in its place.
-    The hook keeps x as long as the loss is there.
+    ATen cannot differentiate its own gradient. If the gradient is to be differentiated, a hook replaces it by that of
+    the whole reading. The hook keeps x alive as long as the loss.
     """
     loss = blocks.loss_of(x, labels, class_weights, formula.name, margin, reduction)
     if loss.requires_grad:

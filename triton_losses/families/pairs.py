@@ -1,11 +1,11 @@
-"""Losses of a few vectors a row: L_r = f(S_1, S_2, ..., y), of sums over pairs of vectors, S_k = Σ_j g(u_j, v_j).
+"""Losses of a few vectors per row: L_r = f(S_1, S_2, ..., y), of sums over pairs of vectors, S_k = Σ_j g(u_j, v_j).
 
-g is a formula of one coordinate of each: x y, whose sums are u·v and, of a vector and itself, u·u; or a power of |x -
-y|, whose sums are distances (never u·u - 2 u·v + v·v, which cancels). f is a formula of the sums and, where there is
-one, a target y.
+g is a formula of one coordinate of each vector. With g = x y the sums are u·v, or u·u for a vector paired with itself.
+With a power of |x - y| they are distances, which are never computed as u·u - 2 u·v + v·v, because that cancels. f is a
+formula of the sums and, if there is one, a target y.
 
     forward   reads every vector once; writes the losses and saves the sums
-    backward  reads every vector again; writes ∂L/∂u_j = Σ_k ∂f/∂S_k · ∂g/∂u_j over the pairs that hold u
+    backward  reads every vector again; writes ∂L/∂u_j = Σ_k ∂f/∂S_k · ∂g/∂u_j over the pairs that contain u
 """
 
 import math
@@ -28,7 +28,7 @@ else:
 class Problem(NamedTuple):
     coordinate: str  # g
     formula: str  # f
-    pairs: tuple[int, ...]  # two places of vectors for each sum
+    pairs: tuple[int, ...]  # the indices of two vectors for each sum
     dtype: torch.dtype  # of the result
     scalars: tuple[float, ...] = ()  # of f
     coordinate_scalars: tuple[float, ...] = ()  # of g
@@ -39,11 +39,10 @@ read = Bridge("pairs", Problem, inputs=4, outputs=1, whole=whole, blocks=blocks,
 
 
 def pairs(formula, coordinate, vectors, of, target=None, *, dtype, **options):
-    """``formula`` of the sums of ``coordinate`` over each pair of ``vectors``, given by their places in ``of``, and the
-    target.
+    """``formula`` of the target and of the sums of ``coordinate`` over each pair of ``vectors``.
 
-    vectors: two or three tensors (..., D) that broadcast. target: (...). dtype: of the result, unless autocast makes it
-    float32. options: fields of Problem.
+    vectors: two or three tensors (..., D) that broadcast. of: the pairs, as indices of vectors. target: (...).
+    dtype: of the result, unless autocast makes it float32. options: fields of Problem.
     """
     x = vectors[0]
     for v in (*vectors[1:], target):
@@ -53,7 +52,7 @@ def pairs(formula, coordinate, vectors, of, target=None, *, dtype, **options):
     if any(v.shape != shape for v in vectors) or target is not None and target.shape != shape[:-1]:
         shapes, wide = [v.shape for v in vectors], widest(vectors)
         shape = torch.broadcast_shapes(*shapes, *([] if target is None else [(*target.shape, 1)]))
-        # gradients that are summed are rounded once
+        # in the wide dtype, so that gradients are summed over broadcast dimensions before they are rounded
         vectors = [v if v.shape == shape else v.to(wide).expand(shape) for v in vectors]
         target = target if target is None else target.expand(shape[:-1])
     if len(shape) != 2:

@@ -1,15 +1,16 @@
-"""Losses of a row of numbers that are chances up to a factor: p_j = x_j / Σ_k x_k, and L_r = Σ_j f(y_j, p_j).
+"""Losses of a row of unnormalised probabilities x: p_j = x_j / Σ_k x_k, and L_r = Σ_j f(y_j, p_j).
 
-A formula takes y, p, then scalars, and returns f and its partials by both. From those, with the sum over the row,
+A formula takes y, p, then scalars, and returns f and its partial derivatives with respect to both. These and their sum
+over the row give
 
     ∂L/∂x_j = (∂f/∂p_j - Σ_k p_k ∂f/∂p_k) / Σ_k x_k        ∂L/∂y_j = ∂f/∂y_j
 
-A label t may stand for y_j = [j = t]. Then f and ∂f/∂p must be 0 where y is, so that p_t and Σ x are all that counts;
-rows whose label is `ignore_index` cost nothing, and the mean is over the others.
+A label t may be given instead of y_j = [j = t]. Then f and ∂f/∂p must be 0 where y is 0, so that only p_t and Σ x are
+needed. Rows with the label `ignore_index` have loss 0, and the mean is over the other rows.
 
-    forward   reads x twice, the second time out of the cache, and y; with labels x once. Saves Σ x, and kernels Σ p
-              ∂f/∂p
-    backward  reads x and y and writes the gradients; with labels it reads one number a row
+    forward   reads x twice, the second time from the cache, and y once; with labels it reads x once. It saves Σ x;
+              kernels also save Σ p ∂f/∂p
+    backward  reads x and y and writes the gradients; with labels it reads one number per row
 """
 
 from typing import NamedTuple

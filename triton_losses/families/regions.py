@@ -1,24 +1,23 @@
-"""Losses of the regions of an image, from one read of its logits: what Dice and its kin are made of.
+"""Losses of the regions of an image, such as Dice, from one read of its logits.
 
-    p = softmax, sigmoid or identity of the logits x;  t = 1 for a pixel's own class, else 0; or a map of the logits'
-    shape
+    p          softmax, sigmoid or identity of the logits x
+    t          1 for a pixel's own class and 0 for the others; or a map of the logits' shape
+    sums[b]    Σ p t, Σ p, Σ t  over the pixels of image b, for each class. ``squared``: Σ p², Σ t² for Σ p, Σ t.
+               ``smaller``: Σ min(p, t) for Σ p t
+    losses[b]  Σ L  of a formula of the same pixels. With softmax it is a row formula of log_p and weight,
+               Σ_j t_j f(log p_j, w_j), with (1 - ε) t + ε/C for t if smoothed; otherwise f(x, t) of each element
 
-    sums[b]   = Σ p t, Σ p, Σ t  over the pixels of image b, by class;  Σ p², Σ t² where squared;  Σ min(p, t) where
-              smaller losses[b] = Σ L  of a formula of the same pixels. Beside softmax that is a row formula of log_p
-              and weight, Σ_j t_j f(log p_j, w_j), with (1 - ε) t + ε/C for t where smoothed; else f(x, t) of each
-              element.
-
-One formula makes a score of an image's sums of a class, another the score's loss. Those losses are weighted and
-reduced, and the mean of the pixels' formula may stand beside them.
+One formula computes a score from an image's sums of a class, and another one the loss from the score. These losses are
+weighted and reduced, and the mean of the pixels' formula may be added.
 
     softmax   ∂/∂x_j = p_j (g_j - Σ_c p_c g_c - Σ_c t_c f'_c) + t_j f'_j,     g_c = d(Σpt) t_c + d(Σp)
 
-    forward   reads the logits once; each program writes one row of sums, and the rows are added in a fixed order. With
-              the loss come its derivatives by the sums, which are saved
+    forward   reads the logits once; each program writes one row of sums, and the rows are added in a fixed order.
+              Kernels also save the derivatives of the loss by the sums
     backward  reads the logits once and writes their gradient once
 
-Where something else happens between sums and loss, such as an all-reduce, `region_sums` gives the sums; the rest is
-plain torch.
+`region_sums` returns the sums, for callers that do something between sums and loss, such as an all-reduce. They compute
+the rest in plain torch.
 """
 
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ else:
 
 class SumsProblem(NamedTuple):
     activation: str  # "softmax", "sigmoid" or "none"
-    ignore_index: int | None  # pixels with this label, or elements of a map with this value, count nowhere
+    ignore_index: int | None  # pixels with this label, or elements of a map with this value, do not count
     squared: bool
     smaller: bool
     formula: str  # "" for none
@@ -48,7 +47,7 @@ class SumsProblem(NamedTuple):
 
 
 class Problem(NamedTuple):
-    activation: str  # these seven as above
+    activation: str  # these seven fields as above
     ignore_index: int | None
     squared: bool
     smaller: bool
@@ -57,16 +56,17 @@ class Problem(NamedTuple):
     smoothing: float
     background: bool  # whether class 0 counts in the score
     batch: bool  # one score for all images
-    # "macro": a score of each class; else one of them all, with "simple" and "square" divided by Σ t or (Σ t)²
+    # "macro": one score per class; otherwise one score of the classes' sums, added up as they are ("micro") or divided
+    # by Σ t ("simple") or (Σ t)² ("square")
     average: str
     score: str
     score_scalars: tuple[float, ...]
-    link: str  # the score's loss
+    link: str  # formula of the score's loss
     link_scalars: tuple[float, ...]
-    # what an absent class costs: "smooth" as others, "zero" nothing, "exclude" nothing, nor is it in the mean
+    # the loss of an absent class: "smooth": as for others; "zero": 0; "exclude": 0, and the mean does not count it
     empty: str
-    lambdas: tuple[float, ...]  # of the score's loss and of the formula's, where there is one
-    # of the formula: it has the score's classes, and its "sum" is one of the images' means over space
+    lambdas: tuple[float, ...]  # factors of the score's loss and of the formula's, if there is one
+    # whether the formula is only of the score's classes, and its "sum" adds the images' means over pixels
     means_of_space: bool
     reduction: str
     dtype: torch.dtype  # of the result
@@ -98,7 +98,7 @@ def regions(problem, logits, targets, weights=None):
     """The loss of ``logits`` (images, classes, pixels).
 
     targets: labels (images, pixels), integers or integral floats, or a map of the logits' shape. weights: of the
-    classes that count; where there is a formula of all classes, in both losses.
+    classes that count; if there is a formula, of all classes, and they apply to both losses.
     """
     return by_reading(read, problem, logits, targets, weights)
 

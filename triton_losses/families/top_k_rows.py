@@ -1,20 +1,19 @@
-"""Losses of a row of logits x and of the classes K that another distribution finds likeliest: their ids and
-log-probabilities.
+"""Losses of a row of logits x and of the top-k classes K of another distribution, given by ids and log-probabilities.
 
-distribution_rows compares two short rows, one bin for each class of K and, where there is a *tail*, one for all others:
+distribution_rows compares two short rows. They have a bin for each class in K and, with a *tail*, one for all others:
 
-    of the logits    x_j                  log Σ_{j∉K} exp x_j          whose softmax is that of x, the others added up
+    of the logits    x_j                  log Σ_{j∉K} exp x_j          (the softmax of x, with the others added up)
     of the other     log p_j              log (1 - Σ_K p_j)
 
-With g the gradient by the bins of the logits,
+With g the gradient of the loss by the bins of the logits,
 
-    ∂L/∂x_j = g_j for j in K,    g_tail · exp x_j / Σ_{i∉K} exp x_i for the others: 0 without a tail
+    ∂L/∂x_j = g_j for j in K,    g_tail · exp x_j / Σ_{i∉K} exp x_i for the others (0 without a tail)
 
-    forward   takes x_K and leaves in its place what is next to -inf; label_rows reads the rest once. No 1 - Σ q to
-              cancel
-    backward  label_rows makes the rest its gradient, in place; g_K is written over it
+    forward   reads x_K and overwrites it with a number close to -inf; then label_rows reads the row once, for the tail.
+              The tail is not computed as 1 - Σ q, which would cancel
+    backward  label_rows overwrites the row with the tail's gradient, in place; then g_K is written to the columns of K
 
-An entry whose log-probability is -inf does not exist, whatever its id is: so entries may be filled up to one length.
+An entry with the log-probability -inf does not exist, whatever its id is, so rows can be padded to one length.
 """
 
 import torch
@@ -23,7 +22,7 @@ from triton_losses.core.rows import Pass
 from triton_losses.families import distribution_rows, label_rows
 
 IGNORED = -1  # the mark of a row that does not count; that of others is 0
-MOST = 1.05  # of the sum of probabilities: bfloat16 rounds their logarithms
+MOST = 1.05  # the largest sum of probabilities accepted: bfloat16 rounds their logarithms
 
 
 def marks_of(rows, labels, ignore_index, like):
@@ -31,8 +30,9 @@ def marks_of(rows, labels, ignore_index, like):
 
 
 def entries_of(ids, log_p, marks, classes):
-    """Which entries exist; in whose place each stands, an entry that does not in that of one that does; its id, within
-    range.
+    """Which entries exist, the place of each entry, and the id at that place, clamped to valid ids.
+
+    The place of an entry that does not exist is that of one in the same row that does.
     """
     exists = (log_p != -float("inf")) & (marks == 0)[:, None]
     own = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
@@ -41,8 +41,9 @@ def entries_of(ids, log_p, marks, classes):
 
 
 def check(ids, log_p, exists, classes):
-    """Refuse ids that are no class or stand twice in a row, and sums far beyond 1: at once on a CPU, on the device
-    elsewhere.
+    """Refuse ids that are no class or occur twice in a row, and probabilities with a sum far above 1.
+
+    For CPU tensors it raises; for others the device asserts, so that the host need not wait.
     """
     low, high = (torch.where(exists, ids, 0).amin(), torch.where(exists, ids, 0).amax()) if ids.numel() else (0, 0)
     nothing = -1 - torch.arange(ids.shape[1], device=ids.device)  # all different
@@ -64,26 +65,26 @@ def check(ids, log_p, exists, classes):
 
 
 def lowest_of(dtype, scale):
-    """Next to -inf, but finite, also when scaled: a row may have no other class, and -inf - -inf is nan."""
+    """Close to -inf, but finite even when scaled: a row may have no other class, and -inf - (-inf) is nan."""
     return torch.finfo(dtype).min / (2 * max(scale, 1.0))
 
 
 def with_tails(bins, highest, log_rest, lowest, log_p):
-    """Both sets of bins with that of the tail; ours less the tail's own maximum, which would else round digits away."""
+    """Both rows of bins with the tail's; from ours the tail's maximum is subtracted, to lose no digits in rounding."""
     nothing = highest < lowest
     ours = torch.cat([bins - torch.where(nothing, 0, highest), torch.where(nothing, -float("inf"), log_rest)], 1)
-    # at least the rounding of 1: a tail of exactly 0 would make the reverse divergence of a confident teacher infinite
+    # at least eps: with a tail of exactly 0, the reverse divergence of a confident teacher would be infinite
     rest = (1 - log_p.exp().sum(1, keepdim=True)).clamp(min=torch.finfo(log_p.dtype).eps)
-    # and where there is no other class, the rounding would make the forward one infinite
+    # but log 0 if there is no other class: with a tail of eps, the forward divergence would be infinite
     none = nothing & (rest < MOST - 1)
     return ours, torch.cat([log_p, torch.where(none, -float("inf"), rest.log())], 1)
 
 
 def walk(logits, ids, log_p, labels, problem, student_first, tail, upstream=None):
-    """The losses of the rows, as distribution_rows.walk has them; with ``upstream`` the logits become the gradient of Σ
-    upstream · losses.
+    """The losses of the rows, as in distribution_rows.walk. It overwrites the logits.
 
-    Without it they are lost too. student_first: the logits are the p of the formula, else its q.
+    With ``upstream``, the logits become the gradient of Σ upstream · losses. student_first: whether the logits are the
+    formula's p; if not, its q.
     """
     rows, classes = logits.shape
     wide, scale, count = problem.dtype, problem.scale, ids.shape[1]
@@ -105,7 +106,8 @@ def walk(logits, ids, log_p, labels, problem, student_first, tail, upstream=None
     if upstream is None:
         return losses
     if tail:
-        # the bins' gradients sum to 0; where the tail has most of the mass, its own is a difference that rounding eats
+        # the bins' gradients sum to 0. If the tail has most of the mass, its own gradient would lose digits by
+        # cancellation, so it is computed from the others
         most = bins[:, count] > bins[:, :count].logsumexp(1)
         of_tail = torch.where(most, -g[:, :count].sum(1), g[:, count])
         label_rows.walk((logits, marks, None), of_rest, Pass(rest, grad=logits, upstream=of_tail))
@@ -117,7 +119,7 @@ def walk(logits, ids, log_p, labels, problem, student_first, tail, upstream=None
 
 
 def whole_bins(logits, ids, log_p, labels, ignore_index, tail, scale, wide):
-    """The bins of both, in plain torch."""
+    """Both rows of bins, in plain torch."""
     marks = marks_of(len(ids), labels, ignore_index, ids)
     exists, place, columns = entries_of(ids, log_p, marks, logits.shape[1])
     x = logits.to(wide) * scale

@@ -1,11 +1,11 @@
-"""Connectionist temporal classification by kernels.
+"""Kernels of connectionist temporal classification (CTC).
 
-    forward   the rows' statistics, where the inputs are logits; two launches that walk (ctc_walk.py), the second of
-              which writes the losses; and what adds them up
-    backward  one program a row: it writes the gradient of p, then writes over it at the target's own classes, of each
-              of which it has summed how likely the states are
+    forward   if the inputs are logits, a kernel computes the rows' statistics; two launches of ctc_walk.py's kernel run
+              the recursion, and the second one writes the losses; `finish` reduces them
+    backward  one program per row writes p · upstream, then overwrites blank and the target's classes with
+              (p - occupancy) · upstream; the occupancy of a class is the sum of the probabilities of its states
 
-Neither the number of steps nor that of samples, nor the length of targets up to the next power of 2, makes a new plan.
+A plan serves any number of steps and of samples, and all target lengths that have the same next power of 2.
 """
 
 from typing import NamedTuple
@@ -31,16 +31,16 @@ from triton_losses.kernels.rows import rule as row_rule
 
 
 class Kind(NamedTuple):
-    """What the backward's kernel is built for."""
+    """Compile-time parameters of the backward's kernel."""
 
-    compute: tl.dtype  # of the gradient
+    compute: tl.dtype  # the type that the gradient is computed in
     vec: int  # classes in 16 bytes
     edge: bool  # whether a row may start or end within such a vector
-    block: int  # a power of 2 that holds blank and the labels of a target
-    from_logits: bool  # else from log-probabilities
-    probabilities: bool  # the gradient has them in it: not where it is the derivative by log-probabilities
+    block: int  # a power of 2, no less than 1 (blank) + the number of labels of a target
+    from_logits: bool  # the inputs are logits; otherwise log-probabilities
+    probabilities: bool  # the gradient contains p; the exact derivative by log-probabilities does not
     zero_infinity: bool
-    mean: bool  # the loss is a mean of losses that are divided by the lengths of their targets
+    mean: bool  # each loss is divided by its target's length, then averaged over the samples
 
 
 @triton.jit(
@@ -51,18 +51,18 @@ class Kind(NamedTuple):
 def statistics_kernel(
     inputs,  # (steps, samples, cols), at t * step_stride + n * sample_stride
     input_lengths,
-    state,  # (2, samples) of other things, then (2, samples, steps): max x and log Σ exp(x - max x), 0 after the end
+    state,  # (2, samples) unused here, then (2, samples, steps): max x and log Σ exp(x - max x), 0 after the end
     step_stride: tl.int64,
     sample_stride: tl.int64,
     steps: tl.int64,
     samples: tl.int64,
     rows: tl.int64,  # steps * samples
     cols,
-    KIND: tl.constexpr,  # of kernels/rows.py
+    KIND: tl.constexpr,  # the Kind of kernels/rows.py
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One program a row."""
+    """One program per row."""
     program = tl.program_id(0).to(tl.int64)
     t = program // samples
     n = program % samples
@@ -77,7 +77,7 @@ def statistics_kernel(
 
 @triton.jit
 def load_inputs(pointers, mask, KIND: tl.constexpr):
-    """Nothing is read of what is not needed."""
+    """Inputs in the compute type; zeros, without a load, if the gradient does not contain p."""
     if not KIND.probabilities:
         return tl.full(pointers.shape, 0.0, KIND.compute)
     elif mask is None:
@@ -105,15 +105,15 @@ def write_tile(x, grad, mask, of_row, KIND: tl.constexpr, EVICT: tl.constexpr):
 def write_probabilities(
     inputs, grad, start, cols, of_row, KIND: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr
 ):
-    """The gradient of one row, as if the target had none of its classes."""
+    """Write p · upstream to one row of the gradient, as if the target had none of its classes."""
     head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
-    first = (start + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first = (start + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
-        for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
+        for u in tl.static_range(UNROLL):  # all loads are issued first, so that they overlap
             tiles += (load_inputs(inputs + first + (v + u * LANES) * KIND.vec + tile, None, KIND),)
         for u in tl.static_range(UNROLL):
             write_tile(tiles[u], grad + first + (v + u * LANES) * KIND.vec + tile, None, of_row, KIND, "evict_first")
@@ -130,13 +130,13 @@ def write_probabilities(
 
 @triton.jit
 def within_class(value, this, next_value, following):
-    """Folds values that are sorted by class: of what is folded, the last class's sum, and which class that is."""
+    """Combine two parts of a scan over values sorted by class: the sum of the last class so far, and that class."""
     return tl.where(this == following, value + next_value, next_value), following
 
 
 @triton.jit
 def write_own_classes(inputs, grad, places, likely, width, length, of_row, KIND: tl.constexpr):
-    """The gradient of one row at blank and at the target's classes: p less their occupancies, which sum to 1."""
+    """Write (p - occupancy) · upstream at blank and the target's classes of one row; the occupancies sum to 1."""
     k = tl.arange(0, KIND.block)
     exists = k <= length
     place = tl.load(places + k, mask=exists, other=0)
@@ -159,12 +159,12 @@ def write_own_classes(inputs, grad, places, likely, width, length, of_row, KIND:
 )
 def gradient_kernel(
     inputs,  # (steps, samples, cols), at t * step_stride + n * sample_stride
-    grad,  # the same
+    grad,  # the same shape and strides
     input_lengths,
     target_lengths,
-    state,  # (samples,) of other things, (samples,) losses, then where from_logits (2, samples, steps) statistics
+    state,  # (samples,) unused here, (samples,) losses, then if from_logits (2, samples, steps) statistics
     places,  # (samples, 2, width): the places of blank and of the labels, sorted by class, and their classes
-    likely,  # (samples, steps, 2, width): how likely each blank and each label is
+    likely,  # (samples, steps, 2, width): the posterior probability of each blank and each label
     upstream,  # at n * upstream_stride
     step_stride: tl.int64,
     sample_stride: tl.int64,
@@ -178,7 +178,7 @@ def gradient_kernel(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One program a row: (p - occupancy) · upstream; zeros after a sample's end, nan where its loss is not finite."""
+    """One program per row: (p - occupancy) · upstream; zeros after a sample's end, nan if its loss is not finite."""
     program = tl.program_id(0).to(tl.int64)
     t = program // samples
     n = program % samples
@@ -200,7 +200,7 @@ def gradient_kernel(
             log_total += tl.load(state + 2 * samples + rows + n * steps + t)
         of_row = (highest, log_total, factor)
         write_probabilities(inputs, grad, start, cols, of_row, KIND, LANES, UNROLL)
-        tl.debug_barrier()  # what follows writes over some of what other threads have written
+        tl.debug_barrier()  # the next call overwrites values that other threads have written
         of_sample = places + n * 2 * width
         of_step = likely + (n * steps + t) * 2 * width
         write_own_classes(inputs + start, grad + start, of_sample, of_step, width, length, of_row, KIND)
@@ -209,7 +209,7 @@ def gradient_kernel(
 
 
 def wide_enough(config, block):
-    """With warps for so many states, at most 16 a lane."""
+    """The configuration with enough warps that a lane has at most 16 states; the increase stops at 16 warps."""
     warps = max(config["num_warps"], min(block // (8 * WARP), 16))
     return {**config, "LANES": warps * WARP, "num_warps": warps}
 
@@ -235,17 +235,17 @@ gradient_launch = Tuned(
 
 
 def readable(inputs):
-    """Without gaps, and the classes of a step and sample side by side; the first two dimensions in either order."""
+    """The inputs, contiguous as (steps, samples, classes) or (samples, steps, classes); copied if they are neither."""
     return inputs if inputs.is_contiguous() or inputs.transpose(0, 1).is_contiguous() else inputs.contiguous()
 
 
 def target_stride_of(targets):
-    """From one target to the next; of targets one after another how many labels there are."""
+    """The stride from one target to the next; for concatenated targets the total number of labels."""
     return targets.stride(0) if targets.dim() == 2 else targets.shape[0]
 
 
 class Shape(NamedTuple):
-    """What of a call's sizes its kernels are built for."""
+    """The sizes of a call that its kernels are compiled for."""
 
     cols: int
     vec: int
@@ -261,7 +261,7 @@ def shape_of(inputs, targets, width):
 
 
 def sizes_of(inputs):
-    """Arguments of all kernels."""
+    """The inputs, their sizes and strides: arguments of all kernels."""
     (steps, samples, cols), (step_stride, sample_stride, _) = inputs.shape, inputs.stride()
     strides = {"step_stride": step_stride, "sample_stride": sample_stride}
     return {"inputs": inputs, "steps": steps, "samples": samples, "rows": steps * samples, "cols": cols, **strides}
@@ -302,7 +302,7 @@ def forward_plan(tensors, shape, options):
 
 
 def forward(tensors, problem):
-    """saved: state, places and likely, as the kernels describe them."""
+    """Saves state, places and likely for the backward; the kernels' arguments describe them."""
     inputs, targets, input_lengths, target_lengths = tensors
     (steps, samples, _), width, wide = inputs.shape, problem.width, compute_dtype(inputs.dtype)
     none, stored = problem.reduction == "none", steps if problem.store else 0

@@ -1,11 +1,11 @@
-"""The recursion of ctc by kernels: a program walks a sample from one of its ends.
+"""The kernel of CTC's recursion: each program walks one sample from one of its two ends.
 
-A number of the recursion is a pair: a mantissa, in [1, 2) or 0, and a power of 2 that a float holds exactly. Sums and
-products of such pairs round by half a unit in the last place and never under- or overflow, so there is nothing to
-renormalise across states and no logarithm to take: a program of one warp meets no barrier.
+Each number of the recursion is a pair: a mantissa, in [1, 2) or 0, and a power of 2 that a float holds exactly. Sums
+and products of such pairs round by half a unit in the last place and never under- or overflow. So the states need no
+renormalisation, which would be a reduction over threads, and no logarithm; a program of one warp has no barrier.
 
-Each sample is walked from both ends at once. One launch goes up to the middle; the next one goes on, past the middle,
-over what the other direction left behind, and puts in its place how likely each state is.
+Each sample is walked from both ends at once. The first launch walks to the middle. The second launch goes on past the
+middle, over the states that the other direction has stored, and replaces them by each state's posterior probability.
 """
 
 from typing import NamedTuple
@@ -17,26 +17,26 @@ from triton_losses.core.compiler import WARP
 from triton_losses.core.device_math import LN2, LOG2E, division
 from triton_losses.core.tuning import Tuned
 
-NEVER = tl.constexpr(-1e30)  # the power of 2 of a 0; sums of a few stay finite, which -inf would not
+NEVER = tl.constexpr(-1e30)  # the power of 2 of a 0; finite, even if a few are added, so that no difference is nan
 STRIDES, LENGTHS = ("step_stride", "sample_stride"), ("input_lengths", "target_lengths")  # arguments of these kernels
 
 
 class Kind(NamedTuple):
-    """What a launch that walks is built for."""
+    """Compile-time parameters of the kernel."""
 
-    compute: tl.dtype  # of the recursion
-    block: int  # a power of 2 that holds blank and the labels of a target
-    padded: bool  # targets are (samples, more); else one after another
-    from_logits: bool  # else from log-probabilities
-    store: bool  # how likely each state is: the backward needs it
+    compute: tl.dtype  # the type of the recursion
+    block: int  # a power of 2, no less than 1 (blank) + the number of labels of a target
+    padded: bool  # the targets are (samples, most labels); otherwise concatenated
+    from_logits: bool  # the inputs are logits; otherwise log-probabilities
+    store: bool  # store each state's posterior probability, which the backward needs
     zero_infinity: bool
-    mean: bool  # the loss of a sample is divided by its number of labels
-    apart: bool  # from the ends to the middle; else together, from there on
+    mean: bool  # each sample's loss is divided by its number of labels
+    apart: bool  # the launch from the ends to the middle; otherwise the one from there on
 
 
 @triton.jit
 def power_of(x):
-    """e^x as mantissa and power; 0 where x < -6e29, and nan of nan."""
+    """e^x as a mantissa and a power of 2; 0 if x < -6e29, nan if x is nan."""
     never = x < -6e29
     x = tl.where(never, 0.0, x).to(x.dtype)
     power = tl.floor(x * LOG2E)
@@ -51,7 +51,7 @@ def power_of(x):
 
 @triton.jit
 def normal(mantissa, power):
-    """The same number with its mantissa in [1, 2); 0 and nan stay what they are."""
+    """The same number with its mantissa in [1, 2); a mantissa of 0 or nan is kept."""
     if mantissa.dtype == tl.float64:
         bits = mantissa.to(tl.int64, bitcast=True)
         shift = (bits >> 52) - 1023
@@ -67,9 +67,9 @@ def normal(mantissa, power):
 
 @triton.jit
 def transition(state, k, skip):
-    """What leads to each state.
+    """For each state, the sum of the states that lead to it.
 
-    To blank k: itself and label k - 1. To label k: itself, blank k and, where it differs, label k - 1.
+    To blank k lead itself and label k - 1. To label k lead itself, blank k and, if it differs, label k - 1.
     """
     blank, blank_power, label, label_power = state
     below = tl.maximum(k - 1, 0)
@@ -87,7 +87,7 @@ def transition(state, k, skip):
 
 @triton.jit
 def load_states(mantissas, powers, at, target):
-    """Of one step: blanks and labels in the direction's own order, as mantissas and powers."""
+    """Load one step's blanks and labels, as mantissas and powers, in the order in which this direction walks."""
     k, length, width, reverse = target
     blank = at + tl.where(reverse, length - k, k)
     label = at + width + tl.where(reverse, length - 1 - k, k)
@@ -108,7 +108,7 @@ def store_states(pointer, at, blank, label, target):
 
 @triton.jit
 def likelihood_of(state, other, k, length):
-    """Σ over the states of what has led to them times what follows from them on: a mantissa and a power."""
+    """Σ over the states of the forward times the backward probability, as a mantissa and a power."""
     blank, blank_power, label, label_power = state
     blank = tl.where(k <= length, blank * other[0], 0.0).to(blank.dtype)
     label = tl.where(k < length, label * other[2], 0.0).to(blank.dtype)
@@ -123,7 +123,7 @@ def likelihood_of(state, other, k, length):
 
 @triton.jit
 def sum_of(numbers, count, DTYPE: tl.constexpr):
-    """The sum of so many numbers that lie side by side, always in the same order."""
+    """The sum of ``count`` adjacent numbers, always in the same order."""
     lanes = tl.arange(0, 256)
     sums = tl.zeros((256,), DTYPE)
     for start in range(0, count, 256):
@@ -133,17 +133,17 @@ def sum_of(numbers, count, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_labels(labels, place, KIND: tl.constexpr):
-    """Labels at these places of a target; 0 where it has none."""
+    """Load the labels at these places of a target; 0 where it has none."""
     targets, first, length, room = labels
     mask = (place >= 0) & (place < length)
-    if not KIND.padded:  # nobody has looked whether the lengths add up
+    if not KIND.padded:  # nothing has checked that the lengths add up
         mask = mask & (first + place < room)
     return tl.load(targets + first + place, mask=mask, other=0).to(tl.int64)
 
 
 @triton.jit
 def class_at(labels, place, blank, cols, KIND: tl.constexpr):
-    """The class of a label, by places from 1; -1 of blank, at place 0, and of a label that wrongly is blank."""
+    """The class of the label at a place, from 1 on; -1 for blank (place 0) and for a label that wrongly is blank."""
     label = load_labels(labels, place - 1, KIND)
     label = tl.minimum(tl.maximum(label, 0), cols - 1).to(tl.int32)
     return tl.where((place == 0) | (label == blank), -1, label)
@@ -153,7 +153,7 @@ def class_at(labels, place, blank, cols, KIND: tl.constexpr):
 def sort_by_class(labels, places, width, blank, cols, KIND: tl.constexpr):
     """Write the places of blank and of the labels in the order of their classes, then those classes.
 
-    Each counts how many come before it: little work beside the walks, which other programs do meanwhile.
+    Each counts how many come before it. Other programs walk at the same time and take longer.
     """
     length = labels[2]
     place = tl.arange(0, KIND.block)
@@ -171,7 +171,7 @@ def sort_by_class(labels, places, width, blank, cols, KIND: tl.constexpr):
 
 @triton.jit
 def fetch(sample, t, left, k, length, KIND: tl.constexpr):
-    """The numbers that a step needs, as they lie in memory: a conversion would wait for them."""
+    """Load the numbers that a step needs, without conversion: a conversion would wait for the loads."""
     inputs, step_stride, blank, own, highest = sample
     at = inputs + t * step_stride
     active = left > 0
@@ -184,10 +184,10 @@ def fetch(sample, t, left, k, length, KIND: tl.constexpr):
 
 @triton.jit
 def write_loss(likelihood, kept, out, log_totals, last, length, KIND: tl.constexpr):
-    """Write the loss of one sample, as the backward wants it and as the result has it."""
+    """Write the loss of one sample twice: to ``kept`` for the backward, and to ``out`` for the result."""
     mantissa, power = likelihood
     exact = 0.0 - (power.to(tl.float64) + tl.log2(mantissa.to(tl.float64))) * LN2
-    if KIND.from_logits:  # its probabilities were over the likeliest classes'
+    if KIND.from_logits:  # the walk divided each probability by the step's largest one
         exact += sum_of(log_totals, last, tl.float64)
     loss = exact.to(KIND.compute)
     tl.store(kept, loss)
@@ -210,14 +210,14 @@ def name_of_walk(spec):
 )
 def walk_kernel(
     inputs,  # (steps, samples, cols) logits or log-probabilities, at t * step_stride + n * sample_stride
-    targets,  # (samples, more), at n * target_stride; where not padded (target_stride,), all labels one after another
+    targets,  # (samples, most labels), at n * target_stride; if not padded (target_stride,), all labels concatenated
     input_lengths,  # (samples,)
     target_lengths,  # (samples,)
-    out,  # (samples,) losses, as the result has them or, where it is one number, as it adds them up; written together
-    state,  # (2, samples): others, losses (written together); then where from_logits (2, samples, steps) statistics
-    places,  # (samples, 2, width) where they are stored, as sort_by_class leaves them; written apart
-    mantissas,  # (samples, steps, 2, width) where stored: of blanks, then labels; at last how likely each of these is
-    scratch,  # (2, 2, samples, 2, width): what each direction carries to the middle; where stored the powers as well
+    out,  # (samples,) losses: the result, or what its reduction adds up; written if not apart
+    state,  # (2, samples): unused, losses (written if not apart); then if from_logits (2, samples, steps) statistics
+    places,  # (samples, 2, width) if store, as sort_by_class writes them; written if apart
+    mantissas,  # (samples, steps, 2, width) if store: of blanks, then of labels; replaced by posterior probabilities
+    scratch,  # (2, 2, samples, 2, width): what each direction carries to the middle; if store, followed by all powers
     step_stride: tl.int64,
     sample_stride: tl.int64,
     target_stride: tl.int64,
@@ -227,9 +227,9 @@ def walk_kernel(
     cols,
     blank,
     KIND: tl.constexpr,
-    DEPTH: tl.constexpr,  # steps that are read ahead
+    DEPTH: tl.constexpr,  # how many steps ahead the inputs are loaded
 ):
-    """Two programs a sample, from either end of it; apart, where states are stored, a third, which sorts the labels."""
+    """Two programs per sample, one from either end; if apart and store, a third program sorts the labels."""
     program = tl.program_id(0)
     reverse = program >= samples
     n = (program % samples).to(tl.int64)
@@ -260,7 +260,7 @@ def walk_kernel(
     powers = scratch + 8 * samples * width
     here = (tl.where(reverse, samples, 0) + n) * 2 * width
     across = (tl.where(reverse, 0, samples) + n) * 2 * width
-    if KIND.apart:  # before the first step all is as if a blank had been
+    if KIND.apart:  # the state before the first step is that after a blank
         begun = tl.where(k == 0, 1.0, 0.0).to(KIND.compute)
         nothing = tl.full((KIND.block,), NEVER, KIND.compute)
         begun_power = tl.where(k == 0, 0.0, NEVER).to(KIND.compute)
@@ -288,7 +288,7 @@ def walk_kernel(
             at = (n * steps + t) * 2 * width
             of_labels = queue[0].to(KIND.compute)
             of_blank = queue[1].to(KIND.compute)
-            if KIND.from_logits:  # over the likeliest class's
+            if KIND.from_logits:  # divide by the largest probability
                 of_labels -= queue[2]
                 of_blank -= queue[2]
             blank_mantissa, blank_power = power_of(of_blank)
@@ -317,12 +317,12 @@ def configuration(warps, depth):
 
 
 def rule(args):
-    """Up to 4 states a lane in one warp, which knows no barrier."""
+    """One warp, which needs no barrier, while a lane has at most 4 pairs of blank and label; more warps beyond that."""
     return configuration(max(1, min(args["KIND"].block // (4 * WARP), 32)), 4)
 
 
 def configs(args):
-    """The rule's and its neighbours: half and twice as many warps, and twice as many steps read ahead."""
+    """The rule's configuration, half and twice as many warps, and inputs loaded twice as many steps ahead."""
     best, block = rule(args)["num_warps"], args["KIND"].block
     near = [(best, 4), (best, 8), (best * 2, 4), (best // 2, 4)]
     return [configuration(w, d) for w, d in near if 1 <= w <= 32 and block <= 8 * w * WARP <= max(8 * block, 8 * WARP)]
@@ -332,7 +332,7 @@ walk_launch = Tuned(
     walk_kernel,
     configs=configs,
     rule=rule,
-    key=lambda args: (str(args["inputs"].dtype), *args["KIND"][1:]),  # the dtype says in which type sums are made
+    key=lambda args: (str(args["inputs"].dtype), *args["KIND"][1:]),  # the dtype determines `compute`
     programs=lambda samples, fixed: samples * (1 + fixed["KIND"].apart + fixed["KIND"].store),
     size="samples",
 )

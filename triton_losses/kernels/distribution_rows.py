@@ -1,11 +1,12 @@
-"""Losses of two rows by kernels: one program is one pair of rows, walked as row_pairs.py says.
+"""Kernels of losses of two rows: each program reads one pair of rows, with the functions of row_pairs.py.
 
-Both kernels are built without fused multiply-adds. The compiler fuses what it likes, and so may round Σ exp of p and of
-q differently: identical rows would not give exactly 0, neither as a loss nor as a gradient.
+Both kernels are compiled without fused multiply-adds. The compiler is free to fuse some operations and not others, so
+it could round Σ exp of p and of q differently, and identical rows would not give a loss and a gradient of exactly 0.
 
-What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is
-reduced, the losses, and, where there are labels, 1 for each row that counts; then max p, log Σ exp(p - max p), the same
-of q, Σ ∂f/∂log p and Σ ∂f/∂log q; at last, where there are labels and a reduction, how many rows count.
+The forward saves one tensor for the backward, ``state``. It holds arrays of one number per row. If the loss is reduced,
+the first array is the losses, and if there are also labels, the second is 1 for each row that counts. Then come max p,
+log Σ exp(p - max p), the same of q, Σ ∂f/∂log p and Σ ∂f/∂log q. If there are labels and a reduction, the last number
+is how many rows count.
 """
 
 from typing import NamedTuple
@@ -26,12 +27,12 @@ from triton_losses.kernels.finish import finish
 from triton_losses.kernels.row_pairs import edge_tile, in_one_read, in_two_reads, load_pair, read_formula
 from triton_losses.kernels.rows import configs, rule, span_of, write_zeros
 
-VECTOR = 16  # bytes; both rows of a pair must start at the same place within one
-SAVED = 6  # numbers a row that the backward reads
+VECTOR = 16  # bytes of a vector; both rows of a pair must start at the same offset within one
+SAVED = 6  # numbers per row that the backward reads
 
 
 class Kind(NamedTuple):
-    """What a kernel is built for, beside its formula."""
+    """Compile-time parameters of a kernel, besides its formula."""
 
     compute: tl.dtype
     vec: int  # columns in 16 bytes
@@ -39,10 +40,10 @@ class Kind(NamedTuple):
     given: bool  # p is probabilities
     one_read: bool  # the formula follows the rule of one read
     weighted: bool  # each column has a weight
-    labelled: bool  # a row whose label is ignore_index does not count
-    ahead: int  # runs of ``state`` before what the backward reads; 2 where the rows that count are counted
-    mean: bool  # the upstream gradient is of the mean of the losses
-    wanted: tuple[bool, ...]  # gradients, of p and of q; none in the forward
+    labelled: bool  # there are labels; a row with the label ignore_index does not count
+    ahead: int  # arrays of ``state`` before those that the backward reads; 2 if the rows that count are counted
+    mean: bool  # the upstream gradient is that of the mean of the losses
+    wanted: tuple[bool, ...]  # whether the gradients of p and of q are wanted; empty in the forward
 
 
 @triton.jit(
@@ -54,8 +55,8 @@ def forward_kernel(
     pair,  # p and q (rows, cols), row r at r * strides[0] and r * strides[1]
     weight,  # (cols,) where weighted
     labels,  # (rows,) where labelled
-    losses,  # (rows,); where rows are counted (2, rows): losses, and 1 for each row that counts
-    state,  # (ahead, rows) of other things, then (6, rows) for the backward
+    losses,  # (rows,); if ahead is 2 (2, rows): losses, and 1 for each row that counts
+    state,  # (ahead, rows) not written here, then (6, rows) for the backward
     rows: tl.int64,
     cols,
     strides,
@@ -89,7 +90,7 @@ def forward_kernel(
         loss += z_loss * lse * lse
         slope_q -= 2.0 * z_loss * lse
     row_saved = (highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q)
-    tl.store(losses + row, (loss * factor).to(losses.dtype.element_ty))  # every program writes every output
+    tl.store(losses + row, (loss * factor).to(losses.dtype.element_ty))  # of ignored rows too: state is uninitialised
     if KIND.ahead == 2:
         tl.store(losses + rows + row, counts.to(losses.dtype.element_ty))
     for i in tl.static_range(6):
@@ -100,11 +101,11 @@ def forward_kernel(
 def write_gradients(
     pointers, tiles, mask, of_row, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr, EVICT: tl.constexpr
 ):
-    """Write the gradients at each of these tiles; pointers: where the row starts that the tiles' offsets are of."""
+    """Write the gradients of these tiles. pointers: the addresses that the tiles' offsets are added to."""
     p, q, grad_p, grad_q, weight = pointers
     highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q, scale, upstream = of_row
     pairs = ()
-    for i in tl.static_range(len(tiles)):  # all loads first, so that they travel together
+    for i in tl.static_range(len(tiles)):  # all loads are issued first, so that they overlap
         pairs += (load_pair((p + tiles[i], q + tiles[i]), mask, scale, KIND, EVICT),)
     for i in tl.static_range(len(tiles)):
         a, b = pairs[i]
@@ -129,9 +130,9 @@ def backward_kernel(
     pair,  # p and q (rows, cols), row r at r * strides[0] and r * strides[1]
     weight,  # (cols,) where weighted
     labels,  # (rows,) where labelled
-    state,  # (ahead, rows) of other things, then (6, rows); where rows are counted then how many count
+    state,  # (ahead, rows) unused here, then (6, rows); if ahead is 2 then how many rows count
     grad_p,
-    grad_q,  # as p and q, which they may be, where wanted
+    grad_q,  # both gradients as p and q, or p and q themselves; written if wanted
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
     cols,
@@ -190,7 +191,7 @@ def backward_kernel(
 
 
 def key(args):
-    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # which make no difference, or follow from others
+    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # these do not matter, or follow from the rest
     dtypes, aligned = [str(x.dtype) for x in args["pair"]], all(x.data_ptr() % 16 == 0 for x in args["pair"])
     return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), *dtypes, aligned, *kind
 
@@ -200,18 +201,18 @@ def bytes_of_row(args):
 
 
 def pair_configs(args):
-    # beyond, registers spill
+    # with more numbers per program, registers spill
     return [config for config in configs(args) if config["num_warps"] * config["UNROLL"] < 64]
 
 
 tuning = {"configs": pair_configs, "rule": rule, "key": key, "size": "rows", "bytes_each": bytes_of_row, "fuse": False}
 tuning["programs"] = lambda rows, fixed: rows
 forward_launch = Tuned(forward_kernel, **tuning)
-backward_launch = Tuned(backward_kernel, written=("grad_p", "grad_q"), **tuning)  # where they are p and q
+backward_launch = Tuned(backward_kernel, written=("grad_p", "grad_q"), **tuning)  # they may be p and q
 
 
 def readable_pair(p, q):
-    """Both with rows one after another, and starting at the same place within a vector."""
+    """p and q with readable rows that start at the same offset within a vector; copied if need be."""
     p, q = readable(p), readable(q)
     if q.shape[0] > 1 and (p.stride(0) - q.stride(0)) % VECTOR:
         p, q = p.contiguous(), q.contiguous()
@@ -219,7 +220,7 @@ def readable_pair(p, q):
 
 
 def ahead_of(problem, labels):
-    """How many runs of ``state`` come before what the backward reads."""
+    """How many arrays of ``state`` come before those that the backward reads."""
     return 0 if problem.reduction == "none" else 1 if labels is None else 2
 
 
@@ -230,9 +231,7 @@ def state_of(q, problem, labels, wide):
 
 @planned
 def plan(tensors, problem, wanted):
-    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged
-    first.
-    """
+    """The forward's launch if nothing is wanted, otherwise the backward's; False if tensors must be copied first."""
     p, q, weight, labels, dout = tensors
     first, second = readable_pair(p, q)
     if first is not p or second is not q or not all(t.is_contiguous() for t in given((weight, labels))):
@@ -276,7 +275,7 @@ def plan(tensors, problem, wanted):
 
 
 def prepared(tensors, problem, wanted=(), dout=None):
-    """The launch, and (p, q), weight and labels as its kernel wants them."""
+    """The launch, and (p, q), weight and labels in the layout that its kernel reads."""
     p, q, weight, labels = tensors
     launch = plan((*tensors, dout), problem, wanted)
     if not launch:
@@ -315,7 +314,7 @@ def backward(tensors, saved, upstream, problem, wanted):
 
 
 def walk(tensors, problem, task):
-    """The losses of the rows; fills the gradients that the task asks for. Of a pair that can be read as it lies."""
+    """Return the rows' losses and fill the gradients that the task asks for. The pair must not need a copy."""
     (losses,), (state,) = forward(tensors, problem)
     wanted = tuple(grad is not None for grad in task.grads)
     if any(wanted):

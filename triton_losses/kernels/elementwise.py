@@ -1,4 +1,4 @@
-"""Elementwise losses by kernels."""
+"""Kernels of elementwise losses."""
 
 import math
 from typing import NamedTuple
@@ -16,18 +16,18 @@ from triton_losses.core.reduction import divisor_of, given, widest
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.finish import finish
 
-SPAN = 8192  # elements whose losses one program sums: fixed, so that tuning never moves the partial sums
+SPAN = 8192  # elements that one program sums: fixed, so that tuning never changes the partial sums
 
 
 class Kind(NamedTuple):
-    """What the kernels are built for, beside the formula."""
+    """Compile-time parameters of the kernels, besides the formula."""
 
     compute: tl.dtype
     weighted: bool  # the last operand is a weight
     reduced: bool = False  # the forward adds up the losses
-    wanted: tuple = ()  # of which operands a gradient is wanted
+    wanted: tuple = ()  # for each operand, whether its gradient is wanted
     same: bool = False  # one upstream gradient for all elements
-    reads: tuple = ()  # how each operand lies: see Layout
+    reads: tuple = ()  # how each operand is laid out: see Layout
 
 
 def triton_type(dtype):
@@ -41,7 +41,7 @@ def load_all(operands, sizes, start, lanes, mask, KIND: tl.constexpr):
         if KIND.reads[i] == 0:
             at = start + lanes
         else:
-            rest = (start % sizes[i]).to(tl.int32) + lanes  # division is slow: of 32 bits but for once
+            rest = (start % sizes[i]).to(tl.int32) + lanes  # only `start` needs the slow 64-bit division
             at = rest % sizes[i] if KIND.reads[i] > 0 else start // sizes[i] + rest // sizes[i]
         values += (load_zeros(operands[i] + at, mask).to(KIND.compute),)
     return values
@@ -62,11 +62,11 @@ def name_of(kernel):
 
 @triton.jit(repr=name_of("elementwise_forward"), do_not_specialize=["divisor", "n"])
 def forward_kernel(
-    operands,  # pointers to (n,), or fewer; the last is the weight where weighted
-    out,  # (n,) losses; where reduced (cdiv(n, SPAN),) partial sums, divided
+    operands,  # pointers to (n,), or fewer numbers: see Layout; the last is the weight if weighted
+    out,  # (n,) losses; if reduced (cdiv(n, SPAN),) partial sums, divided by the divisor
     divisor: tl.int64,
     n: tl.int64,
-    sizes,  # of operands that are repeated
+    sizes,  # Layout.sizes
     scalars,
     FORMULA: tl.constexpr,
     KIND: tl.constexpr,
@@ -77,7 +77,7 @@ def forward_kernel(
     start = program * SPAN
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), KIND.compute)
-    if start + SPAN <= n:  # no mask, so that loads are 16 bytes wide whatever n
+    if start + SPAN <= n:  # no mask here, so loads are 16 bytes wide for any n
         for step in range(0, SPAN, BLOCK):
             offsets = start + step + lanes
             loss = losses_at(operands, sizes, start + step, lanes, None, scalars, FORMULA, KIND)
@@ -100,7 +100,7 @@ def forward_kernel(
 
 @triton.jit
 def gradients_at(pointers, divisor, start, lanes, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """pointers: operands, with the sizes of those that are repeated; gradients; the upstream gradient."""
+    """Write one block's gradients. pointers: operands, Layout.sizes, gradients and the upstream gradient."""
     operands, sizes, grads, dout = pointers
     offsets = start + lanes
     if KIND.same:
@@ -125,11 +125,11 @@ def gradients_at(pointers, divisor, start, lanes, mask, scalars, FORMULA: tl.con
 @triton.jit(repr=name_of("elementwise_backward"), do_not_specialize=["divisor", "n"])
 def backward_kernel(
     operands,  # as in the forward
-    grads,  # pointers to (n,), one per operand; written where wanted
-    dout,  # () where same, else (n,)
+    grads,  # pointers to (n,), one per operand; written if wanted
+    dout,  # () if same, otherwise (n,)
     divisor: tl.int64,
     n: tl.int64,
-    sizes,  # of operands that are repeated
+    sizes,  # Layout.sizes
     scalars,
     FORMULA: tl.constexpr,
     KIND: tl.constexpr,
@@ -155,14 +155,14 @@ def bytes_of_element(args):
     return sum(v.element_size() for v in args["operands"])
 
 
-def config(block, threads, **more):  # in threads, for 8 elements a thread are 16 bytes whatever the warp
+def config(block, threads, **more):  # threads, not warps: warps differ in size, and 8 elements per thread are 16 bytes
     return {**more, "BLOCK": block, "num_warps": threads // WARP}
 
 
 def forward_rule(args):
     if args["KIND"].compute == tl.float64:
         return config(1024, 256, SPAN=SPAN)
-    # else some weighted losses spill
+    # with 256 threads some weighted losses spill registers
     return config(2048, 128, SPAN=SPAN) if args["KIND"].weighted else config(2048, 256, SPAN=SPAN)
 
 
@@ -187,10 +187,10 @@ backward_launch = Tuned(
 
 
 class Layout(NamedTuple):
-    """How operands lie that broadcast to the first one, which is a run of n numbers.
+    """How operands are laid out in memory that broadcast to the first one, which is n contiguous numbers.
 
-    reads: 0 for another such run; 1 for fewer numbers, which are repeated as a whole; -1 for numbers each of which
-    stands for several neighbours. sizes: how many are repeated, how many neighbours.
+    reads: 0 for n contiguous numbers; 1 for fewer numbers, which are repeated as a whole; -1 for fewer numbers, each of
+    which is repeated for several neighbours. sizes: for 1 how many numbers there are, for -1 how many neighbours.
     """
 
     reads: tuple[int, ...]
@@ -202,7 +202,7 @@ MOST = 2**31 - 1
 
 
 def read_of(t, shape):
-    """An expanded tensor's part of a Layout; None where it is laid out in another way."""
+    """An expanded tensor's entries in `reads` and `sizes` of a Layout; None if no Layout describes it."""
     sizes = [d for d in range(len(shape)) if shape[d] != 1]
     expanded, kept = ([d for d in sizes if (t.stride(d) == 0) == zero] for zero in (True, False))
     dense = 1
@@ -220,9 +220,9 @@ def read_of(t, shape):
 
 
 def flattened(tensors, wanted=()):
-    """The tensors in the memory order of the first, which is contiguous then; the permutation that undoes it; Layout.
+    """The tensors permuted so that the first is contiguous, the permutation that undoes it or None, and the Layout.
 
-    wanted: of which a gradient is, so that they are not to be fewer numbers than the first.
+    wanted: for each tensor, whether its gradient is wanted. Such a tensor is expanded to as many numbers as the first.
     """
     for t in tensors:
         if not t.is_contiguous():
@@ -300,7 +300,7 @@ def backward(tensors, saved, upstream, problem, wanted):
     if shapes_only():
         return [torch.empty_like(v) for v, want in zip(operands, wanted) if want]
     x = operands[0]
-    same = not any(dout.stride())  # one value, or one value expanded: what loss.sum().backward() sends
+    same = not any(dout.stride())  # one value, perhaps expanded: loss.sum().backward() passes such a gradient
     if same:
         operands, back, layout = flattened(operands, wanted)
     else:

@@ -1,4 +1,4 @@
-"""The kernel that finishes a reduced loss: it adds up what another kernel's programs have left, in a fixed order."""
+"""The kernel that finishes a reduced loss: it adds up another kernel's partial sums in a fixed order."""
 
 import torch
 import triton
@@ -7,20 +7,20 @@ import triton.language as tl
 from triton_losses.core.plan import flat_kind_of, planned
 from triton_losses.core.tuning import Tuned
 
-ALONE = 1 << 16  # sums that one program adds up by itself: of more, PyTorch's own sum, of many programs, comes first
+ALONE = 1 << 16  # most numbers that the one program adds up; torch.sum, with many programs, first shortens longer ones
 
 
 @triton.jit(repr=lambda spec: "finish", do_not_specialize=["count", "divisor"])
 def finish_kernel(
-    parts,  # (count,) sums of losses; where WEIGHTS_AT then (count,) sums of their weights
+    parts,  # (count,) sums of losses; if WEIGHTS_AT followed by (count,) sums of their weights
     out,  # () the loss
-    divisor: tl.int64,  # where MEAN and there are no weights
+    divisor: tl.int64,  # used if MEAN and there are no weights
     count: tl.int64,
     WEIGHTS_AT: tl.constexpr,
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In float64: sums of float32 are rounded once. The sum of the weights is left at parts[WEIGHTS_AT * count]."""
+    """Adds in float64, so a float32 result is rounded once. Writes the weights' sum to parts[WEIGHTS_AT * count]."""
     total = tl.zeros((BLOCK,), tl.float64)
     weights = tl.zeros((BLOCK,), tl.float64)
     lanes = tl.arange(0, BLOCK)
@@ -38,7 +38,7 @@ def finish_kernel(
     elif MEAN:
         loss = loss / divisor
     if out.dtype.element_ty != tl.float64:
-        loss = loss.to(tl.float32)  # the interpreter has no way from float64 to bfloat16
+        loss = loss.to(tl.float32)  # the interpreter cannot convert float64 to bfloat16
     tl.store(out, loss.to(out.dtype.element_ty))
 
 
@@ -61,8 +61,8 @@ def plan(tensors, weights_at, mean):
 def finish(parts, out, count, weights_at=0, mean=False, divisor=0):
     """Add up the first ``count`` of ``parts`` into ``out``.
 
-    weights_at: parts goes on with as many weights; their sum is left at parts[weights_at * count]. mean: out is divided
-    by it, or, where there are no weights, by the divisor.
+    weights_at: unless 0, parts continues with ``count`` weights, and their sum is written to parts[weights_at * count].
+    mean: out is divided by that sum or, if there are no weights, by the divisor.
     """
     if count > ALONE:
         runs = -(-count // ALONE)

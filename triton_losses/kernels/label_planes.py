@@ -1,9 +1,9 @@
-"""Images and their labels by kernels: one program is a run of one image's pixels, and all their classes.
+"""Kernels of images and their labels: each program reads a block of one image's pixels, with all their classes.
 
-A thread has 16 bytes of neighbouring pixels of each class. Where its registers hold all classes at once, each class is
-a tile of its own: one tile with a dimension of classes would be padded to a power of two. More classes are walked in a
-loop, with a running maximum and Σ exp(x - maximum) for each pixel; the backward of few walks them twice, the second
-time out of the cache.
+A thread has 16 bytes of neighbouring pixels of each class. If its registers can hold all classes at once, each class is
+a separate tile, because one tile with a dimension of classes would be padded to a power of two. More classes are read
+in a loop, with a running maximum and Σ exp(x - maximum) for each pixel. For few classes (at most FEW) the backward
+reads them twice, and the second read hits the cache.
 """
 
 from typing import NamedTuple
@@ -34,29 +34,29 @@ from triton_losses.kernels.label_tiles import (
 )
 from triton_losses.kernels.rows import factors_of
 
-SPAN = 2048  # bytes of a class's pixels whose losses one program sums: fixed, so that tuning never moves the sums
-FEW = 32  # classes whose logits a program still finds in the cache when it reads them again: 16 bytes of each a thread
-HELD = {2: 12, 4: 32, 8: 24}  # classes that a thread holds without spilling, by the bytes of a logit
+SPAN = 2048  # bytes of a class's pixels that one program sums: fixed, so that tuning never changes the partial sums
+FEW = 32  # most classes whose logits, 16 bytes of each per thread, are still cached when they are read again
+HELD = {2: 12, 4: 32, 8: 24}  # most classes that a thread holds without spilling registers, by the bytes of a logit
 
 
 def few(logits):
-    """Whether the backward computes a pixel's statistics anew, so that the forward saves none."""
+    """Whether the backward recomputes the pixels' statistics, so that the forward saves none."""
     return 0 < logits.shape[1] <= FEW
 
 
 def held(logits):
-    """The number of classes where a thread can hold all those of its 16 bytes of pixels, else 0."""
+    """The number of classes if a thread can hold 16 bytes of pixels of each, otherwise 0."""
     classes = logits.shape[1]
     return classes if classes <= HELD[logits.element_size()] else 0
 
 
 @triton.jit(repr=name_of("label_planes_forward"), debug=True, do_not_specialize=["ignore_index", "images"])
 def forward_kernel(
-    logits,  # (images, classes, pixels); a pixel's neighbours lie beside it
+    logits,  # (images, classes, pixels); the stride of pixels is 1
     labels,  # (images, pixels)
-    weights,  # of classes, (classes,), where weighted; their mean, (), where the formula takes mean_log_p too
-    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p where the formula takes it; written if saved
-    out,  # (images, pixels) losses; where reduced (2, images, spans): sums of losses and of weights
+    weights,  # class weights, (classes,), if weighted; their mean, (), if the formula takes mean_log_p too
+    saved,  # (2 or 3, images, pixels): max, log Σ exp(x - max), mean_log_p if the formula takes it; written if saved
+    out,  # (images, pixels) losses; if reduced (2, images, spans): sums of losses and of weights
     images: tl.int64,
     classes,
     pixels,
@@ -73,7 +73,7 @@ def forward_kernel(
     SOFTMAX: tl.constexpr = KIND.slots[1] or KIND.slots[2] or KIND.slots[3]
     COUNT: tl.constexpr = KIND.held
     image, first, lanes, mask, places = block_of(pixels, BLOCK, KIND)
-    stride = tl.cast(class_stride, tl.int64) // KIND.vec * KIND.vec  # says that planes are aligned
+    stride = tl.cast(class_stride, tl.int64) // KIND.vec * KIND.vec  # tells the compiler that planes are aligned
     planes = (logits + (image * (image_stride // KIND.vec * KIND.vec) + first) + lanes, stride, mask)
     scaling = exact(scaling, KIND.compute)
     kept, label = labels_of(labels + places, mask, classes, ignore_index)
@@ -103,13 +103,13 @@ def forward_kernel(
     repr=name_of("label_planes_backward"), debug=True, do_not_specialize=["ignore_index", "images", "at_denominator"]
 )
 def backward_kernel(
-    logits,  # (images, classes, pixels); a pixel's neighbours lie beside it
+    logits,  # (images, classes, pixels); the stride of pixels is 1
     labels,  # (images, pixels)
     weights,  # as in the forward
-    saved,  # as in the forward; read where saved
+    saved,  # as in the forward; read if saved
     grad,  # (images, classes, pixels), contiguous
-    upstream,  # () where same, else (images, pixels)
-    denominator,  # where mean (at + 1,), of which the last is read
+    upstream,  # () if same, otherwise (images, pixels)
+    denominator,  # if mean (at_denominator + 1,): its last element is read
     at_denominator: tl.int64,
     images: tl.int64,
     classes,
@@ -127,7 +127,7 @@ def backward_kernel(
     SOFTMAX: tl.constexpr = KIND.slots[1] or KIND.slots[2] or KIND.slots[3]
     COUNT: tl.constexpr = KIND.held
     image, first, lanes, mask, places = block_of(pixels, BLOCK, KIND)
-    stride = tl.cast(class_stride, tl.int64) // KIND.vec * KIND.vec  # says that planes are aligned
+    stride = tl.cast(class_stride, tl.int64) // KIND.vec * KIND.vec  # tells the compiler that planes are aligned
     plane = tl.cast(pixels, tl.int64) // KIND.vec * KIND.vec
     planes = (logits + (image * (image_stride // KIND.vec * KIND.vec) + first) + lanes, stride, mask)
     out = (grad + (image * classes * plane + first) + lanes, plane, mask)
@@ -190,9 +190,7 @@ def configs(args):
 
 
 def in_spans(choice, args):
-    """The forward's blocks are SPANs: what may vary is how many threads share one, and how many classes travel
-    together.
-    """
+    """The forward's block is one SPAN: only the number of threads and of classes loaded together can be tuned."""
     return {**choice, "BLOCK": SPAN // args["logits"].element_size()}
 
 
@@ -215,7 +213,7 @@ backward_launch = Tuned(
 
 
 def shared_arguments(inputs, problem, saved, **directions):
-    """What both kernels take."""
+    """The arguments that both kernels take."""
     (logits, labels, class_weights), formula = inputs, FORMULAS[problem.formula]
     images, classes, pixels = logits.shape
     wide, weighted = compute_dtype(logits.dtype), class_weights is not None
@@ -245,9 +243,9 @@ def shared_arguments(inputs, problem, saved, **directions):
 
 
 class PlanesPlan(NamedTuple):
-    readable: bool  # pixels side by side, labels and class weights without gaps
+    readable: bool  # the stride of pixels is 1; labels and class weights are contiguous
     wide: torch.dtype
-    spans: int  # sums of an image
+    spans: int  # partial sums per image
     mean_weight: bool
     same: bool = False  # one upstream gradient for all pixels
     launch: Launch | None = None
@@ -260,9 +258,7 @@ def unreadable(logits, labels, class_weights):
 
 
 def saved_of(logits, formula):
-    """Room for each pixel's max x, log Σ exp(x - max) and, where the formula takes it, mean_log_p: of many classes
-    alone.
-    """
+    """Memory for each pixel's max x, log Σ exp(x - max) and, if taken, mean_log_p; empty if there are few classes."""
     images, _, pixels = logits.shape
     taken = slots_of(formula)
     count = 0 if few(logits) or not any(taken[1:4]) else 3 if taken[2] else 2
@@ -274,18 +270,18 @@ def spans_of(logits):
 
 
 def sums_of(logits, spans):
-    """Room for sums of losses and of weights, and for the sum of those."""
+    """Memory for partial sums of losses and of weights, and for the sum of the weights."""
     return logits.new_empty(2 * logits.shape[0] * spans + 1, dtype=compute_dtype(logits.dtype))
 
 
 @planned
 def plan(tensors, problem):
-    """Of the backward where there is an upstream gradient, else of the forward."""
+    """The backward's plan if there is an upstream gradient, otherwise the forward's."""
     *inputs, upstream, saved = tensors
     logits, labels, class_weights = inputs
     wide, formula, none = compute_dtype(logits.dtype), FORMULAS[problem.formula], problem.reduction == "none"
     spans, mean_weight = spans_of(logits), class_weights is not None and slots_of(formula)[2] > 0
-    # one upstream gradient, or one expanded: what loss.sum().backward() sends
+    # one value, perhaps expanded: loss.sum().backward() passes such a gradient
     same = upstream is not None and not any(upstream.stride())
     if unreadable(*inputs) or not (upstream is None or same or upstream.is_contiguous()):
         return PlanesPlan(False, wide, spans, mean_weight, same)
@@ -306,7 +302,7 @@ def plan(tensors, problem):
 
 
 def prepared(tensors, problem, upstream=None, saved=None):
-    """The plan, what both kernels read as they want it, and the upstream gradient likewise."""
+    """The plan, and the tensors and the upstream gradient in the layout that the kernels read."""
     found = plan((*tensors, upstream, saved), problem)
     if not found.readable:
         logits, *others = tensors
@@ -317,7 +313,7 @@ def prepared(tensors, problem, upstream=None, saved=None):
         found = plan((*tensors, upstream, saved), problem)
     logits, labels, class_weights = tensors
     if INTERPRET:
-        # refuses a label that is no class; a GPU asserts
+        # raises for a label that is no class; on a GPU the kernel asserts
         counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)
     mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
     weights = logits if class_weights is None else class_weights, mean_weight

@@ -1,7 +1,7 @@
-"""Rows and their labels by kernels: one program is one row. Images go to label_planes.py.
+"""Kernels of rows and their labels: one program per row. Images go to label_planes.py.
 
-What a forward leaves for its backward is one tensor, ``state``: six numbers a row, the loss, its weight, max x, log Σ
-exp(x - max), mean_log_p and the entropy, in six runs of one number a row each; then the sum of the weights.
+The forward saves one tensor for the backward, ``state``. It holds six arrays of one number per row: the loss, its
+weight, max x, log Σ exp(x - max), mean_log_p and the entropy. The sum of the weights follows them.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ from triton_losses.kernels.rows import (
 
 @triton.jit
 def label_of(labels, row, cols, ignore_index):
-    """Whether the row's label counts, and the label's column, or one that can be read all the same."""
+    """Whether the row's label counts, and its column, or column 0 if the label is no class."""
     label = tl.load(labels + row).to(tl.int64)
     kept = label != ignore_index
     fits = (label >= 0) & (label < cols)
@@ -53,7 +53,7 @@ def label_of(labels, row, cols, ignore_index):
 def write_gradient(
     logits,
     grad,
-    row,  # (start, columns)
+    row,  # (the row's offset, the number of columns)
     label,
     of_row,  # as in gradient_at
     class_weights,
@@ -70,7 +70,7 @@ def write_gradient(
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
-        for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
+        for u in tl.static_range(UNROLL):  # all loads are issued first, so that they overlap
             x = tl.load(logits + first + (v + u * LANES) * KIND.vec + tile, eviction_policy="evict_first")
             tiles += (x.to(KIND.compute),)
         for u in tl.static_range(UNROLL):
@@ -99,12 +99,12 @@ def write_gradient(
 def rows_kernel(
     logits,  # (rows, cols), row r at r * stride
     labels,  # (rows,)
-    weights,  # of classes, (cols,), where weighted; their mean, (), where weighted and the formula takes mean_log_p
+    weights,  # class weights, (cols,), if weighted; their mean, (), if weighted and the formula takes mean_log_p
     operands,  # pointers to (rows,)
-    losses,  # written in a forward: (2, rows), losses and weights; where not reduced (rows,), losses alone
-    saved,  # (ahead, rows) of other things; max x, log Σ exp(x - max), mean_log_p, entropy; the sum of the weights
-    likeliest,  # (rows,) where likeliest: the first of the highest columns, -1 where ignored; written in a forward
-    grad,  # (rows, cols), row r at r * stride; may be logits: each element is read, then written, by one thread
+    losses,  # written in a forward: (2, rows), losses and weights; if not reduced (rows,), only losses
+    saved,  # (ahead, rows) unused here; max x, log Σ exp(x - max), mean_log_p, entropy; the sum of the weights
+    likeliest,  # (rows,) if KIND.likeliest: the first of the highest columns, -1 if ignored; written in a forward
+    grad,  # (rows, cols), row r at r * stride; may be logits: the thread that writes an element has read it before
     upstream,  # of row r at r * upstream_stride
     rows: tl.int64,
     cols,
@@ -168,7 +168,7 @@ def rows_kernel(
             write_gradient(logits, grad, (start, cols), label, of_row, class_weights, scaling, KIND, LANES, UNROLL)
     elif KIND.backward:
         write_zeros(grad, start, cols, KIND.edge, KIND.vec, LANES)
-    if KIND.forward:  # every program writes every output
+    if KIND.forward:  # ignored rows write too, because nothing else initialises the outputs
         tl.store(losses + row, loss.to(losses.dtype.element_ty))
         if KIND.reduced:
             tl.store(losses + rows + row, weight.to(losses.dtype.element_ty))
@@ -196,7 +196,7 @@ rows_launch = Tuned(
 
 
 class Task(NamedTuple):
-    """What a pass does, as far as its kernel is built for it: fields of its Kind."""
+    """What a pass does: the fields of Kind of the same names."""
 
     forward: bool = False
     backward: bool = False
@@ -208,9 +208,9 @@ class Task(NamedTuple):
 
 
 class RowsPlan(NamedTuple):
-    readable: bool  # logits, labels and class weights lie as the kernel wants them
+    readable: bool  # logits, labels and class weights have the layout that the kernel reads
     wide: torch.dtype
-    mean_weight: bool  # whether the mean of the class weights is wanted
+    mean_weight: bool  # whether the kernel needs the mean of the class weights
     launch: Launch | None
 
 
@@ -260,12 +260,12 @@ def plan(tensors, problem, task):
 
 
 def empty_like(logits):
-    """Memory for the gradient, with the strides of the logits, which the kernel is told once for both."""
+    """Memory for the gradient, with the strides of the logits, because the kernel takes one stride for both."""
     return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
 
 
 def prepared(tensors, problem, task, upstream=None, operands=()):
-    """The plan; and logits, labels, and class weights with their mean as its kernel wants them."""
+    """The plan; logits and labels in the layout that its kernel reads; the class weights and their mean."""
     logits, labels, class_weights = tensors
     found = plan((*tensors, upstream, *operands), problem, task)
     if not found.readable:
@@ -273,7 +273,7 @@ def prepared(tensors, problem, task, upstream=None, operands=()):
         class_weights = class_weights if class_weights is None else class_weights.contiguous()
         found = plan((logits, labels, class_weights, upstream, *operands), problem, task)
     if INTERPRET:
-        # refuses a label that is no class; a GPU asserts
+        # raises for a label that is no class; on a GPU the kernel asserts
         counted(labels, None, logits.shape[1], problem.ignore_index, torch.float32)
     mean_weight = class_weights.to(found.wide).mean() if found.mean_weight else logits
     return found, logits, labels, (logits if class_weights is None else class_weights, mean_weight)
@@ -317,7 +317,7 @@ def backward(tensors, saved, upstream, problem, wanted):
 
 
 def walk(tensors, problem, task):
-    """One Pass, of logits whose rows can be read as they lie."""
+    """Run one Pass. The rows of the logits must not need a copy."""
     saved, forward, entropy, likeliest, grad, upstream, operands, _ = task
     kind = Task(forward, grad is not None, True, False, entropy, likeliest is not None)
     found, logits, labels, weights = prepared(tensors, problem, kind, upstream, operands)

@@ -1,4 +1,4 @@
-"""A block of an image's pixels and their labels, inside a kernel: tiles of classes, statistics, gradients."""
+"""Functions of kernels for a block of an image's pixels and their labels: tiles, statistics, gradients."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from triton_losses.kernels.rows import LOWEST, LOWEST_DOUBLE, read_formula, tran
 
 
 class Kind(NamedTuple):
-    """What the kernels of images are built for, beside the formula."""
+    """Compile-time parameters of the kernels of images, besides the formula."""
 
     compute: tl.dtype
-    vec: int  # numbers that a thread reads at once: at most 16 bytes
-    slots: tuple  # the statistics that the formula takes: core/rows.slots_of
+    vec: int  # numbers that a thread loads at once: at most 16 bytes
+    slots: tuple  # the statistics that the formula takes: see core/rows.slots_of
     weighted: bool  # there are class weights
     capped: bool  # there is a softcap
     scaled: bool  # there is a scale other than 1
-    held: int  # the number of classes where a thread holds all those of its pixels, else 0
-    saved: bool  # the forward leaves the pixels' statistics to the backward
+    held: int  # the number of classes if a thread holds those of all its pixels, otherwise 0
+    saved: bool  # the forward saves the pixels' statistics for the backward
     reduced: bool  # the forward sums up losses and weights
     same: bool  # one upstream gradient for all pixels
     mean: bool  # the upstream gradient is divided by the sum of the weights
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
 @triton.jit
 def load_tiles(planes, c, scaling, COUNT: tl.constexpr, EVICT: tl.constexpr, KIND: tl.constexpr):
-    """COUNT classes of a block of pixels, from c on: all loads first, so that they travel together."""
+    """Load COUNT classes of a block of pixels, from class c on. Nothing waits in between, so the loads overlap."""
     at, stride, mask = planes
     at += c * stride
     tiles = ()
@@ -57,7 +57,7 @@ def take_classes(tiles, c, running, pivot, class_weights, KIND: tl.constexpr):
 def statistics_of(
     planes, tiles, picked, classes, weights, scaling, UNROLL: tl.constexpr, EVICT: tl.constexpr, KIND: tl.constexpr
 ):
-    """Of each pixel: max x, log Σ exp(x - max), mean_log_p; from the tiles where they are held, else from one read."""
+    """Each pixel's max x, log Σ exp(x - max) and mean_log_p: from the tiles if KIND.held, otherwise from one read."""
     class_weights, mean_weight = weights
     pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(KIND.compute)
     highest = tl.full(pivot.shape, LOWEST_DOUBLE if KIND.compute == tl.float64 else LOWEST, KIND.compute)
@@ -84,7 +84,7 @@ def statistics_of(
 
 @triton.jit
 def formula_of(picked, statistics, label, kept, class_weights, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """Each pixel's loss, its partials, and the weight of its class. No formula here takes the entropy."""
+    """Each pixel's loss, its partial derivatives and its class's weight. No formula of images takes the entropy."""
     highest, log_total, mean_log_p = statistics
     weight = tl.where(kept, 1.0, 0.0).to(KIND.compute)
     if KIND.weighted:
@@ -96,7 +96,7 @@ def formula_of(picked, statistics, label, kept, class_weights, scalars, FORMULA:
 
 @triton.jit
 def block_of(pixels, BLOCK: tl.constexpr, KIND: tl.constexpr):
-    """Of a program's block of pixels: image, first pixel, lanes, which of them exist, places in (images, pixels)."""
+    """A program's block of pixels: image, first pixel, lanes, mask of those that exist, offsets in (images, pixels)."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(pixels, BLOCK)
     image = program // blocks
@@ -108,7 +108,7 @@ def block_of(pixels, BLOCK: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def labels_of(at, mask, classes, ignore_index):
-    """Whether each pixel's label counts, and the label's class, or one that can be read all the same."""
+    """Whether each pixel's label counts, and its class, or class 0 if the label is no class."""
     label = tl.load(at, mask=mask, other=0).to(tl.int64)
     kept = mask & (label != ignore_index)
     fits = (label >= 0) & (label < classes)
@@ -126,7 +126,7 @@ def picked_of(planes, label, classes, scaling, KIND: tl.constexpr):
 
 @triton.jit
 def gradient_of(x, c, of_pixels, class_weights, scaling, KIND: tl.constexpr):
-    """∂L/∂x of class c; x is transformed already."""
+    """∂L/∂x of class c; x is already transformed."""
     statistics, factors, label, kept = of_pixels
     softmax_factor, label_factor, uniform_factor, _ = factors
     g = tl.where(label == c, label_factor, 0.0).to(KIND.compute)
@@ -137,7 +137,7 @@ def gradient_of(x, c, of_pixels, class_weights, scaling, KIND: tl.constexpr):
     if KIND.capped:
         slope = x / (scaling[0] * scaling[1])  # tanh(logit / softcap)
         g *= 1.0 - slope * slope
-    return tl.where(kept, g, 0.0)  # whatever stood there, nan too
+    return tl.where(kept, g, 0.0)  # ignored pixels get 0 even if their logits are nan
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Labelled elements by kernels: all rows are one run of elements, walked in vectors of 16 bytes."""
+"""Kernels of labelled elements: all rows are read as one array of elements, in vectors of 16 bytes."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from triton_losses.kernels.finish import finish
 
 
 class Kind(NamedTuple):
-    """What the kernels are built for, beside the formula."""
+    """Compile-time parameters of the kernels, besides the formula."""
 
     compute: tl.dtype
     vec: int  # numbers in 16 bytes
@@ -30,18 +30,18 @@ class Kind(NamedTuple):
 
 @triton.jit
 def bits_at(labels, start, n, background, BLOCK: tl.constexpr, KIND: tl.constexpr):
-    """Which of a block's elements are their row's label: (BLOCK / VEC, VEC) of 0 and 1.
+    """A block's one-hot targets, (BLOCK / VEC, VEC): 1 at the column of an element's own row's label, otherwise 0.
 
-    Elements beyond n are read as the last row's.
+    Elements beyond n take the last row's label.
     """
     CLASSES: tl.constexpr = KIND.classes
     VEC: tl.constexpr = KIND.vec
     first = start // CLASSES
-    rest = (start - first * CLASSES).to(tl.int32)  # what follows fits 32 bits
+    rest = (start - first * CLASSES).to(tl.int32)  # all numbers from here on fit 32 bits
     last = tl.minimum((n + CLASSES - 1) // CLASSES - 1 - first, BLOCK).to(tl.int32)
     columns = tl.arange(0, VEC)[None, :]
     place = rest + tl.arange(0, BLOCK // VEC)[:, None] * VEC
-    if CLASSES % VEC != 0:  # else a vector lies in one row: one label for all of it
+    if CLASSES % VEC != 0:  # otherwise a vector lies in one row and has one label
         place = place + columns
     row = place // CLASSES
     column = place - row * CLASSES
@@ -63,7 +63,7 @@ def bits_at(labels, start, n, background, BLOCK: tl.constexpr, KIND: tl.constexp
 def forward_kernel(
     x,  # (n,): rows of classes
     labels,  # (n / classes,)
-    out,  # (n,) losses; where reduced (cdiv(n, SPAN),) partial sums, divided
+    out,  # (n,) losses; if reduced (cdiv(n, SPAN),) partial sums, divided by the divisor
     divisor: tl.int64,
     n: tl.int64,
     background,
@@ -79,7 +79,7 @@ def forward_kernel(
     for step in range(0, tl.minimum(n - program * SPAN, SPAN).to(tl.int32), BLOCK):
         start = program * SPAN + step
         y = bits_at(labels, start, n, background, BLOCK, KIND)
-        if start + BLOCK <= n:  # no mask, so that loads are 16 bytes wide whatever n
+        if start + BLOCK <= n:  # no mask here, so loads are 16 bytes wide for any n
             loss = FORMULA(tl.load(x + start + tile).to(KIND.compute), y, *exact(scalars, KIND.compute))[0]
             if not KIND.reduced:
                 tl.store(out + start + tile, loss.to(out.dtype.element_ty))
@@ -113,7 +113,7 @@ def gradient_at(pointers, y, at, mask, divisor, scalars, FORMULA: tl.constexpr, 
 def backward_kernel(
     x,  # (n,): rows of classes
     labels,  # (n / classes,)
-    upstream,  # () where same, else (n,)
+    upstream,  # () if same, otherwise (n,)
     grad,  # (n,)
     divisor: tl.int64,
     n: tl.int64,
@@ -181,7 +181,7 @@ def fixed_arguments(x, classes, problem, **kind):
 
 
 def readable(tensors, problem):
-    """Logits and labels without gaps. The interpreter refuses a label that is no class here; a GPU asserts."""
+    """Contiguous logits and labels. The interpreter raises for a label that is no class; on a GPU kernels assert."""
     x, labels = tensors
     if INTERPRET:
         counted(labels, None, x.shape[1], problem.background, torch.float32)
@@ -225,7 +225,7 @@ def backward(tensors, saved, upstream, problem, wanted):
     if shapes_only():
         return [grad]
     x, labels = readable(tensors, problem)
-    same = not any(dout.stride())  # one value, or one value expanded: what loss.sum().backward() sends
+    same = not any(dout.stride())  # one value, perhaps expanded: loss.sum().backward() passes such a gradient
     dout = dout if same else dout.contiguous()
     launch = backward_plan((x, labels, dout), x.shape[1], problem, same)
     launch(x, labels, dout, grad, divisor_of(x, problem.reduction), x.numel())

@@ -1,8 +1,8 @@
-"""Margin losses of rows by kernels: one program is one row.
+"""Kernels of margin losses of rows: one program per row.
 
-A row is walked as in label_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the edge. Of a
-set of labels the forward first marks the columns: it reads the row once for each label, and would search the set each
-time.
+A row is read as in label_rows.py, in vectors of 16 bytes; the elements that do not fill one are a tile of their own,
+the edge. If a row has a set of labels, the forward first marks their columns, because it reads the row once for each
+label and would otherwise search the set each time.
 """
 
 from typing import NamedTuple
@@ -23,24 +23,24 @@ from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
 from triton_losses.kernels.rows import configs, edge_of, rule, span_of
 
-AHEAD_OF_MARKS = tl.constexpr(16)  # bytes: of the columns before a row's first aligned vector
+AHEAD_OF_MARKS = tl.constexpr(16)  # bytes of marks for the columns before a row's first aligned vector
 
 
 class MarginKind(NamedTuple):
-    """What a kernel of margin losses is built for."""
+    """Compile-time parameters of a kernel of margin losses."""
 
-    listed: bool  # a row has a set of labels, else one
+    listed: bool  # a row has a set of labels; otherwise it has one
     weighted: bool  # there are class weights
-    mean: bool  # of the backward: the loss is a mean
-    ahead: int  # numbers a row that stand ahead of the labels' slopes
-    edge: bool  # rows may start anywhere, and end anywhere
+    mean: bool  # in the backward: the loss is a mean
+    ahead: int  # numbers per row that precede the labels' slopes
+    edge: bool  # rows may start or end within a vector
     vec: int  # elements of a vector
-    compute: tl.dtype  # the type that sums are made in
+    compute: tl.dtype  # the type of the sums
 
 
 @triton.jit
 def place_of(labels, cols):
-    """The label's column, or one that can be read all the same."""
+    """The label's column, or column 0 if the label is no class."""
     label = tl.load(labels)
     fits = (label >= 0) & (label < cols)
     tl.device_assert(fits, "a target is out of range: it is no class")
@@ -49,7 +49,7 @@ def place_of(labels, cols):
 
 @triton.jit
 def factor_of(class_weights, place, cols, KIND: tl.constexpr):
-    """w / C of the label's class."""
+    """w / C: the weight of the label's class over the number of classes."""
     if KIND.weighted:
         return tl.load(class_weights + place).to(KIND.compute) / tl.cast(cols, KIND.compute)
     else:
@@ -72,9 +72,9 @@ def count_of(labels, most, LANES: tl.constexpr):
 
 @triton.jit
 def mark(marks, width, first, labels, count, cols, LANES: tl.constexpr):
-    """Write 1 at the columns that are labels, else 0; column c is at marks + first + c.
+    """Write 1 at the columns that are labels and 0 at all others; column c is at marks + first + c.
 
-    Threads write what other threads of the program have written before, and will read: hence the barriers.
+    Threads overwrite and read bytes that other threads of the program have written, so barriers are needed.
     """
     at = tl.arange(0, 16 * LANES)
     for start in range(0, width, 16 * LANES):
@@ -90,7 +90,7 @@ def mark(marks, width, first, labels, count, cols, LANES: tl.constexpr):
 
 @triton.jit
 def losses_of(x, columns, exists, label, marks, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """f and f' of one tile. A column that is a label's, or does not exist, has -inf: it exceeds no margin."""
+    """f and f' of one tile. Columns of labels and columns that do not exist count as -inf, which exceeds no margin."""
     chosen, place = label
     if KIND.listed:
         others = load_zeros(marks + columns, exists) == 0
@@ -113,9 +113,9 @@ def sums_over_others(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Of one label of a row: Σ f and Σ f' over the columns that are no label's. row: where it lies, and its span."""
+    """Σ f and Σ f' of one label, over the columns of no label. row: x, the row's offset, its `span_of`, its length."""
     x, start, head, vectors, cols = row
-    first = x + (start + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first = x + (start + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     chosen = tl.load(x + start + place).to(KIND.compute)
@@ -125,7 +125,7 @@ def sums_over_others(
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
-        for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
+        for u in tl.static_range(UNROLL):  # all loads are issued first, so that they overlap
             tiles += (tl.load(first + (v + u * LANES) * KIND.vec + tile).to(KIND.compute),)
         for u in tl.static_range(UNROLL):
             at = (v + u * LANES) * KIND.vec + tile
@@ -160,9 +160,9 @@ def forward_kernel(
     x,  # (rows, cols), row r at r * stride
     labels,  # (rows, most)
     class_weights,  # (cols,) where weighted
-    marks,  # (rows, width) bytes to write to where listed
+    marks,  # (rows, width) bytes, written if listed
     losses,  # (rows,)
-    slopes,  # (ahead, rows) of other things, then (rows, most): of each label that counts, Σ f' · w / C
+    slopes,  # (ahead, rows) unused here, then (rows, most): of each label that counts, Σ f' · w / C
     rows: tl.int64,
     cols,
     strides,  # stride, most
@@ -200,9 +200,9 @@ def forward_kernel(
 
 @triton.jit
 def gradient_of(x, columns, shift, chosen, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """The gradient of one tile x for an upstream gradient of 1. Its columns are less by the shift than the row's.
+    """The gradient of one tile x for an upstream gradient of 1. columns: the row's columns minus the shift.
 
-    chosen: of one label its column, score, slope and w / C; of a set what the kernel reads those from.
+    chosen: for one label its column, score, slope and w / C; for a set the pointers and sizes to load those with.
     """
     if KIND.listed:
         row, labels, slopes, class_weights, count, cols = chosen
@@ -232,7 +232,7 @@ def backward_kernel(
     x,  # (rows, cols), row r at r * stride
     labels,  # (rows, most)
     class_weights,  # (cols,) where weighted
-    slopes,  # (ahead, rows) of other things, then (rows, most)
+    slopes,  # (ahead, rows) unused here, then (rows, most)
     grad,  # (rows, cols), row r at r * stride
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
@@ -261,13 +261,13 @@ def backward_kernel(
         score = tl.load(x + start + place).to(KIND.compute)
         chosen = (place, score, tl.load(slopes), factor_of(class_weights, place, cols, KIND))
     head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
-    first = (start + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first = (start + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
-        for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
+        for u in tl.static_range(UNROLL):  # all loads are issued first, so that they overlap
             pointers = x + first + (v + u * LANES) * KIND.vec + tile
             tiles += (tl.load(pointers, eviction_policy="evict_first").to(KIND.compute),)
         for u in tl.static_range(UNROLL):
@@ -289,7 +289,7 @@ def backward_kernel(
 
 def key(args):
     x = args["x"]
-    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # which make no difference, or follow from others
+    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # these do not matter, or follow from the rest
     return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), str(x.dtype), *kind, x.data_ptr() % 16 == 0
 
 
@@ -304,12 +304,12 @@ backward_launch = Tuned(backward_kernel, **options)
 
 
 def slopes_of(labels, ahead, wide):
-    """Memory for the labels' slopes, behind one number a row where something is ahead."""
+    """Memory for the labels' slopes, which one number per row precedes if ahead."""
     return labels.new_empty(labels.numel() + ahead * labels.shape[0], dtype=wide)
 
 
 def width_of(cols):
-    """How many bytes the marks of a row of so many columns take."""
+    """How many bytes the marks of a row with this number of columns take."""
     return triton.cdiv(cols, 16) * 16 + AHEAD_OF_MARKS.value
 
 
@@ -319,16 +319,14 @@ def marks_of(x, labels):
 
 
 def arranged(tensors):
-    """As the kernels read them."""
+    """The tensors in the layout that the kernels read."""
     x, labels, class_weights = tensors
     return readable(x), labels.contiguous(), class_weights if class_weights is None else class_weights.contiguous()
 
 
 @planned
 def plan(tensors, problem):
-    """The launch of the forward where dout is None, else of the backward; False where the tensors must be arranged
-    first.
-    """
+    """The forward's launch if dout is None, otherwise the backward's; False if tensors must be copied first."""
     x, labels, class_weights, dout = tensors
     if any(ready is not t for ready, t in zip(arranged(tensors[:3]), tensors)):
         return False
@@ -365,7 +363,7 @@ def plan(tensors, problem):
 
 
 def prepared(tensors, problem, dout=None):
-    """The launch, scores and labels as its kernel wants them, and the class weights or what stands in their place."""
+    """The launch, scores and labels in the layout that its kernel reads, and the class weights or a placeholder."""
     launch = plan((*tensors, dout), problem)
     if not launch:
         tensors = arranged(tensors)
@@ -375,7 +373,7 @@ def prepared(tensors, problem, dout=None):
 
 
 def forward(tensors, problem):
-    """It saves the labels' slopes, behind the rows' losses where those are added up."""
+    """Saves the labels' slopes, which the rows' losses precede if they are reduced."""
     x, labels, _ = tensors
     rows, none = x.shape[0], problem.reduction == "none"
     out = x.new_empty(rows if none else (), dtype=problem.dtype)

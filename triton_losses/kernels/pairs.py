@@ -1,7 +1,7 @@
-"""Losses of pairs of vectors by kernels: one program is a few rows, walked together in blocks of columns.
+"""Kernels of losses of pairs of vectors: each program reads a few rows together, in blocks of columns.
 
-A thread reads vectors of 16 bytes where every row starts at a multiple of them, and single numbers where not. Sums are
-kept per thread until the row ends: one exchange between threads, not one a block.
+A thread reads vectors of 16 bytes if every row starts at a multiple of them, otherwise single numbers. Each thread
+keeps its own sums until the row ends, so threads exchange sums once per row, not once per block.
 """
 
 from typing import NamedTuple
@@ -25,21 +25,21 @@ VECTOR = 16  # bytes
 
 
 class Kind(NamedTuple):
-    """What the kernels are built for, beside the formulas of a coordinate and of a row."""
+    """Compile-time parameters of the kernels, besides the formulas of a coordinate and of a row."""
 
     compute: tl.dtype
-    vec: int  # numbers that a thread reads at once
-    pairs: tuple  # two places of vectors a pair
+    vec: int  # numbers that a thread loads at once
+    pairs: tuple  # indices of vectors, two for each pair
     targeted: bool
-    ahead: int  # numbers a row before the sums
+    ahead: int  # numbers per row before the sums
     mean: bool = False
-    wanted: tuple = ()  # of which vectors a gradient is wanted
+    wanted: tuple = ()  # for each vector, whether its gradient is wanted
     want_target: bool = False
 
 
 @triton.jit
 def tiles_of(vectors, strides, row, columns, mask, KIND: tl.constexpr):
-    """A tile (ROWS, BLOCK) of each vector, zeros where the mask forbids."""
+    """Load a tile (ROWS, BLOCK) of each vector; zeros outside the mask."""
     values = ()
     for i in tl.static_range(len(vectors)):
         at = row[:, None] * (strides[i] * KIND.vec) + columns[None, :]
@@ -49,7 +49,7 @@ def tiles_of(vectors, strides, row, columns, mask, KIND: tl.constexpr):
 
 @triton.jit
 def add_tiles(totals, values, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """Add g of each pair of tiles to its sum; nothing where the mask forbids."""
+    """Add g of each pair of tiles to its sum; nothing outside the mask."""
     new = ()
     for k in tl.static_range(len(totals)):
         g = FORMULA(values[KIND.pairs[2 * k]], values[KIND.pairs[2 * k + 1]], *scalars)[0]
@@ -70,7 +70,7 @@ def forward_kernel(
     vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * vec
     target,  # (rows,) where targeted
     losses,  # (rows,)
-    sums,  # (ahead, rows) of other things, then (pairs, rows)
+    sums,  # (ahead, rows) unused here, then (pairs, rows)
     rows: tl.int64,
     cols,
     strides,
@@ -83,7 +83,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    read = tl.minimum(row, rows - 1)  # what lies beyond the last row is the last row again, and not written
+    read = tl.minimum(row, rows - 1)  # beyond the last row, the last row is read again and nothing is written
     lanes = tl.arange(0, BLOCK)
     COUNT: tl.constexpr = len(KIND.pairs) // 2
     values_of = exact(scalars, KIND.compute)
@@ -95,7 +95,7 @@ def forward_kernel(
         values = tiles_of(vectors, strides, read, start + lanes, None, KIND)
         totals = add_tiles(totals, values, None, values_of, FORMULA, KIND)
     for start in range(whole, cols, BLOCK):
-        mask = ((start + lanes) // KIND.vec < cols // KIND.vec)[None, :]  # of whole vectors
+        mask = ((start + lanes) // KIND.vec < cols // KIND.vec)[None, :]  # a mask of whole vectors keeps loads wide
         values = tiles_of(vectors, strides, read, start + lanes, mask, KIND)
         totals = add_tiles(totals, values, mask, values_of, FORMULA, KIND)
     values = ()
@@ -110,7 +110,7 @@ def forward_kernel(
 
 @triton.jit
 def store_gradients(values, grads, at, mask, slopes, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """Write the gradients of one tile of each wanted vector."""
+    """Write one tile of the gradient of each vector that wants one."""
     for i in tl.static_range(len(grads)):
         if KIND.wanted[i]:
             total = tl.zeros_like(values[i])
@@ -131,10 +131,10 @@ def store_gradients(values, grads, at, mask, slopes, scalars, FORMULA: tl.conste
 def backward_kernel(
     vectors,  # pointers to (rows, cols), row r of the i-th at r * strides[i] * vec
     target,  # (rows,) where targeted
-    sums,  # (ahead, rows) of other things, then (pairs, rows)
+    sums,  # (ahead, rows) unused here, then (pairs, rows)
     dout,  # of row r at r * dout_stride
-    grads,  # pointers to (rows, cols), contiguous, one a vector; written where wanted
-    grad_target,  # (rows,), written where want_target
+    grads,  # pointers to (rows, cols), contiguous, one per vector; written if wanted
+    grad_target,  # (rows,), written if want_target
     rows: tl.int64,
     cols,
     strides,
@@ -193,13 +193,13 @@ def bytes_of_row(args):
 
 
 def config(args, warps, each):
-    """Tiles of ``each`` numbers a thread."""
+    """Tiles of ``each`` numbers per thread."""
     block = min(triton.next_power_of_2(max(args["cols"], 1)), warps * WARP * each)
     return {"ROWS": warps * WARP * each // block, "BLOCK": block, "num_warps": warps}
 
 
 def each_of(args):
-    """Numbers a thread reads at once, or four where it reads them one by one."""
+    """The numbers that a thread loads at once, or four if it loads single numbers."""
     vec = args["KIND"].vec
     return vec if vec > 1 else 4
 
@@ -229,7 +229,7 @@ backward_launch = Tuned(backward_kernel, **options)
 
 
 class PairsPlan(NamedTuple):
-    readable: bool  # every vector's coordinates lie side by side
+    readable: bool  # every vector's coordinates have stride 1
     wide: torch.dtype
     launch: Launch | None = None
 
@@ -258,7 +258,7 @@ def fixed_arguments(vectors, target, problem, wide, **kind):
 
 @planned
 def plan(tensors, problem, wanted):
-    """Of the forward where nothing is wanted, else of the backward."""
+    """The forward's plan if nothing is wanted, otherwise the backward's."""
     *vectors, target, dout = tensors
     vectors = tuple(given(vectors))
     wide = widest([*vectors, *given([target])])
@@ -286,7 +286,7 @@ def plan(tensors, problem, wanted):
 
 
 def prepared(tensors, problem, wanted=(), dout=None):
-    """The plan, the vectors, and the target or what stands in its place."""
+    """The plan, the vectors, and the target or a placeholder."""
     found = plan((*tensors, dout), problem, wanted)
     if not found.readable:
         *vectors, target = tensors

@@ -1,11 +1,11 @@
-"""Losses of rows of chances by kernels: one program is one row.
+"""Kernels of losses of rows of unnormalised probabilities, p = x / Σ x: one program per row.
 
-Rows are walked as in distribution_rows.py, in vectors of 16 bytes; what does not fill one is a tile of its own, the
-edge.
+Rows are read as in distribution_rows.py, in vectors of 16 bytes; the elements that do not fill one are a tile of their
+own, the edge.
 
-What a forward leaves for its backward is one tensor, ``state``: runs of one number a row each. First, where the loss is
-reduced, the losses, and, where there are labels, 1 for each row that counts; then Σ x and Σ p ∂f/∂p; at last, where
-there are labels and a reduction, how many rows count.
+The forward saves one tensor for the backward, ``state``. It holds arrays of one number per row. If the loss is reduced,
+the first array is the losses, and if there are also labels, the second is 1 for each row that counts. Then come Σ x and
+Σ p ∂f/∂p. If there are labels and a reduction, the last number is how many rows count.
 """
 
 from typing import NamedTuple
@@ -29,33 +29,33 @@ from triton_losses.kernels.label_rows import label_of
 from triton_losses.kernels.row_pairs import edge_tile
 from triton_losses.kernels.rows import configs, rule, span_of
 
-SAVED = 2  # numbers a row that the backward reads
+SAVED = 2  # numbers per row that the backward reads
 
 
 class ProportionKind(NamedTuple):
-    """What a kernel of proportions is built for."""
+    """Compile-time parameters of a kernel of proportions."""
 
-    labelled: bool  # y holds a label a row, else chances
-    wanted: tuple  # of the backward: whether the gradients by x and by y are
-    mean: bool  # of the backward: the loss is a mean
-    ahead: int  # runs of ``state`` ahead of what the backward reads: 1 the losses, 2 also which rows count
-    edge: bool  # rows may start anywhere, and end anywhere
+    labelled: bool  # y holds one label per row; otherwise probabilities
+    wanted: tuple  # in the backward: whether the gradients of x and of y are wanted
+    mean: bool  # in the backward: the loss is a mean
+    ahead: int  # arrays of ``state`` before those that the backward reads: 1 the losses, 2 also which rows count
+    edge: bool  # rows may start or end within a vector
     vec: int  # elements of a vector
-    compute: tl.dtype  # the type that sums are made in
+    compute: tl.dtype  # the type of the sums
 
 
 @triton.jit
 def sum_of_row(x, start, cols, KIND: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr):
     head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
-    first = x + (start + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first = x + (start + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
-    # Triton 3.7 fails on sums of a loop's tiles that are added one after another
+    # tiles are added, and summed at the end: Triton 3.7 fails on a loop that adds up the sums of several tiles
     total = tl.zeros(tile.shape, KIND.compute)
     unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
     for v in range(0, unmasked, LANES * UNROLL):
         tiles = ()
-        for u in tl.static_range(UNROLL):  # all loads first, so that they travel together
+        for u in tl.static_range(UNROLL):  # all loads are issued first, so that they overlap
             pointers = first + (v + u * LANES) * KIND.vec + tile
             tiles += (tl.load(pointers, eviction_policy="evict_last").to(KIND.compute),)
         for u in tl.static_range(UNROLL):
@@ -97,7 +97,7 @@ def sums_of_pair(
     x, y = pair
     start_x, start_y = starts
     head, vectors = span_of(start_x, cols, KIND.vec, KIND.edge)
-    first_y = y + (start_y + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first_y = y + (start_y + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     first_x = x + (start_x + head) // KIND.vec * KIND.vec
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
@@ -126,9 +126,9 @@ def sums_of_pair(
 )
 def forward_kernel(
     x,  # (rows, cols), row r at r * stride_x
-    y,  # (rows, cols), row r at r * stride_y; labels (rows,) where labelled
-    losses,  # (rows,); where ahead is 2 (2, rows): losses, and 1 for each row that counts
-    state,  # (ahead, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p
+    y,  # (rows, cols), row r at r * stride_y; labels (rows,) if labelled
+    losses,  # (rows,); if ahead is 2 (2, rows): losses, and 1 for each row that counts
+    state,  # (ahead, rows) not written here, then (2, rows): Σ x, Σ p ∂f/∂p
     rows: tl.int64,
     cols,
     strides,  # stride_x, stride_y
@@ -163,7 +163,7 @@ def forward_kernel(
 
 @triton.jit
 def store_gradients(tensors, first, at, exists, of_row, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """Write the gradients of one tile, whose columns are counted from ``first``: of x, of y and of the label."""
+    """Write one tile's gradients. first: the offsets in x and in y, and the label's column, that belong to ``at`` 0."""
     x, y, grad_x, grad_y = tensors
     first_x, first_y, place = first
     inverse, moved, at_label, upstream = of_row
@@ -189,10 +189,10 @@ def store_gradients(tensors, first, at, exists, of_row, scalars, FORMULA: tl.con
 )
 def backward_kernel(
     x,  # (rows, cols), row r at r * stride_x
-    y,  # (rows, cols), row r at r * stride_y; labels (rows,) where labelled
-    state,  # (ahead, rows) of other things, then (2, rows): Σ x, Σ p ∂f/∂p; where ahead is 2 then how many rows count
+    y,  # (rows, cols), row r at r * stride_y; labels (rows,) if labelled
+    state,  # (ahead, rows) unused here, then (2, rows): Σ x, Σ p ∂f/∂p; if ahead is 2 then how many rows count
     grad_x,
-    grad_y,  # as x and y, those that are wanted
+    grad_y,  # both gradients as x and y; written if wanted
     dout,  # of row r at r * dout_stride
     rows: tl.int64,
     cols,
@@ -215,7 +215,7 @@ def backward_kernel(
     inverse = 1.0 / tl.load(state + KIND.ahead * rows + row)
     moved = tl.load(state + (KIND.ahead + 1) * rows + row)
     if KIND.labelled:
-        start_y = start_x  # y holds labels: nobody reads a row of it
+        start_y = start_x  # y holds labels: no row of it is read
         kept, place = label_of(y, row, cols, ignore_index)
         p = tl.load(x + start_x + place).to(KIND.compute) * inverse
         at_label = FORMULA(tl.full((), 1.0, KIND.compute), p, *values)[2]
@@ -229,7 +229,7 @@ def backward_kernel(
     tensors = (x, y, grad_x, grad_y)
     of_row = (inverse, moved, at_label, upstream)
     head, vectors = span_of(start_x, cols, KIND.vec, KIND.edge)
-    first_x = (start_x + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first_x = (start_x + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     first_y = (start_y + head) // KIND.vec * KIND.vec
     first = (first_x, first_y, place - head)
     lanes = tl.arange(0, LANES)
@@ -250,7 +250,7 @@ def backward_kernel(
 def key(args):
     rows = args["x"], args["y"]
     aligned = all(t.data_ptr() % 16 == 0 for t in rows)
-    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # which make no difference, or follow from others
+    kind = args["KIND"]._replace(mean=False, ahead=0, compute=None)  # these do not matter, or follow from the rest
     dtypes = (str(t.dtype) for t in rows)
     return args["FORMULA"].__name__, triton.next_power_of_2(args["cols"]), *dtypes, *kind, aligned
 
@@ -266,14 +266,14 @@ backward_launch = Tuned(backward_kernel, **tuning)
 
 
 def arranged(x, y):
-    """As the kernels walk them."""
+    """x and y in the layout that the kernels read."""
     if y.is_floating_point():
         return readable_pair(x, y)
     return readable(x), y.contiguous()
 
 
 def ahead_of(problem, y):
-    """How many runs of ``state`` come before what the backward reads."""
+    """How many arrays of ``state`` come before those that the backward reads."""
     return 0 if problem.reduction == "none" else 1 if y.is_floating_point() else 2
 
 
@@ -283,15 +283,13 @@ def state_of(x, y, problem):
 
 
 def grads_of(x, y, wanted):
-    """Memory for the gradients that are wanted; in place of the others, the tensors."""
+    """Memory for the gradients that are wanted; x or y takes the place of a gradient that is not."""
     return tuple(room_for_gradient(t) if want else t for t, want in zip((x, y), wanted))
 
 
 @planned
 def plan(tensors, problem, wanted):
-    """The launch of the forward where nothing is wanted, else of the backward; False where the tensors must be arranged
-    first.
-    """
+    """The forward's launch if nothing is wanted, otherwise the backward's; False if tensors must be copied first."""
     x, y, dout = tensors
     first, second = arranged(x, y)
     if first is not x or second is not y:
@@ -331,10 +329,10 @@ def plan(tensors, problem, wanted):
 
 
 def prepared(tensors, problem, wanted=(), dout=None):
-    """The launch, and x and y as its kernel wants them."""
+    """The launch, and x and y in the layout that its kernel reads."""
     x, y = tensors
     if INTERPRET and not y.is_floating_point():
-        counted(y, None, x.shape[1], problem.ignore_index, torch.float32)  # refuses a label that is no class
+        counted(y, None, x.shape[1], problem.ignore_index, torch.float32)  # raises for a label that is no class
     launch = plan((x, y, dout), problem, wanted)
     if not launch:
         x, y = arranged(x, y)

@@ -1,7 +1,7 @@
-"""The kernel that follows the sums of regions: it adds up what the runs of pixels left, and makes scores and the loss.
+"""The kernel that runs after the sums of regions: it adds up the partial sums and computes the scores and the loss.
 
-There are so few numbers that one program takes them all, in float64. It leaves the loss's derivatives by the sums,
-which the backward has only to multiply by the upstream gradient: each sum is part of one element of the loss.
+There are so few numbers that one program handles them all, in float64. It also writes the loss's derivatives by the
+sums. The backward only multiplies them by the upstream gradient, because each sum affects one element of the loss.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from triton_losses.core.tuning import Tuned
 
 
 class Kind(NamedTuple):
-    """What the kernel is built for; families/regions.py's Problem says what the first four are."""
+    """Compile-time parameters of the kernel; families/regions.py's Problem describes the first four."""
 
     average: str
     empty: str
@@ -26,18 +26,18 @@ class Kind(NamedTuple):
     batch: bool
     classes: int
     first: int  # the first class that counts in the score
-    maps: bool  # the targets are maps of the logits' shape, else labels
-    weighted: bool  # the classes' scores have weights
-    shift: int  # the first class that the table of weights has
-    beside: bool  # a formula's losses of the pixels stand beside the score's
-    counted: bool  # a pixel counts in their mean as much as its label weighs
-    divided: bool  # they are divided by how many count
-    each: int  # losses of a pixel
+    maps: bool  # the targets are maps of the logits' shape; otherwise labels
+    weighted: bool  # the classes' scores are weighted
+    shift: int  # the first class in the tensor of weights
+    beside: bool  # a formula's losses of the pixels are added to the score's loss
+    counted: bool  # in their mean, a pixel counts with its label's weight
+    divided: bool  # they are divided by the number of those that count
+    each: int  # the number of them per pixel
 
 
 @triton.jit
 def sums_of(partial_sums, image, exists, splits, KIND: tl.constexpr, SPLITS: tl.constexpr, CLASSES: tl.constexpr):
-    """Σ pt, Σ p and Σ t of some images, (images, CLASSES) each; 0 where there is no such image or class."""
+    """Σ p t, Σ p and Σ t of some images, (images, CLASSES) each; 0 for images and classes that do not exist."""
     c = tl.arange(0, CLASSES)[None, None, :]
     split = tl.arange(0, SPLITS)[None, :, None]
     at = partial_sums + image[:, None, None] * (splits * 3 * KIND.classes) + c
@@ -56,7 +56,7 @@ def sums_of(partial_sums, image, exists, splits, KIND: tl.constexpr, SPLITS: tl.
 
 @triton.jit
 def formula_losses_of(partial_losses, image, exists, splits, SPLITS: tl.constexpr):
-    """Σ L of some images, (images,)."""
+    """Σ L of each of some images, (images,)."""
     split = tl.arange(0, SPLITS)[None, :]
     total = tl.zeros((image.shape[0], SPLITS), partial_losses.dtype.element_ty)
     for first in range(0, splits, SPLITS):
@@ -69,8 +69,8 @@ def formula_losses_of(partial_losses, image, exists, splits, SPLITS: tl.constexp
 def losses_of(sums, weight, counts, scalars, SCORE: tl.constexpr, LINK: tl.constexpr, KIND: tl.constexpr):
     """The score's loss of each image and class, and its slopes by overlap and predicted; sums that do not count are 0.
 
-    Where classes are added up first, the loss is (images, 1). Where a mean excludes absent classes, it is divided
-    already.
+    If the classes are added up first (not "macro"), the loss is (images, 1). If a mean excludes absent classes, the
+    loss is already divided by the weight of the classes that are present.
     """
     overlap, predicted, wanted = sums
     factor = tl.where(counts, 1.0, 0.0).to(tl.float64)
@@ -100,7 +100,7 @@ def losses_of(sums, weight, counts, scalars, SCORE: tl.constexpr, LINK: tl.const
 
 @triton.jit
 def store(at, x, mask):
-    """By way of float32 to bfloat16, as compiled kernels do anyway: the interpreter knows no other way."""
+    """Store x, converted to bfloat16 by way of float32, as compiled kernels do; the interpreter needs that."""
     x = x.to(tl.float32) if at.dtype.element_ty == tl.bfloat16 else x
     tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
@@ -118,15 +118,15 @@ def store_slopes(d_sums, slopes, scale, image, c, mask, KIND: tl.constexpr):
 )
 def scores_kernel(
     partial_sums,  # (images, splits, 3, classes)
-    partial_losses,  # (images, splits), where beside
-    weights,  # of the classes from shift on, where weighted or counted
-    out,  # the loss; without a reduction as core/regions.py's shape_of_loss says
-    d_sums,  # (images, 3, classes), of which Σ pt's and Σ p's of classes that count are written
-    d_losses,  # (images,), where beside
+    partial_losses,  # (images, splits), if beside
+    weights,  # weights of the classes from shift on, if weighted or counted
+    out,  # the loss, of the shape that core/regions.py's shape_of_loss gives
+    d_sums,  # (images, 3, classes); written for Σ p t and Σ p of the classes that count
+    d_losses,  # (images,), if beside
     images: tl.int64,
     splits,
     pixels,
-    scalars,  # the score's and the link's
+    scalars,  # those of the score and of the link
     lambdas,
     SCORE: tl.constexpr,
     LINK: tl.constexpr,
@@ -148,7 +148,7 @@ def scores_kernel(
         weight = tl.load(weights + (c - KIND.shift), mask=counts, other=0.0).to(tl.float64)
     if KIND.counted:
         class_weight = tl.load(weights + c, mask=c < KIND.classes, other=0.0).to(tl.float64)
-    scale = lambdas[0]  # of the score's loss of an image and a class in the whole
+    scale = lambdas[0]  # the factor of the score's loss of one image and class in the total
     if MEAN and MACRO and KIND.empty != "exclude" or NONE and KIND.beside:
         scale = scale / (KIND.classes - KIND.first)
     if MEAN and not KIND.batch:
@@ -221,7 +221,7 @@ def scores_kernel(
         store(out, total, None)
 
 
-MOST = 2048  # sums of each kind that are in the registers at once
+MOST = 2048  # most sums of each kind that are in registers at once
 
 
 def config(args):
@@ -243,7 +243,7 @@ scores_launch = Tuned(
 
 
 def bind_scores(tensors, problem, splits):
-    """The launch of problems of this kind, whose images have so many runs of pixels each."""
+    """The launch for this problem and this number of partial sums per image."""
     logits, targets, weights = tensors
     (images, classes, pixels), wide = logits.shape, compute_dtype(logits.dtype)
     first, beside = int(not problem.background), bool(problem.formula)

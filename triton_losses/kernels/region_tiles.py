@@ -1,11 +1,11 @@
-"""What the kernels of regions read of a tile of pixels: logits, targets, softmax, and the formula beside the sums.
+"""Functions of the kernels of regions for a tile of pixels: logits, targets, softmax, and the pixels' formula.
 
-A tile is (LANES · GROUP, vec): vec neighbouring pixels of one class in one load, and GROUP classes in neighbouring
-threads, so that a sum over classes is a few shuffles and no barrier. A tuple of such tiles holds all classes of a pixel
-in registers.
+A tile is (LANES · GROUP, vec). One load is vec neighbouring pixels of one class. GROUP classes are in neighbouring
+threads, so that a sum over classes takes a few shuffles and no barrier. A tuple of such tiles holds all classes of a
+pixel in registers.
 
-    pixels   of a tile: each row's class within the tile, the elements of a plane, offsets of a tile's first classes,
-             and which rows lie inside the plane
+    pixels   of a tile: each row's class within the tile, the number of elements of a plane, the offsets of the tile's
+             first classes, and which rows lie inside the plane
     of_row   each pixel's maximum and log Σ exp(x - maximum) over the classes
 """
 
@@ -17,31 +17,31 @@ import triton.language as tl
 from triton_losses.core.compiler import INTERPRET, WARP
 from triton_losses.core.device_math import exp, sigmoid
 
-MOST_BYTES = 96  # of the exponentials that a thread holds
-SPAN = 8192  # logits of a program, about: fixed, so that tuning never moves the partial sums
+MOST_BYTES = 96  # most bytes of exponentials that a thread holds
+SPAN = 8192  # about how many logits a program reads: fixed, so that tuning never changes the partial sums
 
 
 class Kind(NamedTuple):
-    """What the kernels of regions are built for."""
+    """Compile-time parameters of the kernels of regions."""
 
-    compute: tl.dtype  # the type that sums are made in
+    compute: tl.dtype  # the type of the sums
     classes: int
-    vec: int  # neighbouring pixels of a thread
+    vec: int  # neighbouring pixels per thread
     activation: str  # "softmax", "sigmoid" or "none"
-    maps: bool  # the targets are maps of the logits' shape, else labels
+    maps: bool  # the targets are maps of the logits' shape; otherwise labels
     ignore: bool  # there is an ignore_index
     squared: bool  # the sums are Σ p² and Σ t²
-    smaller: bool  # the overlap is Σ min(p, t), else Σ p t
+    smaller: bool  # the overlap is Σ min(p, t); otherwise Σ p t
     weighted: bool  # the formula has class weights
-    operand: bool  # which it takes as an operand; else they multiply it
-    smoothed: bool  # each class has a share of ε / classes in a pixel's row loss
-    finished: bool  # of the backward: the slopes are still to be multiplied by the loss's gradient
-    first: int  # the first class that this gradient has
+    operand: bool  # the formula takes them as an operand; otherwise they multiply it
+    smoothed: bool  # label smoothing: each class has a share of ε / classes in a pixel's row loss
+    finished: bool  # in the backward: the slopes must be multiplied by the upstream gradient
+    first: int  # the first class of the upstream gradient
 
 
 @triton.jit
 def tile_at(base, g: tl.constexpr, pixels, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """Where tile g lies, and which of it exists: class g, or the GROUP classes from g · GROUP on."""
+    """Addresses and mask of tile g: of class g, or of the GROUP classes from g · GROUP on."""
     sub, plane, offset, inside = pixels
     mask = inside & (g * GROUP + sub < KIND.classes) if GROUP > 1 else inside
     return base + g * GROUP * plane + offset, mask
@@ -61,7 +61,7 @@ def store_tile(base, g: tl.constexpr, pixels, x, KIND: tl.constexpr, GROUP: tl.c
 
 @triton.jit
 def weight_of(class_weights, g: tl.constexpr, sub, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """The weights of tile g's classes; 1 where there are none."""
+    """The weights of tile g's classes; 1 if there are no weights."""
     if not KIND.weighted:
         return 1.0
     elif GROUP == 1:
@@ -73,7 +73,7 @@ def weight_of(class_weights, g: tl.constexpr, sub, KIND: tl.constexpr, GROUP: tl
 
 @triton.jit
 def weight_of_label(class_weights, label, KIND: tl.constexpr):
-    """The weight of each pixel's own class, of any class where it has none; 1 where there are no weights."""
+    """The weight of each pixel's class, or of an arbitrary class if it has none; 1 if there are no weights."""
     if not KIND.weighted:
         return 1.0
     else:
@@ -83,9 +83,9 @@ def weight_of_label(class_weights, label, KIND: tl.constexpr):
 
 @triton.jit
 def slopes_of(d_sums, dout, g: tl.constexpr, sub, dout_class, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """Derivatives by the overlap and by Σ p of tile g's classes, 0 for a class that does not count; that of p² is 2 p.
+    """The loss's derivatives by the overlap and by Σ p of tile g's classes; 0 for a class that does not count.
 
-    They are multiplied by dout where the loss is finished.
+    If squared, the second is doubled, because the derivative of p² is 2 p. If finished, dout multiplies both.
     """
     c = g if GROUP == 1 else g * GROUP + sub
     counts = (c >= KIND.first) & (c < KIND.classes)
@@ -100,7 +100,7 @@ def slopes_of(d_sums, dout, g: tl.constexpr, sub, dout_class, KIND: tl.constexpr
 
 @triton.jit
 def slope_by_p(p, t, slopes, KIND: tl.constexpr):
-    """The derivative by p of what the sums become."""
+    """The derivative by p of the loss that is computed from the sums."""
     of_overlap, of_p = slopes
     step = tl.where(p < t, 1.0, tl.where(p > t, 0.0, 0.5)).to(p.dtype) if KIND.smaller else t
     return of_overlap * step + (of_p * p if KIND.squared else of_p)
@@ -108,7 +108,7 @@ def slope_by_p(p, t, slopes, KIND: tl.constexpr):
 
 @triton.jit
 def over_classes(x, HIGHEST: tl.constexpr, GROUP: tl.constexpr):
-    """Maximum or sum over the threads that share a pixel, given to each of them."""
+    """The maximum or the sum over the threads that share a pixel, returned to each of them."""
     if GROUP == 1:
         return x
     else:
@@ -121,7 +121,7 @@ def over_classes(x, HIGHEST: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def load_labels(targets, at, inside, ignore_index, KIND: tl.constexpr):
-    """Labels, -1 where they do not count and the number of classes where they are none."""
+    """Labels; -1 for a pixel that does not count, and the number of classes for a label that is no class."""
     raw = tl.load(targets + at, mask=inside, other=0)
     counts = inside & (raw != ignore_index) if KIND.ignore else inside
     label = tl.where((raw >= 0) & (raw < KIND.classes), raw.to(tl.int32), KIND.classes)
@@ -130,7 +130,7 @@ def load_labels(targets, at, inside, ignore_index, KIND: tl.constexpr):
 
 @triton.jit
 def targets_of(targets, label, g: tl.constexpr, pixels, ignore_index, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """t of tile g, 0 where it does not count, and where it does."""
+    """t of tile g, 0 where it does not count, and the mask of where it counts."""
     sub, plane, offset, inside = pixels
     if KIND.maps:
         raw = load_tile(targets, g, pixels, 0, KIND, GROUP)
@@ -144,7 +144,7 @@ def targets_of(targets, label, g: tl.constexpr, pixels, ignore_index, KIND: tl.c
 
 @triton.jit
 def softmax_of(base, pixels, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """Tuples of x as stored and of exp(x - max), then 1 / Σ exp(x - max) and of_row; nan outside."""
+    """Tuples of x as stored and of exp(x - max), then 1 / Σ exp(x - max) and of_row; nan outside the plane."""
     xs, es = (), ()
     for g in tl.static_range((KIND.classes + GROUP - 1) // GROUP):
         x = load_tile(base, g, pixels, -float("inf"), KIND, GROUP)
@@ -161,7 +161,7 @@ def softmax_of(base, pixels, KIND: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def element_of(base, g: tl.constexpr, pixels, KIND: tl.constexpr, GROUP: tl.constexpr):
-    """x and p of tile g, where there is no softmax."""
+    """x and p of tile g, for an activation other than softmax."""
     x = load_tile(base, g, pixels, 0.0, KIND, GROUP).to(KIND.compute)
     return x, sigmoid(x) if KIND.activation == "sigmoid" else x
 
@@ -183,20 +183,20 @@ def log_p_of_label(xs, of_row, label, sub, KIND: tl.constexpr, GROUP: tl.constex
 
 @triton.jit
 def row_formula(log_p, w, values, which: tl.constexpr, FORMULA: tl.constexpr):
-    """L (0) or ∂L/∂log_p (1) of a pixel, if this were its class; the last of the values is the smoothing."""
+    """L (which = 0) or ∂L/∂log_p (1) of a pixel if this were its class; the last of the values is ε, the smoothing."""
     return FORMULA(log_p, w + tl.zeros_like(log_p), *values[:-1])[which]
 
 
 @triton.jit
 def share_formula(x, of_row, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """How much of a pixel's row loss is this class's, (1 - ε) t + ε / classes; and row_formula."""
+    """The share of this class in a pixel's row loss, (1 - ε) t + ε / classes, and the result of row_formula."""
     share = t + values[-1] * (1.0 / KIND.classes - t) if KIND.smoothed else t
     return share, row_formula(log_p_of(x, of_row, KIND), w, values, which, FORMULA)
 
 
 @triton.jit
 def element_formula(x, t, w, values, which: tl.constexpr, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """L (0) or ∂L/∂x (1) of an element; the class weight is an operand of the formula, or multiplies it."""
+    """L (which = 0) or ∂L/∂x (1) of an element; its class weight is an operand of the formula or a factor."""
     if KIND.operand:
         return FORMULA(x, t, w + tl.zeros_like(x), *values[:-1])[which]
     elif KIND.weighted:
@@ -215,7 +215,7 @@ def tiles_of(vectors, splits, LANES: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def rows_of(vectors, KIND: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """Of a tile's rows lane and class within the tile; pixels of a plane; offsets of the pixels, and of the logits."""
+    """Each tile row's lane and class within the tile; pixels per plane; offsets of the pixels and of the logits."""
     row = tl.arange(0, LANES * GROUP)
     lane, sub, plane = row // GROUP, (row % GROUP)[:, None], tl.cast(vectors, tl.int64) * KIND.vec
     at = (lane * KIND.vec)[:, None] + tl.arange(0, KIND.vec)[None, :]
@@ -223,14 +223,14 @@ def rows_of(vectors, KIND: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexp
 
 
 def span_of(classes):
-    """Pixels of a program: a power of two, which every configuration's tiles divide."""
+    """Pixels per program: a power of two, so that every configuration's tiles divide it."""
     return max(triton.next_power_of_2(SPAN // classes), 1024)
 
 
 def config(args, threads=128, most=MOST_BYTES):
     kind, group = args["KIND"], 1
     each = kind.vec * (8 if kind.compute == tl.float64 else 4)
-    if INTERPRET:  # which takes as long for a small tile as for a large one
+    if INTERPRET:  # the interpreter takes as long for a small tile as for a large one
         each, most = 1, 2
     while -(-kind.classes // group) * each > most and group < 32:
         group *= 2

@@ -1,6 +1,6 @@
-"""Regions by kernels: one program is a run of pixels of one image, all their classes.
+"""Kernels of regions: each program reads adjacent pixels of one image, with all their classes.
 
-Its tiles: region_tiles.py. What becomes of the sums: region_scores.py.
+region_tiles.py has the functions for their tiles, and region_scores.py the kernel that turns the sums into a loss.
 """
 
 import math
@@ -52,8 +52,8 @@ def name_of_pass(which):
 @triton.jit(repr=name_of_pass("forward"), debug=True, do_not_specialize=["images", "ignore_index", "splits"])
 def forward_kernel(
     logits,  # (images, classes, vectors · vec)
-    targets,  # (images, vectors · vec) labels; where maps as logits
-    class_weights,  # (classes,) where weighted
+    targets,  # (images, vectors · vec) labels; if maps as logits
+    class_weights,  # (classes,) if weighted
     partial_sums,  # (images, splits, 3, classes)
     partial_losses,  # (images, splits), written where there is a FORMULA
     images: tl.int64,
@@ -68,13 +68,13 @@ def forward_kernel(
     STEPS: tl.constexpr,
 ):
     SOFTMAX: tl.constexpr = KIND.activation == "softmax"
-    EVERY_CLASS: tl.constexpr = KIND.maps or KIND.smoothed  # has a share in a pixel's row loss
+    EVERY_CLASS: tl.constexpr = KIND.maps or KIND.smoothed  # each class has a share in a pixel's row loss
     image, first, end = tiles_of(vectors, splits, LANES, STEPS)
     lane, sub, plane, at, offset = rows_of(vectors, KIND, LANES, GROUP)
     values = exact(scalars, KIND.compute)
     nothing = tl.zeros((LANES * GROUP,), KIND.compute)
     overlap, predicted, wanted, losses = (), (), (), nothing
-    # label: the assertion, whose printing takes registers, stays out of the loop
+    # the highest label: it is asserted after the loop, because the assertion's printing takes registers
     highest = tl.full((LANES * GROUP,), -1, tl.int32)
     for g in tl.static_range((KIND.classes + GROUP - 1) // GROUP):
         overlap += (nothing,)
@@ -115,7 +115,7 @@ def forward_kernel(
         if FORMULA is not None and SOFTMAX and not EVERY_CLASS:
             w = weight_of_label(class_weights, label, KIND)
             loss = row_formula(log_p_of_label(xs, of_row, label, sub, KIND, GROUP), w, values, 0, FORMULA)
-            # one of a pixel's threads speaks for it
+            # only one of the threads that share a pixel adds its loss
             losses += tl.sum(tl.where((label >= 0) & (sub == 0), loss, 0.0), 1)
     program = tl.program_id(0).to(tl.int64)
     out = partial_sums + program * (3 * KIND.classes)
@@ -142,10 +142,10 @@ def forward_kernel(
 def backward_kernel(
     logits,
     targets,
-    class_weights,  # as in the forward
+    class_weights,  # these three as in the forward
     d_sums,  # (images, 3, classes)
     d_losses,  # (images,), read where there is a FORMULA
-    dout,  # where finished the loss's gradient: of image b and class c at b * dout_image + (c - first) * dout_class
+    dout,  # if finished the upstream gradient, image b and class c at b * dout_image + (c - first) * dout_class
     grad,  # as logits
     images: tl.int64,
     vectors,
@@ -182,7 +182,7 @@ def backward_kernel(
         label = sub if KIND.maps else load_labels(wants, at, inside, ignore_index, KIND)
         if SOFTMAX:
             xs, es, inverse, of_row = softmax_of(base, pixels, KIND, GROUP)
-            dot = tl.zeros_like(inverse)  # Σ p g, and Σ share · ∂L/∂log_p
+            dot = tl.zeros_like(inverse)  # Σ p g + Σ share · ∂L/∂log_p
             for g in tl.static_range((KIND.classes + GROUP - 1) // GROUP):
                 t, counts = targets_of(wants, label, g, pixels, ignore_index, KIND, GROUP)
                 p = es[g] * inverse
@@ -222,11 +222,11 @@ def backward_kernel(
             store_tile(out, g, pixels, dx, KIND, GROUP)
 
 
-MOST_CLASSES = 320  # ten tiles of 32 classes: beyond, a pixel's classes do not fit the registers
+MOST_CLASSES = 320  # ten tiles of 32 classes: the classes of a pixel do not fit in registers if there are more
 
 
 def key(args):
-    """What a gradient is multiplied by makes no difference."""
+    """Leaves out the upstream gradient's fields, which do not matter, and `compute`, which the dtype determines."""
     x, formula = args["logits"], getattr(args["FORMULA"], "__name__", "sums")
     kind = args["KIND"]._replace(compute=None, finished=False, first=0)
     return formula, str(x.dtype), str(args["targets"].dtype), *kind, x.data_ptr() % 16 == 0
@@ -254,16 +254,16 @@ backward_launch = Tuned(backward_kernel, **options)
 
 class SumsPlan(NamedTuple):
     launch: Launch
-    splits: int  # runs of pixels of an image
+    splits: int  # partial sums per image
     scores: Launch | None = None
-    scores_of_sums: Launch | None = None  # the same, of images whose splits are added up already
+    scores_of_sums: Launch | None = None  # the same, for partial sums that are already added up
 
 
 def shared_arguments(logits, targets, class_weights, problem, finished=False):
-    """What both kernels take."""
+    """The arguments that both kernels take."""
     images, classes, pixels = logits.shape
     formula, wide = FORMULAS.get(problem.formula), compute_dtype(logits.dtype)
-    vec = math.gcd(pixels, 16 // logits.element_size())  # planes of no multiple of 16 bytes start anywhere
+    vec = math.gcd(pixels, 16 // logits.element_size())  # a plane need not start at a multiple of 16 bytes
     kind = Kind(
         compute=triton_type(wide),
         classes=classes,
@@ -294,12 +294,12 @@ def shared_arguments(logits, targets, class_weights, problem, finished=False):
 
 
 def given(class_weights, logits, problem):
-    """The formula's class weights, or what stands in their place."""
+    """The formula's class weights, or a placeholder."""
     return class_weights if problem.formula and class_weights is not None else logits
 
 
 def partials_of(logits, splits, formula):
-    """Room for the sums of each run of pixels, and for the formula's losses: the same where there are none."""
+    """Memory for partial sums of regions and of the formula's losses; one tensor for both if there is no formula."""
     images, classes, _ = logits.shape
     wide = compute_dtype(logits.dtype)
     sums = logits.new_empty((images, splits, 3, classes), dtype=wide)
@@ -339,7 +339,7 @@ def backward_plan(tensors, problem, finished):
 
 
 def check_labels(targets, ignore_index, classes):
-    """In the interpreter, where labels lie in a CPU's memory; a GPU asserts."""
+    """Raise for a label that is no class. It serves the interpreter, with labels on a CPU; on a GPU kernels assert."""
     if targets.dim() == 2:
         wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= classes))]
         if wrong.numel():
@@ -349,7 +349,7 @@ def check_labels(targets, ignore_index, classes):
 
 
 def launched(find, tensors, problem):
-    """The plan, and what each run of pixels summed."""
+    """Launch the kernel of the plan that ``find`` returns; return the plan and the partial sums."""
     logits, targets, class_weights = tensors
     if INTERPRET:
         check_labels(targets, problem.ignore_index, logits.shape[1])
@@ -360,7 +360,7 @@ def launched(find, tensors, problem):
 
 
 def forward(tensors, problem):
-    """saved: the loss's derivatives by the sums, and by the formula's losses where there are any."""
+    """Saves the loss's derivatives by the sums and, if there is a formula, by the formula's losses."""
     logits, _, weights = tensors
     images, classes, _ = logits.shape
     wide = compute_dtype(logits.dtype)
@@ -379,7 +379,7 @@ def forward(tensors, problem):
 
 
 def gradient(tensors, derivatives, problem, finished):
-    """derivatives: by the sums and by the formula's losses; where finished the loss's gradient, else anything."""
+    """derivatives: by the sums, by the formula's losses, and the upstream gradient (any tensor if not finished)."""
     logits, targets, class_weights = tensors
     grad = torch.empty_like(logits)
     if not shapes_only():

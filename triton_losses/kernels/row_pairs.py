@@ -1,8 +1,8 @@
-"""A pair of rows, walked together: in one read, by the rule of families/distribution_rows.py, or in two.
+"""Reading a pair of rows together: in one read, by the rule of families/distribution_rows.py, or in two.
 
-Both are walked as rows.py walks one: in vectors of 16 bytes, the elements before the first aligned vector and after the
-last as one narrow tile, the *edge*. Here the edge has the shape of all other tiles, its two ends in the first two
-lanes, so that one function folds them all.
+Both are read as rows.py reads one: in vectors of 16 bytes; the elements before the first aligned vector and after the
+last one are one small tile, the *edge*. Here the edge has the shape of all other tiles, with its two ends in the first
+two lanes, so that one function folds all tiles.
 """
 
 import triton
@@ -23,7 +23,7 @@ def edge_tile(head, vectors, cols, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def load_logits(pointers, mask, scale, COMPUTE: tl.constexpr, EVICT: tl.constexpr):
-    """Logits over the temperature; -inf where the mask forbids."""
+    """Load logits over the temperature; -inf outside the mask."""
     if mask is None:
         return tl.load(pointers, eviction_policy=EVICT).to(COMPUTE) * scale
     else:
@@ -39,7 +39,7 @@ def load_pair(pointers, mask, scale, KIND: tl.constexpr, EVICT: tl.constexpr):
 
 @triton.jit
 def read_formula(p, q, weights, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """f, ∂f/∂log p (or ∂f/∂p, where p is given) and ∂f/∂log q, times the weights; 0 where the mask forbids."""
+    """f, ∂f/∂log p (or ∂f/∂p if p is given) and ∂f/∂log q, times the weights; 0 outside the mask."""
     out = FORMULA(p, q, *scalars)
     f = out[0]
     d_p = out[1]
@@ -56,14 +56,14 @@ def read_formula(p, q, weights, mask, scalars, FORMULA: tl.constexpr, KIND: tl.c
     return f, d_p, d_q
 
 
-# One read: sums of f as if the maxima so far were log Σ exp, moved whenever a maximum rises
+# One read: f is summed with the running maxima in place of log Σ exp, and the sums are moved when a maximum rises
 
 
 @triton.jit
 def moved(total_f, total_d, by_p, by_q, KIND: tl.constexpr):
-    """Σ f and Σ ∂f/∂log q once log p has moved by ``by_p`` and log q by ``by_q``: see the rule of one read."""
+    """Σ f and Σ ∂f/∂log q after adding ``by_p`` to log p and ``by_q`` to log q: see the rule of one read."""
     distance = by_q if KIND.given else by_q - by_p
-    # the first maximum is -3e38: nothing, infinitely far away
+    # the first maximum is -3e38: the distance may be infinite while the sum is 0
     total_f += tl.where(total_d == 0.0, 0.0, distance * total_d)
     if not KIND.given:
         factor = exp(by_p)
@@ -74,9 +74,7 @@ def moved(total_f, total_d, by_p, by_q, KIND: tl.constexpr):
 
 @triton.jit
 def fold(state, tiles, weights, mask, scalars, FORMULA: tl.constexpr, KIND: tl.constexpr):
-    """Fold pairs of tiles into each lane's maxima and sums; one rescale for all of them. weights: where each pair's
-    lie.
-    """
+    """Fold pairs of tiles into each lane's maxima and sums, with one rescale. weights: pointers, one for each pair."""
     top_p, top_q, total_q, total_f, total_d = state
     new_p = top_p
     new_q = top_q
@@ -111,11 +109,11 @@ def in_one_read(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Of one pair of rows: max and log Σ exp(· - max) of p and of q, Σ ∂f/∂log p, Σ ∂f/∂log q and Σ f."""
+    """Max and log Σ exp(· - max) of p and of q, Σ ∂f/∂log p, Σ ∂f/∂log q and Σ f of one pair of rows."""
     p, q = pair
     start_p, start_q = starts
     head, vectors = span_of(start_q, cols, KIND.vec, KIND.edge)
-    first_p = p + (start_p + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first_p = p + (start_p + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     first_q = q + (start_q + head) // KIND.vec * KIND.vec
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
@@ -154,13 +152,13 @@ def in_one_read(
         slope_p = log_total_p
     else:
         log_total_p = tl.log(-slope_q)
-        loss = loss / -slope_q + tl.log(total_q / -slope_q)  # not a difference of logarithms: those are rounded
-        slope_q = slope_q / -slope_q  # -1, or the NaN of a row that has one
+        loss = loss / -slope_q + tl.log(total_q / -slope_q)  # a ratio's log: a difference of logs is less exact
+        slope_q = slope_q / -slope_q  # -1, or nan if the row has a nan
         slope_p = loss - slope_q
     return highest_p, log_total_p, highest_q, log_total_q, slope_p, slope_q, loss
 
 
-# Two reads: first max and Σ exp of each row, then sums of f; the second read comes out of L2
+# Two reads: first max and Σ exp of each row, then sums of f; the second read hits the L2 cache
 
 
 @triton.jit
@@ -175,7 +173,7 @@ def add_tiles(
     KIND: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """Add f and its partials at one pair of tiles to each lane's sums."""
+    """Add f and its partial derivatives at one pair of tiles to each lane's sums."""
     p, q, weights = pointers
     highest_p, log_total_p, highest_q, log_total_q = rowwise
     log_p = (load_logits(p, mask, scale, KIND.compute, EVICT) - highest_p) - log_total_p
@@ -197,7 +195,7 @@ def in_two_reads(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """As ``in_one_read``, of any formula of two rows of logits."""
+    """The same as ``in_one_read``, for any formula of two rows of logits."""
     p, q = pair
     start_p, start_q = starts
     head, vectors = span_of(start_q, cols, KIND.vec, KIND.edge)
@@ -245,7 +243,7 @@ def in_two_reads(
         pointers = (first_p + at, first_q + at, weight + head + at)
         totals = add_tiles(totals, pointers, mask, scale, rowwise, scalars, FORMULA, KIND, "evict_first")
     if KIND.edge:
-        edge, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)  # made anew, for the loops would have to hold it
+        edge, exists = edge_tile(head, vectors, cols, LANES, KIND.vec)  # recomputed: keeping it would take registers
         pointers = (p + start_p + edge, q + start_q + edge, weight + edge)
         totals = add_tiles(totals, pointers, exists, scale, rowwise, scalars, FORMULA, KIND, "")
     total_f, total_p, total_q = totals

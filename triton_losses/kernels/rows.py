@@ -1,7 +1,8 @@
-"""A row of logits, read once: how kernels walk it, its statistics, and the configurations of a program that walks it.
+"""Reading a row of logits once: its statistics, its gradient, and the configurations of a program that reads it.
 
-A row is walked in vectors of 16 bytes. Where rows start anywhere (50257 columns), the elements before the first aligned
-vector and after the last are one small masked tile, the *edge*: a mask over single elements would narrow every load.
+A row is read in vectors of 16 bytes. If rows may start within a vector (50257 columns), the elements before the first
+aligned vector and after the last one are one small masked tile, the *edge*, because a mask over single elements would
+narrow every load.
 """
 
 from typing import NamedTuple
@@ -13,27 +14,27 @@ from triton_losses.core.compiler import WARP
 from triton_losses.core.device_math import exp, load_zeros, tanh
 from triton_losses.kernels.elementwise import name_of
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf would be NaN; and no float32 logit lies below
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, because -inf - -inf is nan; no finite float32 logit is lower
 LOWEST_DOUBLE = tl.constexpr(-1.7976931348623157e308)
 
 
 class Kind(NamedTuple):
-    """What a kernel of rows and labels is built for, beside its formula."""
+    """Compile-time parameters of a kernel of rows and labels, besides its formula."""
 
     compute: tl.dtype
     vec: int  # numbers in 16 bytes
-    edge: bool  # rows start anywhere
-    slots: tuple = (0,) * 6  # the statistics that the formula takes: core/rows.slots_of
+    edge: bool  # rows may start or end within a vector
+    slots: tuple = (0,) * 6  # the statistics that the formula takes: see core/rows.slots_of
     weighted: bool = False  # there are class weights
     capped: bool = False  # there is a softcap
     scaled: bool = False  # there is a scale other than 1
     forward: bool = False
     backward: bool = False
-    reduced: bool = True  # the rows' weights are wanted beside their losses
+    reduced: bool = True  # the rows' weights are written too, not only their losses
     mean: bool = False  # the upstream gradient is divided by the sum of the weights
-    entropy: bool = False  # of each row, is computed
-    likeliest: bool = False  # column of each row, is wanted
-    ahead: int = 0  # numbers a row before the saved ones
+    entropy: bool = False  # each row's entropy is computed
+    likeliest: bool = False  # each row's likeliest column is written
+    ahead: int = 0  # numbers per row before the saved ones
 
 
 def name_of_pass(rows):
@@ -48,7 +49,7 @@ def name_of_pass(rows):
 
 @triton.jit
 def take(tiles, top, total):
-    """Fold tiles into each lane's running maximum and Σ exp(x - maximum): one rescale for all of them."""
+    """Fold tiles into each lane's running maximum and Σ exp(x - maximum), with one rescale for all of them."""
     new_top = top
     for i in tl.static_range(len(tiles)):
         new_top = tl.maximum(new_top, tl.max(tiles[i], 1))
@@ -60,20 +61,20 @@ def take(tiles, top, total):
 
 @triton.jit
 def take_moment(tiles, top, total, moment):
-    """The same for Σ exp(x - maximum) (x - maximum); before `take`, whose new maximum it uses."""
+    """The same for Σ exp(x - maximum) (x - maximum); call it before `take`, because it needs the previous maximum."""
     new_top = top
     for i in tl.static_range(len(tiles)):
         new_top = tl.maximum(new_top, tl.max(tiles[i], 1))
     moment = exp(top - new_top) * (moment + tl.where(total > 0, (top - new_top) * total, 0.0))
     for i in tl.static_range(len(tiles)):
-        d = tl.maximum(tiles[i] - new_top[:, None], LOWEST)  # finite, for 0 · -inf is nan
+        d = tl.maximum(tiles[i] - new_top[:, None], LOWEST)  # finite, because 0 · -inf is nan
         moment += tl.sum(exp(d) * d, 1)
     return moment
 
 
 @triton.jit
 def take_place(tiles, v, top, place, LANES: tl.constexpr):
-    """Where each lane's running maximum is, by the vector; before `take`, for it is of the maximum so far."""
+    """The vector of each lane's running maximum; call it before `take`, because it needs the previous maximum."""
     for i in tl.static_range(len(tiles)):
         highest = tl.max(tiles[i], 1)
         place = tl.where(highest > top, v + i * LANES, place)
@@ -83,7 +84,7 @@ def take_place(tiles, v, top, place, LANES: tl.constexpr):
 
 @triton.jit
 def first_of_highest(x, columns, mask):
-    """The highest of these, and the first column that has it."""
+    """The highest value, and the first column that has it."""
     x = tl.where(mask, x, -float("inf"))
     highest = tl.max(tl.ravel(x), 0)
     return highest, tl.min(tl.ravel(tl.where(mask & (x == highest), columns, 2147483647)), 0)
@@ -91,7 +92,7 @@ def first_of_highest(x, columns, mask):
 
 @triton.jit
 def weighted_sum(x, columns, mask, class_weights, pivot, KIND: tl.constexpr):
-    """Σ w_j (x_j - pivot) of each lane: near the row's own values, so that a common offset costs no digits."""
+    """w_j (x_j - pivot); a pivot near the row's values keeps a common offset from costing digits in the sum."""
     d = x - pivot
     if KIND.weighted:
         d *= load_zeros(class_weights + columns, mask).to(x.dtype)
@@ -100,7 +101,7 @@ def weighted_sum(x, columns, mask, class_weights, pivot, KIND: tl.constexpr):
 
 @triton.jit
 def span_of(start, cols, VEC: tl.constexpr, EDGE: tl.constexpr):
-    """Of the row at ``start``: elements before its first aligned vector, and its aligned vectors."""
+    """How many elements the row at ``start`` has before its first aligned vector, and how many aligned vectors."""
     head = 0
     if EDGE:
         head = tl.minimum((VEC - start % VEC) % VEC, cols).to(tl.int32)
@@ -117,7 +118,7 @@ def edge_of(head, vectors, cols, VEC: tl.constexpr):
 
 @triton.jit
 def transform(x, scaling, KIND: tl.constexpr):
-    """scale · softcap · tanh(x / softcap), of scaling = (softcap, scale)"""
+    """scale · softcap · tanh(x / softcap), for scaling = (softcap, scale)."""
     if KIND.capped:
         x = scaling[0] * tanh(x / scaling[0])
     if KIND.scaled:
@@ -128,7 +129,7 @@ def transform(x, scaling, KIND: tl.constexpr):
 @triton.jit
 def row_statistics(
     logits,
-    row,  # (start, columns)
+    row,  # (the row's offset, the number of columns)
     pivot,
     class_weights,
     scaling,
@@ -136,11 +137,11 @@ def row_statistics(
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Of a row x, read once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), softmax(x)'s entropy, likeliest column."""
+    """Read row x once: max x, log Σ exp(x - max), Σ w_j (x_j - pivot), the softmax's entropy, the likeliest column."""
     EVICT: tl.constexpr = "evict_last" if KIND.backward else "evict_first"
     start, cols = row
     head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
-    first = logits + (start + head) // KIND.vec * KIND.vec  # says that it is aligned
+    first = logits + (start + head) // KIND.vec * KIND.vec  # tells the compiler that it is aligned
     lanes = tl.arange(0, LANES)
     tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
     top = tl.full((LANES,), LOWEST_DOUBLE if KIND.compute == tl.float64 else LOWEST, KIND.compute)
@@ -182,7 +183,7 @@ def row_statistics(
         moment = tl.sum(shrink * (moment + tl.where(total > 0, (top - highest) * total, 0.0)), 0)
     total = tl.sum(total * shrink, 0)
     spread = tl.sum(spread, 0)
-    if KIND.likeliest:  # each lane's best vector once more: the column within it was not kept
+    if KIND.likeliest:  # load each lane's best vector again to find the column within it
         mask = (place + lanes < vectors)[:, None]
         at = (place + lanes)[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
         x = transform(tl.load(first + at, mask=mask, other=0.0).to(KIND.compute), scaling, KIND)
@@ -230,7 +231,7 @@ def write_zeros(grad, start, cols, EDGE: tl.constexpr, VEC: tl.constexpr, LANES:
 
 @triton.jit
 def read_formula(FORMULA: tl.constexpr, statistics, weight, operands, scalars, KIND: tl.constexpr):
-    """The loss, and its partial by each of the statistics: 0 by those not taken."""
+    """The loss, and its partial derivative by each statistic: 0 for those that the formula does not take."""
     values = ()
     for i in tl.static_range(len(statistics)):
         if KIND.slots[i]:
@@ -249,7 +250,7 @@ def read_formula(FORMULA: tl.constexpr, statistics, weight, operands, scalars, K
 
 @triton.jit
 def factors_of(partials, upstream, mean_weight, cols, KIND: tl.constexpr):
-    """What a row's gradient is made of: of its softmax, at its label, in every column, and by its entropy."""
+    """The factors of a row's gradient: of the softmax, at the label, in every column, and of the entropy's term."""
     d_picked, d_log_p, d_mean_log_p, d_lse, d_entropy = partials
     softmax_factor = d_lse - d_log_p
     if KIND.slots[2]:
@@ -264,7 +265,7 @@ def factors_of(partials, upstream, mean_weight, cols, KIND: tl.constexpr):
 
 @triton.jit
 def gradient_at(x, columns, mask, label, of_row, class_weights, scaling, KIND: tl.constexpr):
-    """∂L/∂x of a row's columns; of_row: max x, log Σ exp(x - max), the entropy, and `factors_of` the row."""
+    """∂L/∂x of a row's columns. of_row: max x, log Σ exp(x - max), the entropy, and `factors_of` the row."""
     highest, log_total, entropy, factors = of_row
     softmax_factor, label_factor, uniform_factor, entropy_factor = factors
     x = transform(x, scaling, KIND)
@@ -290,9 +291,7 @@ def config(warps, unroll):
 
 
 def rule(args):
-    """What was the fastest, or near it, on an H200: more threads for very long rows, and one vector at a time where a
-    thread holds more.
-    """
+    """Fastest or nearly so on an H200: more threads for very long rows, one vector at a time if a thread holds more."""
     kind = args["KIND"]
     vec, edge, slots, backward = kind.vec, kind.edge, getattr(kind, "slots", ()), getattr(kind, "backward", False)
     vectors = max(args["cols"] // vec, 1)
@@ -304,7 +303,7 @@ def rule(args):
 
 
 def configs(args):
-    """The rule's and its neighbours: half and twice as many threads, and the other number of vectors at a time."""
+    """The rule's configuration, half and twice as many threads, and the other number of vectors at a time."""
     best, vectors = rule(args), max(args["cols"] // args["KIND"].vec, 1)
     warps, unroll = best["num_warps"], best["UNROLL"]
     near = [(warps, unroll), (warps * 2, unroll), (warps // 2, unroll), (warps, 3 - unroll)]

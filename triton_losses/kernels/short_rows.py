@@ -1,8 +1,8 @@
-"""Short rows and their labels by kernels: one program is several rows, side by side, each in registers as a whole.
+"""Kernels of short rows and their labels: each program reads several rows at once, each one whole in registers.
 
-The arguments are those of label_rows.py's kernel, which has one row a program: of rows this short it would wait more
-than read. A formula that takes `picked` alone reads one number a row: its forward has as many rows a program as
-threads.
+The arguments are those of label_rows.py's kernel, which has one program per row: with rows this short, it would wait
+for memory longer than it reads. For a formula that takes only `picked`, the forward reads one number per row, so a
+program has as many rows as threads.
 """
 
 import triton
@@ -24,7 +24,7 @@ from triton_losses.kernels.rows import (
     weighted_sum,
 )
 
-LONGEST = 4096  # columns of a short row
+LONGEST = 4096  # most columns of a short row
 
 
 @triton.jit(
@@ -34,7 +34,7 @@ LONGEST = 4096  # columns of a short row
     do_not_specialize_on_alignment=["losses", "saved", "likeliest", "upstream"],
 )
 def short_rows_kernel(
-    # as in label_rows.py
+    # the arguments are as in label_rows.py
     logits,
     labels,
     weights,
@@ -60,7 +60,7 @@ def short_rows_kernel(
     class_weights, mean_weight = weights
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
-    read = tl.minimum(row, rows - 1)  # what lies beyond the last row is the last row again, and not written
+    read = tl.minimum(row, rows - 1)  # beyond the last row, the last row is read again and nothing is written
     saved += KIND.ahead * rows
     scaling = exact(scaling, KIND.compute)
     start = read * stride
@@ -99,7 +99,7 @@ def short_rows_kernel(
                 rest *= tl.load(mean_weight).to(KIND.compute)
             mean_log_p = spread / cols + rest
         if KIND.entropy:
-            d = tl.maximum(x - highest[:, None], LOWEST)  # finite, for 0 · -inf is nan
+            d = tl.maximum(x - highest[:, None], LOWEST)  # finite, because 0 · -inf is nan
             entropy = log_total - tl.sum(raised * d, 1) / total
         if KIND.likeliest:
             first = tl.min(tl.where(inside & (x == top[:, None]), columns, cols - 1), 1)
@@ -140,8 +140,8 @@ def short_rows_kernel(
         if KIND.capped and not SOFTMAX:
             loaded = tl.load(logits + at, mask=inside & kept[:, None], other=0.0).to(KIND.compute)
         g = gradient_at(loaded, columns, inside, place[:, None], of_row, class_weights, scaling, KIND)
-        g = tl.where(kept[:, None], g, 0.0)  # whatever stood there, nan too
-        tl.debug_barrier()  # grad may be the logits, of which every thread has read its label's by now
+        g = tl.where(kept[:, None], g, 0.0)  # ignored rows get 0 even if their logits are nan
+        tl.debug_barrier()  # grad may be the logits: all threads must have read their labels' logits first
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=inside & exists[:, None])
 
 
@@ -149,13 +149,13 @@ def config(args, elements, warps):
     if reads_one_number(args["KIND"]):
         return {"ROWS": warps * WARP, "BLOCK": 1, "num_warps": warps}
     block = triton.next_power_of_2(max(args["cols"], 1))
-    # a thread has one row at most: more would not fit its registers
+    # at most one row per thread: more would not fit in its registers
     rows = min(max(elements // block, 1), warps * WARP)
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
 def reads_one_number(kind):
-    """Of each row: its label's."""
+    """Whether the kernel reads only one number per row: the logit of its label."""
     return kind.forward and not kind.backward and not any(kind.slots[1:5])
 
 
@@ -176,5 +176,5 @@ short_rows_launch = Tuned(
 
 
 def serves(cols, kind):
-    """Whether rows are short enough; or nothing but each row's picked number is read."""
+    """Whether the rows are short enough, or the kernel reads only one number per row."""
     return 0 < cols <= LONGEST or reads_one_number(kind)

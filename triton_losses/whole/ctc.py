@@ -6,12 +6,12 @@ from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.reduction import cast, reduced
 from triton_losses.core.targets import labels_of
 
-IMPOSSIBLE = -1e30  # a logarithm of 0 that has a derivative
+IMPOSSIBLE = -1e30  # in place of log 0, so that it has a derivative
 
 
 def forward(tensors, problem):
     inputs, targets, input_lengths, target_lengths = tensors
-    input_lengths, target_lengths = input_lengths.long(), target_lengths.long()  # a byte's double may be no byte
+    input_lengths, target_lengths = input_lengths.long(), target_lengths.long()  # twice a uint8 may overflow
     labels = labels_of(targets, target_lengths, problem.width - 1)
     losses = losses_of(inputs, labels, input_lengths, target_lengths, problem)
     if problem.reduction == "mean":
@@ -36,7 +36,7 @@ def losses_of(inputs, labels, input_lengths, target_lengths, problem):
         moved = torch.cat([never[:, : min(2, states.shape[1] + 1)], alpha], 1)
         ways = torch.stack([alpha, moved[:, 1:-1], torch.where(may_skip, moved[:, :-2], IMPOSSIBLE)])
         reached = ways.logsumexp(0) + emitted[t]
-        highest = reached.amax(1, keepdim=True).detach()  # taken out at every step, so that the rest keeps its digits
+        highest = reached.amax(1, keepdim=True).detach()  # subtracted at every step, so that alpha keeps its digits
         active = (t < input_lengths)[:, None]
         alpha, total = torch.where(active, reached - highest, alpha), torch.where(active, total + highest, total)
     last = (where == 2 * target_lengths[:, None]) | (where == 2 * target_lengths[:, None] - 1)
@@ -46,7 +46,7 @@ def losses_of(inputs, labels, input_lengths, target_lengths, problem):
     active = (torch.arange(steps, device=labels.device)[:, None] < input_lengths)[..., None]
     p = torch.where(active, log_p.exp(), 0).sum((0, 2))
     if not problem.zero_infinity:
-        losses = losses - torch.where(dead, 0.0 * p, 1).log()  # inf, of derivative nan
+        losses = losses - torch.where(dead, 0.0 * p, 1).log()  # inf, with derivative nan
     if problem.exact or problem.from_logits:
         return losses
-    return losses + torch.where(dead, 0, p - p.detach())  # adds nothing, and p to the derivative: PyTorch's convention
+    return losses + torch.where(dead, 0, p - p.detach())  # adds 0, and p to the derivative: PyTorch's convention

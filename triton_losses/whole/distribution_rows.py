@@ -7,7 +7,7 @@ from triton_losses.core.reduction import cast, widest
 
 
 def log_rows(tensors, problem):
-    """log p, or p where it is given; log q; and log Σ exp of q's logits, where the z-loss takes it."""
+    """log p, or p itself if it is given; log q; and log Σ exp of q's logits, if there is a z-loss."""
     p, q, *_ = tensors
     wide = widest((p, q))
     p, q = cast(p, wide), cast(q, wide) * problem.scale
@@ -51,6 +51,6 @@ def backward(tensors, upstream, problem, wanted):
         slope = slope - 2 * problem.z_loss * lse[:, None]
     grad_p = d_p if problem.given else (d_p - a.exp() * d_p.sum(1, keepdim=True)) * problem.scale
     grads = grad_p * factor, (d_q - b.exp() * slope) * (factor * problem.scale)
-    if labels is not None:  # 0 · inf
+    if labels is not None:  # 0 · inf would be nan
         grads = [torch.where(kept[:, None], g, 0) for g in grads]
     return [cast(g, x.dtype) for g, x, want in zip(grads, (p, q), wanted) if want]

@@ -1,6 +1,4 @@
-"""Elementwise losses on whole tensors: for torch.compile, which fuses them with what is around them, torch.func, and
-other devices.
-"""
+"""Elementwise losses on whole tensors: for torch.compile, which can fuse them, torch.func, and other devices."""
 
 from triton_losses.core.formula import FORMULAS, partials_of, value_of
 from triton_losses.core.reduction import cast, divisor_of, given, widest

@@ -13,7 +13,7 @@ def losses_of(tensors, problem, operands=()):
     logits, labels, class_weights = tensors
     formula, wide = FORMULAS[problem.formula], compute_dtype(logits.dtype)
     slots = slots_of(formula)
-    labels = labels.long()  # a byte would be compared with -100 as with 156
+    labels = labels.long()  # a comparison of uint8 labels would take -100 for 156
     kept = labels != problem.ignore_index
     labels = torch.where(kept, labels, 0)
     weights = kept.to(wide) if class_weights is None else torch.where(kept, cast(class_weights, wide)[labels], 0)

@@ -1,4 +1,4 @@
-"""Labelled elements on whole tensors: an elementwise loss of the logits and the map of bits, made after all."""
+"""Labelled elements on whole tensors: an elementwise loss of the logits and the one-hot tensor of the bits."""
 
 import torch
 
@@ -6,9 +6,9 @@ from triton_losses.whole import elementwise
 
 
 def with_bits(tensors, background):
-    """The logits, and a 1 where a column is its row's label."""
+    """The logits, and a tensor of bits: 1 where the column is the label of the row."""
     x, labels = tensors
-    labels = labels.long()  # a byte would be compared with -1 as with 255
+    labels = labels.long()  # a comparison of uint8 labels would take -1 for 255
     labels = torch.where(labels == background, -1, labels)[:, None]
     return x, (labels == torch.arange(x.shape[1], device=x.device)).to(x.dtype)
 

@@ -8,9 +8,7 @@ from triton_losses.core.reduction import cast, divisor_of, reduced
 
 
 def labels_in_turn(x, labels, class_weights):
-    """Of each of the labels: its columns (rows, 1), x_j - x_t, the columns j that it is held against, and w_t / C
-    (rows,).
-    """
+    """For each label: its columns (rows, 1), x_j - x_t, a mask of the columns j that count, and w_t / C (rows,)."""
     labels = labels if labels.dim() == 2 else labels[:, None]
     counts, cols = ((labels < 0).cumsum(1) == 0).unbind(1), x.shape[1]  # those before the first negative one count
     columns = torch.arange(cols, device=x.device)

@@ -1,4 +1,4 @@
-"""Losses of rows of chances on whole tensors: for second derivatives, torch.func, and other devices."""
+"""Losses of rows of proportions on whole tensors: for second derivatives, torch.func, and other devices."""
 
 import torch
 
@@ -7,7 +7,7 @@ from triton_losses.core.reduction import cast, widest
 
 
 def chances(tensors, problem):
-    """Of each row: y, p, Σ x, and which rows count (None: all). With labels, of p_t alone: (rows, 1)."""
+    """For each row y, p and Σ x; and which rows count (None: all). With labels, only y_t and p_t: (rows, 1)."""
     x, y = tensors
     wide = widest(tensors)
     x = cast(x, wide)
@@ -45,7 +45,7 @@ def backward(tensors, upstream, problem, wanted):
         grad = (d_p + shift) * (factor / total)
     else:
         label = torch.where(kept, y, 0).long()[:, None]
-        factor = factor / torch.where(kept[:, None], total, 1)  # 0 · nan
+        factor = factor / torch.where(kept[:, None], total, 1)  # 0 · nan would be nan
         d_p, shift = (torch.where(kept[:, None], d, 0) for d in (d_p, shift))
         grad = (shift * factor).expand_as(x).scatter_add(1, label, d_p * factor)
     return [*([cast(grad, x.dtype)] if wanted[0] else []), *([cast(d_y * factor, y.dtype)] if wanted[1] else [])]

@@ -9,7 +9,7 @@ from triton_losses.core.regions import activate, loss_of, share_of, takes_weight
 
 
 def sums_forward(tensors, problem):
-    """(images, 3, classes) sums and (images,) losses."""
+    """Sums (images, 3, classes) and losses (images,)."""
     logits, targets, class_weights = tensors
     x = cast(logits, compute_dtype(logits.dtype))
     kept = (
@@ -18,7 +18,7 @@ def sums_forward(tensors, problem):
     t = torch.where(kept, targets, 0)
     if targets.dim() == 2:
         t, kept = t[:, None] == torch.arange(x.shape[1], device=x.device)[:, None], kept[:, None].expand(x.shape)
-        x = torch.where(kept, x, 0)  # or a nan there would be the gradient's too
+        x = torch.where(kept, x, 0)  # otherwise a nan there would make the gradient nan
     t = t.to(x.dtype) * kept
     p = torch.where(kept, activate(x, problem.activation), 0)
     overlap = torch.minimum(p, t) if problem.smaller else p * t
