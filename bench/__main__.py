@@ -1,4 +1,11 @@
-"""The command ``python -m bench [LOSS ...]``; with ``host`` or ``build`` as its first word, it needs no GPU."""
+"""The command ``python -m bench [WORD] [LOSS ...]``; a word asks for something other than times.
+
+host      what a call costs the host; no GPU is needed
+build     what the compiler says of the kernels; no GPU is needed
+memory    the heads' peak memory as the vocabulary grows
+curves    values and gradients of losses, as a picture
+compare   BEFORE.csv AFTER.csv: what got faster or slower between two results of this command
+"""
 
 import argparse
 import os
@@ -9,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import memory_curve
+from bench import compare, curves, memory_curve
 from bench.conditions import conditions, load
 from bench.measure import COLUMNS, PRESETS, measure
 from bench.providers import PROVIDERS, providers_of
@@ -21,17 +28,18 @@ try:
 except ImportError:  # Triton is not installed
     build = host = None
 
+WORDS = ("host", "build", "memory", "curves", "compare")
 PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries have, at full size; full: hours"
 
 
 def command_line():
     parser = argparse.ArgumentParser(
-        "python -m bench", description="Time and memory of the losses beside plain PyTorch."
+        "python -m bench",
+        description="Time and memory of the losses beside plain PyTorch.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    described = (
-        "part of a loss's name; all timed losses if none is given; first of all perhaps 'host', what a call costs the "
-        "host, or 'build', what the compiler says of the kernels"
-    )
+    parser.epilog = "words:" + __doc__.partition("\n")[2]
+    described = "part of a loss's name; all timed losses if none is given; before them perhaps one of the words below"
     parser.add_argument("losses", metavar="LOSS", nargs="*", help=described)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help=PRESETS_ARE)
@@ -39,9 +47,6 @@ def command_line():
         "--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS)
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument(
-        "--memory-curve", action="store_true", help="instead of times: the heads' peak memory as the vocabulary grows"
-    )
     parser.add_argument("--list", action="store_true", help="name the timed cases and the providers, and end")
     return parser
 
@@ -106,54 +111,63 @@ def without_a_gpu(part, timed, out, load_before):
     print(*lines, "", *text, f"\nWritten to {out}{os.sep}", sep="\n")
 
 
+def memory(timed, device, out, load_before, parser):
+    if not memory_curve.heads(timed):
+        parser.error("memory is for losses of a language model's head, and none of these is one")
+    # only hardware and versions, because nothing is timed
+    frame, lines = memory_curve.peaks(timed, device), conditions(device, load_before)[:2]
+    memory_curve.write(frame, lines, out)
+    text = "Peak MB above the inputs, forward and backward.", memory_curve.table_of(frame).to_string()
+    print(*lines, "", *text, f"\nWritten to {out}{os.sep}", sep="\n")
+
+
+def changes(paths, parser):
+    if len(paths) != 2:
+        parser.error(f"compare takes two results.csv, got {len(paths)} files")
+    try:
+        before, after = map(compare.read, paths)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    frame = compare.compared(before, after)
+    print(compare.EXPLANATION, compare.shown(frame).to_string(), compare.summary(frame), sep="\n\n")
+
+
+def times(timed, device, options, load_before, parser):
+    rows = run(timed, device, options.preset, options.providers)
+    if not rows:
+        parser.error(f"nothing was measured: none of these cases has a shape in the preset {options.preset!r}")
+    lines, frame = conditions(device, load_before), frame_of(rows, COLUMNS)
+    write(frame, lines, options.out)
+    text = "Median ms of forward and backward; peak MB above the inputs.", table_of(frame).to_string()
+    print(*lines, "", *text, sep="\n")
+    print(*(f"failed: {line}" for line in failures_of(frame)), f"\nWritten to {options.out}{os.sep}", sep="\n")
+
+
 def main(arguments=None):
     parser = command_line()
     options = parser.parse_args(arguments)
-    word = options.losses[0] if options.losses[:1] in (["host"], ["build"]) else None
-    timed = chosen(options.losses[word is not None :], parser)
+    word = options.losses.pop(0) if options.losses[:1] and options.losses[0] in WORDS else None
+    if word == "compare":
+        return changes(options.losses, parser)
+    if word == "curves":
+        return print(f"Written to {curves.write(options.out)}")
+    timed = chosen(options.losses, parser)
     if options.list:
-        print(listing(timed))
-        return
+        return print(listing(timed))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter's times say nothing about the kernels; unset it")
     load_before = load()
-    if word:
-        part = {"host": host, "build": build}[word]
-        if part is None:
-            parser.error(f"{word} needs Triton, which is not installed")
-        return without_a_gpu(part, timed, options.out, load_before)
-    if options.memory_curve:
-        if not memory_curve.heads(timed):
-            parser.error("--memory-curve is for losses of a language model's head, and none of these is one")
-        # only hardware and versions, because nothing is timed
-        frame, lines = memory_curve.peaks(timed, device), conditions(device, load_before)[:2]
-        memory_curve.write(frame, lines, options.out)
-        print(
-            *lines,
-            "",
-            "Peak MB above the inputs, forward and backward.",
-            memory_curve.table_of(frame).to_string(),
-            sep="\n",
-        )
-        print(f"\nWritten to {options.out}{os.sep}")
-        return
-    rows = run(timed, device, options.preset, options.providers)
-    if not rows:
-        parser.error(f"nothing was measured: none of these cases has a shape in the preset {options.preset!r}")
-    lines = conditions(device, load_before)
-    frame = frame_of(rows, COLUMNS)
-    write(frame, lines, options.out)
-    print(
-        *lines,
-        "",
-        "Median ms of forward and backward; peak MB above the inputs.",
-        table_of(frame).to_string(),
-        sep="\n",
-    )
-    print(*(f"failed: {line}" for line in failures_of(frame)), f"\nWritten to {options.out}{os.sep}", sep="\n")
+    if word == "memory":
+        return memory(timed, device, options.out, load_before, parser)
+    if word is None:
+        return times(timed, device, options, load_before, parser)
+    part = {"host": host, "build": build}[word]
+    if part is None:
+        parser.error(f"{word} needs Triton, which is not installed")
+    without_a_gpu(part, timed, options.out, load_before)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 
-from bench import measure, memory, memory_curve
+from bench import curves, measure, memory, memory_curve
 from bench.__main__ import main
 from bench.accuracy import error
 from bench.measure import COLUMNS, PRESETS
@@ -179,7 +179,7 @@ def test_the_memory_curve_shows_heads_alone_and_that_ours_grows_by_the_weight(mo
     monkeypatch.setattr(cases, "CASES", [TINY, head])
     monkeypatch.setattr(memory_curve, "CLASSES", (1024, 4096))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    main(["--device", "cpu", "--out", str(tmp_path), "--memory-curve"])
+    main(["memory", "--device", "cpu", "--out", str(tmp_path)])
     frame = pandas.read_csv(tmp_path / "memory.csv")
     assert set(frame["loss"]) == {head.name} and frame["failed"].isna().all() and len(frame) == 2 * 3
     peak = frame.pivot(index="classes", columns="provider", values="peak_mb")
@@ -187,7 +187,7 @@ def test_the_memory_curve_shows_heads_alone_and_that_ours_grows_by_the_weight(mo
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG") and "4096" in capsys.readouterr().out
     monkeypatch.setattr(cases, "CASES", [TINY])
     with pytest.raises(SystemExit):
-        main(["--memory-curve"])
+        main(["memory"])
 
 
 @pytest.mark.builds
@@ -212,3 +212,46 @@ def test_a_build_is_read_and_its_limits_are_those_of_the_machine(tmp_path):
 )
 def test_bytes_are_read_off_the_machine_code(code, bytes_):
     assert pytest.importorskip("bench.build").bytes_of([code]) == bytes_
+
+
+def results(path, **ms):
+    """A results.csv in which the named losses took so many milliseconds, give or take a tenth."""
+    rows = [
+        {"loss": loss, "provider": "triton_losses", "pass": "full", "ms": t, "p20_ms": 0.9 * t, "p80_ms": 1.1 * t}
+        for loss, t in ms.items()
+    ]
+    frame_of([dict.fromkeys(COLUMNS, "") | row for row in rows], COLUMNS).to_csv(path, index=False)
+    return str(path)
+
+
+def test_compare_names_what_changed_beyond_noise(tmp_path, capsys):
+    before = results(tmp_path / "before.csv", faster=2.0, slower=1.0, alike=1.0, gone=1.0)
+    after = results(tmp_path / "after.csv", faster=1.0, slower=1.5, alike=1.05, new=1.0)
+    main(["compare", before, after])
+    said = capsys.readouterr().out
+    assert "3 measurements in both: 1 faster, 1 slower, 1 within noise." in said
+    assert said.index("slower  ") < said.rindex("faster") and "alike" not in said and "new" not in said
+
+
+@pytest.mark.parametrize("files, message", [(1, "two results.csv, got 1"), (2, "No such file")])
+def test_compare_refuses_what_is_not_two_results(files, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", *["nowhere.csv"] * files])
+    assert message in capsys.readouterr().err
+
+
+def test_compare_refuses_another_table(tmp_path, capsys):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        main(["compare", *[str(tmp_path / "other.csv")] * 2])
+    assert "is no results.csv of the bench" in capsys.readouterr().err
+
+
+def test_curves_are_the_losses_own_values_and_gradients(tmp_path):
+    main(["curves", "--out", str(tmp_path)])
+    assert (tmp_path / curves.PICTURE).read_bytes().startswith(b"\x89PNG")
+    x, values, gradients = curves.curve(curves.PANELS[0], "mse_loss", {})
+    torch.testing.assert_close(values, x * x)
+    torch.testing.assert_close(gradients, 2 * x)
+    drawn = {name for panel in curves.PANELS for _, name, _ in panel.losses}
+    assert drawn <= {case.name for case in cases.CASES}
