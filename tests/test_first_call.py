@@ -98,3 +98,19 @@ def test_what_was_chosen_is_read_from_disk(compiled):
     plan.forget()
     call(case, (3, 5000))
     assert compiled == before
+
+
+@pytest.mark.parametrize(
+    "columns, options, measured",
+    [(50257, {}, ["forward"]), (262144, {}, ["backward"]), (128256, {"label_smoothing": 0.1}, ["backward"])],
+    ids=str,
+)
+def test_a_known_gpu_measures_only_what_its_choices_lack(columns, options, measured, compiled, monkeypatch):
+    monkeypatch.setattr(tuning, "device_name", lambda: "NVIDIA H200")
+    logits = torch.zeros(2, columns, dtype=torch.bfloat16, requires_grad=True)
+    directions = {"forward": [], "backward": []}
+    loss = functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64), **options)
+    directions["forward"], before = list(compiled), len(compiled)
+    loss.backward()
+    directions["backward"] = compiled[before:]
+    assert [direction for direction, found in directions.items() if found] == measured
