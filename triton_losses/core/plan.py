@@ -13,27 +13,31 @@ MOST = 4096  # plans of one function; when there are more kinds of calls, its ca
 found: list[dict] = []  # the caches of all planned functions
 
 
-def kind_of(tensor):
-    """What a plan may depend on: everything but the values, the address and the number of rows.
+def kinds_of(tensors):
+    """What a plan may depend on: everything but the values, the addresses and the number of rows.
 
-    It may depend on whether the address is a multiple of 16, and whether there are 0, 1 or more rows.
+    It may depend on whether an address is a multiple of 16, and whether there are 0, 1 or more rows.
     """
-    shape = tensor.shape
-    return tensor.dtype, shape[1:], min(shape[0], 2) if shape else None, tensor.stride(), tensor.data_ptr() % 16 == 0
+    return [
+        None
+        if t is None
+        else (t.dtype, (shape := t.shape)[1:], min(shape[0], 2) if shape else None, t.stride(), t.data_ptr() % 16 == 0)
+        for t in tensors
+    ]
 
 
-def flat_kind_of(tensor):
-    """The same, for a reading that treats a tensor as one-dimensional."""
-    return tensor.dtype, tensor.data_ptr() % 16 == 0
+def flat_kinds_of(tensors):
+    """The same, for a reading that treats tensors as one-dimensional."""
+    return [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
 
 
-def planned(make=None, *, kind=kind_of):
+def planned(make=None, *, kinds=kinds_of):
     """Cache what ``make(tensors, *options)`` returns, by the kinds of the tensors and the hashable options.
 
     tensors: some may be None. A plan with a launch that is not settled (`Tuned.choice`) is used only for this call.
     """
     if make is None:
-        return functools.partial(planned, kind=kind)
+        return functools.partial(planned, kinds=kinds)
     plans = {}
     found.append(plans)
 
@@ -43,7 +47,7 @@ def planned(make=None, *, kind=kind_of):
             options,
             tensors[0].device,
             torch.are_deterministic_algorithms_enabled(),
-            *[None if tensor is None else kind(tensor) for tensor in tensors],
+            *kinds(tensors),
         )
         plan = plans.get(key)
         if plan is None:

@@ -18,7 +18,7 @@ from triton_losses.core.compiler import WARP, compute_dtype
 from triton_losses.core.device_math import LOG2E
 from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
-from triton_losses.core.plan import flat_kind_of, planned
+from triton_losses.core.plan import flat_kinds_of, planned
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.ctc_walk import LENGTHS, STRIDES, walk_launch
 from triton_losses.kernels.ctc_walk import Kind as WalkKind
@@ -273,7 +273,7 @@ class ForwardPlan(NamedTuple):
     together: Launch
 
 
-@planned(kind=flat_kind_of)
+@planned(kinds=flat_kinds_of)
 def forward_plan(tensors, shape, options):
     inputs, targets, input_lengths, target_lengths, out, state, places, likely, scratch = tensors
     blank, from_logits, _, zero_infinity, reduction, _, store = options
@@ -332,7 +332,7 @@ def forward(tensors, problem):
     return [out], [state, places, likely]
 
 
-@planned(kind=flat_kind_of)
+@planned(kinds=flat_kinds_of)
 def backward_plan(tensors, shape, options):
     inputs, grad, input_lengths, target_lengths, state, places, likely, upstream = tensors
     _, from_logits, exact, zero_infinity, reduction, _, _ = options

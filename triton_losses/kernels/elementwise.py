@@ -11,7 +11,7 @@ from triton_losses.core.compiler import WARP
 from triton_losses.core.device_math import as_scalars, exact, load_zeros
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
-from triton_losses.core.plan import flat_kind_of, planned
+from triton_losses.core.plan import flat_kinds_of, planned
 from triton_losses.core.reduction import divisor_of, given, widest
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.finish import finish
@@ -257,7 +257,7 @@ def fixed_arguments(operands, problem, layout, **kind):
     }
 
 
-@planned(kind=flat_kind_of)
+@planned(kinds=flat_kinds_of)
 def forward_plan(tensors, problem, layout, reduced):
     *operands, out = tensors
     return forward_launch.bind(out=out, **fixed_arguments(operands, problem, layout, reduced=reduced))
@@ -286,7 +286,7 @@ def forward(tensors, problem):
     return [out], []
 
 
-@planned(kind=flat_kind_of)
+@planned(kinds=flat_kinds_of)
 def backward_plan(tensors, problem, layout, wanted, same):
     *operands, dout = tensors
     grads = tuple(torch.empty_like(v) if want else v for v, want in zip(operands, wanted))

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_losses.core.plan import flat_kind_of, planned
+from triton_losses.core.plan import flat_kinds_of, planned
 from triton_losses.core.tuning import Tuned
 
 ALONE = 1 << 16  # most numbers that the one program adds up; torch.sum, with many programs, first shortens longer ones
@@ -52,7 +52,7 @@ finish_launch = Tuned(
 )
 
 
-@planned(kind=flat_kind_of)
+@planned(kinds=flat_kinds_of)
 def plan(tensors, weights_at, mean):
     parts, out = tensors
     return finish_launch.bind(parts=parts, out=out, divisor=1, count=1, WEIGHTS_AT=weights_at, MEAN=mean)

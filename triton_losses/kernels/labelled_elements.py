@@ -10,7 +10,7 @@ from triton_losses.core.compiler import INTERPRET, WARP, compute_dtype
 from triton_losses.core.device_math import as_scalars, exact, load_zeros
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
-from triton_losses.core.plan import flat_kind_of, planned
+from triton_losses.core.plan import flat_kinds_of, planned
 from triton_losses.core.reduction import divisor_of
 from triton_losses.core.rows import counted
 from triton_losses.core.tuning import Tuned
@@ -188,7 +188,7 @@ def readable(tensors, problem):
     return x.contiguous(), labels.contiguous()
 
 
-@planned(kind=flat_kind_of)
+@planned(kinds=flat_kinds_of)
 def forward_plan(tensors, classes, problem, reduced):
     x, labels, out = tensors
     return forward_launch.bind(labels=labels, out=out, **fixed_arguments(x, classes, problem, reduced=reduced))
@@ -212,7 +212,7 @@ def forward(tensors, problem):
     return [out], []
 
 
-@planned(kind=flat_kind_of)
+@planned(kinds=flat_kinds_of)
 def backward_plan(tensors, classes, problem, same):
     x, labels, upstream = tensors
     arguments = fixed_arguments(x, classes, problem, same=same)
