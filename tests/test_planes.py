@@ -91,7 +91,7 @@ def test_both_layouts_give_the_same(name, device):
     for classes, softcap, reduction in [(3, 3.0, "none"), (33, 0.0, "sum"), (33, 3.0, "mean")][: 2 if INTERPRET else 3]:
         x, labels = image((2, classes, 2, 3), device, torch.float64)
         weights = torch.rand(classes, device=device, dtype=torch.float64) + 0.5
-        options = {"scalars": FORMULAS_OF_ROWS[name], "softcap": softcap, "temperature": 0.7, "reduction": reduction}
+        options = {"scalars": FORMULAS_OF_ROWS[name], "softcap": softcap, "scale": 1 / 0.7, "reduction": reduction}
         results = []
         for planes in (False, True):
             leaf = x.clone().requires_grad_()
