@@ -29,7 +29,7 @@ except ImportError:  # Triton is not installed
     build = host = None
 
 WORDS = ("host", "build", "memory", "curves", "compare")
-PRESETS_ARE = "quick: within 3 minutes (default); peers: what other libraries have, at full size; full: hours"
+PRESETS_ARE = "quick: a few minutes (default); peers: what other libraries have, at full size; full: hours"
 
 
 def command_line():
