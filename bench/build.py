@@ -19,7 +19,7 @@ import pandas
 import torch
 
 import triton_losses
-from bench.offline_build import TARGETS, building, innermost, machine_code
+from bench.offline_build import TARGETS, building, machine_jumps, machine_loops
 from triton_losses import functional
 
 EXPLANATION = (
@@ -63,14 +63,10 @@ def bytes_of(code):
 
 def main_part(build):
     """The instructions of the innermost loop that loads most or, if none loads, of such a run between jumps."""
-    code = machine_code(build)
-    texts, line_at = [text for _, text in code], {address: i for i, (address, _) in enumerate(code)}
-    branches = [(i, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for i, text in enumerate(texts)]
-    branches = [(i, line_at[int(match[1], 16)]) for i, match in branches if match]
-    loops = innermost([range(target, i + 1) for i, target in branches if target <= i], texts)
-    ends = sorted({0, len(texts), *(i + 1 for i, _ in branches), *(target for _, target in branches)})
+    texts, jumps = machine_jumps(build)
+    ends = sorted({0, len(texts), *(i + 1 for i, _ in jumps), *(target for _, target in jumps)})
     runs = [texts[a:b] for a, b in zip(ends, ends[1:])]
-    return max([loop for loop in loops if bytes_of(loop)[0]] or runs, key=bytes_of)
+    return max([loop for loop in machine_loops(build) if bytes_of(loop)[0]] or runs, key=bytes_of)
 
 
 def programs_at_a_time(build, gpu):

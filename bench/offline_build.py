@@ -199,14 +199,18 @@ def machine_code(build):
     ]
 
 
+def machine_jumps(build):
+    """The instructions of an NVIDIA kernel, and (place, target) of each jump among them."""
+    code = machine_code(build)
+    place_of, texts = {address: i for i, (address, _) in enumerate(code)}, [text for _, text in code]
+    found = [(i, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for i, text in enumerate(texts)]
+    return texts, [(i, place_of[int(match[1], 16)]) for i, match in found if match]
+
+
 def machine_loops(build):
     """The instructions of each innermost loop."""
-    code = machine_code(build)
-    line_at = {address: i for i, (address, _) in enumerate(code)}
-    branches = [
-        (i, match[1]) for i, (_, text) in enumerate(code) if (match := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))
-    ]
-    return innermost([range(line_at[int(address, 16)], i + 1) for i, address in branches], [text for _, text in code])
+    texts, jumps = machine_jumps(build)
+    return innermost([range(target, i + 1) for i, target in jumps], texts)
 
 
 def spills_in_loops(build):

@@ -32,7 +32,7 @@ def test_a_weight_of_any_shape_that_broadcasts_is_torchs(weight, pos_weight, red
 
 @pytest.mark.parametrize("shape, wanted", [((6,), (1, 6)), ((5, 1, 1), (-1, 42)), ((5, 7, 1), (-1, 6)), ((1,), (1, 1))])
 def test_one_read_of_repeated_numbers(shape, wanted):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
     from triton_losses.kernels.elementwise import read_of
 
     assert read_of(torch.rand(shape).expand(SHAPE), SHAPE) == wanted

@@ -7,6 +7,7 @@ import torch
 
 from reference.cases import CASES
 from triton_losses import functional
+from triton_losses.core import dispatch
 
 CLASSES = 160
 TAKING_LABELS = [
@@ -25,8 +26,10 @@ def in_every_way(loss, tensors):
     return value, *torch.autograd.grad(value.sum(), x), *twice, torch.func.vmap(lambda x: loss(x, *rest))(x[None])
 
 
+@pytest.mark.parametrize("aten", [False, True], ids=["ours", "by ATen where it serves"])
 @pytest.mark.parametrize("case", TAKING_LABELS, ids=str)
-def test_class_156_counts(case, device):
+def test_class_156_counts(case, aten, device, monkeypatch):
+    monkeypatch.setattr(dispatch, "ATEN", aten)
     torch.manual_seed(0)
     tensors, _ = case.arguments(case.shape(5, CLASSES) if not case.classes else (2, CLASSES, 5), torch.float32, device)
     loss = getattr(functional, case.name)

@@ -6,7 +6,7 @@ Launches do nothing here, and the milliseconds that a measurement would take are
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
 
 from bench.no_gpu import kernels_launch_nothing
 from reference.cases import CASES

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
 
 from bench import host
 from bench.no_gpu import kernels_launch_nothing

@@ -158,6 +158,23 @@ def test_calls_that_go_to_aten_give_the_same(case, device, monkeypatch):
         torch.testing.assert_close(small, large, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_what_stands_in_an_ignored_row_or_at_an_unused_weight_does_not_show_in_a_small_call(reduction, monkeypatch):
+    """Of a few rows on a CPU, by ATen's log_softmax."""
+    logits = torch.randn(5, 3, dtype=torch.float64)
+    logits[1], labels = float("nan"), torch.tensor([1, -100, 2, -100, 1])
+    weight = torch.tensor([float("inf"), 0.5, 2.0], dtype=torch.float64)  # no label is 0
+    results = []
+    for aten in (False, True):
+        monkeypatch.setattr(dispatch, "ATEN", aten)
+        leaf = logits.clone().requires_grad_()
+        loss = functional.focal_loss(leaf, labels, weight, reduction=reduction)
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+    assert all(value.isfinite().all() for value in results[1])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
 def test_the_reference_has_the_same_signature(name):
     ours, plain = (

@@ -197,7 +197,7 @@ def smooth_l1_loss(
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta: beta must be >= 0, got {beta}")
     reduction = reduction_of(reduction, size_average, reduce)
 
-    def aten(x, y, reduction, beta=beta):
+    def aten(x, y, reduction, beta=beta):  # the beta given, which ours bounds below
         return torch.nn.functional.smooth_l1_loss(x, y, reduction=reduction, beta=beta)
 
     if beta < 1e-37:  # 1 / beta would overflow in float32

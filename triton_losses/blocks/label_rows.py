@@ -54,7 +54,8 @@ def small(tensors, problem):
     picked, log_p, mean_log_p, lse, entropy = slots_of(formula)[:5]
     if logits.dim() == 3 or not logits.shape[1] or picked or mean_log_p or entropy:
         return None
-    x, at, kept = transform(logits, problem.softcap, problem.scale), labels.long(), labels != problem.ignore_index
+    x, at = transform(logits, problem.softcap, problem.scale), labels.long()
+    kept = at != problem.ignore_index  # not of bytes, for which 156 would be -100
     all_count = bool(kept.all())
     if not all_count:
         # an ignored row may hold nan: its gradient is 0 all the same
@@ -68,10 +69,12 @@ def small(tensors, problem):
         counted(labels, None, logits.shape[1], problem.ignore_index, logits.dtype)
         raise
     weight = 1.0 if class_weights is None else class_weights.to(logits.dtype)[at[:, 0]]
+    if not all_count:
+        weight = torch.where(kept, weight, 0)  # a product would keep a weight that is nan or infinite
     statistics = (None, chosen, None, x.logsumexp(1) if lse else None, None)
     losses = formula.value(*arguments_of(formula, statistics, weight), *problem.scalars)
     if not all_count:
-        losses, weight = torch.where(kept, losses, 0), kept * weight
+        losses = torch.where(kept, losses, 0)
     if problem.reduction == "mean":
         losses = losses.mean() if all_count and class_weights is None else losses.sum() / weight.sum()
     elif problem.reduction == "sum":

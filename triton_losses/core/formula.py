@@ -20,23 +20,15 @@ import torch
 
 from triton_losses.core.compiler import jit, tl
 
-FORMULAS: dict[
-    str, "Formula"
-] = {}  # by name: an op takes a formula's name, because torch.compile cannot pass a compiled function to it
+# by name, because torch.compile can pass a name to an op, and no compiled function
+FORMULAS: dict[str, "Formula"] = {}
 
 
 class Eager:
     """PyTorch versions of the functions of triton.language that a formula may use."""
 
-    abs, exp, exp2, log, sqrt, where, sigmoid = (
-        torch.abs,
-        torch.exp,
-        torch.exp2,
-        torch.log,
-        torch.sqrt,
-        torch.where,
-        torch.sigmoid,
-    )
+    abs, exp, exp2, log = torch.abs, torch.exp, torch.exp2, torch.log
+    sqrt, where, sigmoid = torch.sqrt, torch.where, torch.sigmoid
 
 
 class Formula:

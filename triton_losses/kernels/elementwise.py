@@ -198,7 +198,7 @@ class Layout(NamedTuple):
 
 
 ALIKE = [Layout((0,) * count, (0,) * count) for count in range(8)]
-MOST = 2**31 - 1
+MOST = 2**31 - (1 << 16)  # a repeated run's length; kernels add a block's lanes to it in 32 bits
 
 
 def read_of(t, shape):
