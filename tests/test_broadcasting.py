@@ -7,8 +7,8 @@ import torch
 
 from triton_losses import functional
 
-SHAPE = (5, 7, 6)
-SMALLER = [(6,), (7, 6), (5, 1, 1), (5, 7, 1), (7, 1), (1,), (5, 1, 6), (1, 7, 1), SHAPE]
+SHAPE = (5, 70, 60)  # several programs of a kernel
+SMALLER = [(60,), (70, 60), (5, 1, 1), (5, 70, 1), (70, 1), (1,), (5, 1, 60), (1, 70, 1), SHAPE]
 
 
 def drawn(shape, device, seed):
@@ -16,7 +16,7 @@ def drawn(shape, device, seed):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("weight, pos_weight", itertools.product(SMALLER, [None, (6,), (5, 7, 1)]), ids=str)
+@pytest.mark.parametrize("weight, pos_weight", itertools.product(SMALLER, [None, (60,), (5, 70, 1)]), ids=str)
 def test_a_weight_of_any_shape_that_broadcasts_is_torchs(weight, pos_weight, reduction, device):
     x = drawn(SHAPE, device, 1).requires_grad_()
     options = {"weight": drawn(weight, device, 3), "reduction": reduction}
@@ -30,11 +30,13 @@ def test_a_weight_of_any_shape_that_broadcasts_is_torchs(weight, pos_weight, red
         torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape, wanted", [((6,), (1, 6)), ((5, 1, 1), (-1, 42)), ((5, 7, 1), (-1, 6)), ((1,), (1, 1))])
+@pytest.mark.parametrize(
+    "shape, wanted", [((60,), (1, 60)), ((5, 1, 1), (-1, 4200)), ((5, 70, 1), (-1, 60)), ((1,), (1, 1))]
+)
 def test_one_read_of_repeated_numbers(shape, wanted):
     pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
     from triton_losses.kernels.elementwise import read_of
 
     assert read_of(torch.rand(shape).expand(SHAPE), SHAPE) == wanted
-    assert read_of(torch.rand(5, 1, 6).expand(SHAPE), SHAPE) is None  # repeated in the middle: copied
+    assert read_of(torch.rand(5, 1, 60).expand(SHAPE), SHAPE) is None  # repeated in the middle: copied
     assert read_of(torch.rand(14)[::2, None].expand(7, 6), (7, 6)) is None  # with gaps: copied
