@@ -9,7 +9,16 @@ from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
 from triton_losses.core.reduction import cast
-from triton_losses.core.rows import LOWEST, Pass, arguments_of, counted, readable, slots_of, transform
+from triton_losses.core.rows import (
+    LOWEST,
+    Pass,
+    arguments_of,
+    counted,
+    empty_with_strides,
+    readable,
+    slots_of,
+    transform,
+)
 from triton_losses.core.threads import row_blocks, share
 
 
@@ -40,7 +49,7 @@ def backward(tensors, saved, upstream, problem, wanted, exponentials=None):
     if shapes_only():
         return [logits.new_empty(logits.shape)]
     (saved, weight), (dout,) = saved, upstream
-    grad = room_for_gradient(readable(logits)) if exponentials is None else exponentials
+    grad = empty_with_strides(readable(logits)) if exponentials is None else exponentials
     factor = dout.to(saved.dtype)
     factor = factor / weight if problem.reduction == "mean" else factor
     walk(tensors, problem, Pass(saved, grad=grad, upstream=factor), exponentials)
@@ -82,10 +91,6 @@ def small(tensors, problem):
     return (cast(losses, problem.dtype),)
 
 
-def room_for_gradient(logits):
-    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
-
-
 def scratch(tensors, problem):
     """The gradient's memory, where the forward may keep its exponentials; None if the backward cannot use them."""
     logits = tensors[0]
@@ -93,7 +98,7 @@ def scratch(tensors, problem):
         return label_planes.scratch(tensors, problem)
     if not any(slots_of(FORMULAS[problem.formula])[1:5]) or logits.dtype != compute_dtype(logits.dtype):
         return None
-    return room_for_gradient(readable(logits))
+    return empty_with_strides(readable(logits))
 
 
 def scratch_again(tensors, problem):
@@ -112,7 +117,7 @@ def statistics_forward(tensors, problem):
 
 def statistics_backward(tensors, saved, upstream, problem, wanted):
     logits = tensors[0]
-    grad = room_for_gradient(readable(logits))
+    grad = empty_with_strides(readable(logits))
     if not shapes_only():
         ones = torch.ones_like(upstream[0])
         walk(

@@ -63,6 +63,11 @@ def readable(logits):
     return logits.contiguous()
 
 
+def empty_with_strides(x):
+    """Memory like x with its strides too, because a kernel takes one stride for both: rows may have gaps between."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
 def counted(labels, class_weights, cols, ignore_index, dtype):
     """Which rows count (None: all), labels (rows, 1) that are valid indices, and the rows' weights (None: all 1).
 

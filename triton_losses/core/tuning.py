@@ -25,6 +25,7 @@ from triton_losses.core.choices import CHOICES
 from triton_losses.core.compiler import INTERPRET, triton
 from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
+from triton_losses.core.rows import empty_with_strides
 
 LAUNCH_OPTIONS = {
     "sanitize_overflow": False,  # with debug=True only asserts in the kernel run, not a check of every integer addition
@@ -177,7 +178,7 @@ class Tuned:
 
 def scratch(tensor):
     """A copy with the tensor's strides, because the kernel takes them: ``clone`` would drop padding between rows."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return empty_with_strides(tensor).copy_(tensor)
 
 
 def recall(path, shipped):

@@ -11,7 +11,6 @@ is how many rows count.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -20,7 +19,7 @@ from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import planned
 from triton_losses.core.reduction import given, widest
-from triton_losses.core.rows import readable
+from triton_losses.core.rows import empty_with_strides, readable
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
@@ -269,7 +268,7 @@ def plan(tensors, problem, wanted):
     if not wanted:
         losses = q.new_empty(rows, dtype=problem.dtype) if none else state
         return forward_launch.bind(losses=losses, **arguments)
-    grads = [room_for_gradient(x) if want else x for x, want in zip((p, q), wanted)]
+    grads = [empty_with_strides(x) if want else x for x, want in zip((p, q), wanted)]
     dout_stride = dout.stride(0) if none and rows > 1 else 0
     return backward_launch.bind(grad_p=grads[0], grad_q=grads[1], dout=dout, dout_stride=dout_stride, **arguments)
 
@@ -283,10 +282,6 @@ def prepared(tensors, problem, wanted=(), dout=None):
         weight, labels = (t if t is None else t.contiguous() for t in (weight, labels))
         launch = plan((p, q, weight, labels, dout), problem, wanted)
     return launch, (p, q), q if weight is None else weight, q if labels is None else labels
-
-
-def room_for_gradient(x):
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 def forward(tensors, problem):
@@ -308,7 +303,7 @@ def backward(tensors, saved, upstream, problem, wanted):
     if shapes_only():
         return [x.new_empty(x.shape) for x, want in zip(tensors, wanted) if want]
     launch, pair, weight, marks = prepared(tensors, problem, wanted, dout)
-    grads = [room_for_gradient(x) if want else x for x, want in zip(pair, wanted)]
+    grads = [empty_with_strides(x) if want else x for x, want in zip(pair, wanted)]
     launch(pair, weight, marks, state, *grads, dout, pair[1].shape[0])
     return [grad for grad, want in zip(grads, wanted) if want]
 

@@ -16,7 +16,7 @@ from triton_losses.core.formula import FORMULAS
 from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import planned
-from triton_losses.core.rows import Pass, counted, readable, slots_of
+from triton_losses.core.rows import Pass, counted, empty_with_strides, readable, slots_of
 from triton_losses.core.tuning import Tuned
 from triton_losses.kernels import label_planes, short_rows
 from triton_losses.kernels.elementwise import triton_type
@@ -244,7 +244,7 @@ def plan(tensors, problem, task):
         losses=state if task.reduced or not task.forward else logits.new_empty(rows, dtype=problem.dtype),
         saved=state,
         likeliest=labels.new_empty(rows, dtype=torch.int64) if task.likeliest else labels,
-        grad=empty_like(logits) if task.backward else logits,
+        grad=empty_with_strides(logits) if task.backward else logits,
         upstream=state if upstream is None else upstream,
         rows=rows,
         cols=cols,
@@ -257,11 +257,6 @@ def plan(tensors, problem, task):
         KIND=kind,
     )
     return RowsPlan(True, wide, weighted and slots[2] > 0, launch)
-
-
-def empty_like(logits):
-    """Memory for the gradient, with the strides of the logits, because the kernel takes one stride for both."""
-    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
 
 
 def prepared(tensors, problem, task, upstream=None, operands=()):
@@ -311,7 +306,7 @@ def backward(tensors, saved, upstream, problem, wanted):
     (state,), (dout,) = saved, upstream
     task = BACKWARD_OF_MEAN if problem.reduction == "mean" else BACKWARD
     found, logits, labels, weights = prepared(tensors, problem, task, dout)
-    grad = empty_like(logits)
+    grad = empty_with_strides(logits)
     found.launch(logits, labels, weights, (), state, state, labels, grad, dout, logits.shape[0])
     return [grad]
 
@@ -352,7 +347,7 @@ def statistics_backward(tensors, saved, upstream, problem, wanted):
     if shapes_only():
         return [logits.new_empty(logits.shape)]
     logits = readable(logits)
-    grad = empty_like(logits)
+    grad = empty_with_strides(logits)
     task = Pass(saved[0], grad=grad, upstream=torch.ones_like(upstream[0]), operands=upstream)
     walk((logits, tensors[1], None), problem._replace(formula="along"), task)
     return [grad]

@@ -16,9 +16,8 @@ from triton_losses.core.device_math import as_scalars, exact, load_zeros
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import planned
-from triton_losses.core.rows import readable
+from triton_losses.core.rows import empty_with_strides, readable
 from triton_losses.core.tuning import Tuned
-from triton_losses.kernels.distribution_rows import room_for_gradient
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
 from triton_losses.kernels.rows import configs, edge_of, rule, span_of
@@ -359,7 +358,7 @@ def plan(tensors, problem):
         losses = slopes if ahead else x.new_empty(rows, dtype=problem.dtype)
         return forward_launch.bind(marks=marks_of(x, labels), losses=losses, width=width_of(cols), **arguments)
     dout_stride = 0 if ahead else dout.stride(0)
-    return backward_launch.bind(grad=room_for_gradient(x), dout=dout, dout_stride=dout_stride, **arguments)
+    return backward_launch.bind(grad=empty_with_strides(x), dout=dout, dout_stride=dout_stride, **arguments)
 
 
 def prepared(tensors, problem, dout=None):
@@ -392,6 +391,6 @@ def backward(tensors, saved, upstream, problem, wanted):
     if shapes_only():
         return [x.new_empty(x.shape)]
     launch, x, labels, class_weights = prepared(tensors, problem, upstream[0])
-    grad = room_for_gradient(x)
+    grad = empty_with_strides(x)
     launch(x, labels, class_weights, saved[0], grad, upstream[0], x.shape[0])
     return [grad]

@@ -20,9 +20,9 @@ from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import planned
 from triton_losses.core.reduction import widest
-from triton_losses.core.rows import counted, readable
+from triton_losses.core.rows import counted, empty_with_strides, readable
 from triton_losses.core.tuning import Tuned
-from triton_losses.kernels.distribution_rows import VECTOR, readable_pair, room_for_gradient
+from triton_losses.kernels.distribution_rows import VECTOR, readable_pair
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
 from triton_losses.kernels.label_rows import label_of
@@ -284,7 +284,7 @@ def state_of(x, y, problem):
 
 def grads_of(x, y, wanted):
     """Memory for the gradients that are wanted; x or y takes the place of a gradient that is not."""
-    return tuple(room_for_gradient(t) if want else t for t, want in zip((x, y), wanted))
+    return tuple(empty_with_strides(t) if want else t for t, want in zip((x, y), wanted))
 
 
 @planned
