@@ -57,6 +57,13 @@ def triplet(dtype, columns=1000, rows=3):
     functional.triplet_margin_loss(*vectors).backward()
 
 
+def in_one_pass(name, dtype, columns, rows=3):
+    """The loss and its gradient in the forward."""
+    logits = torch.zeros(rows, columns, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    getattr(functional, name)(logits, labels, gradient_in_forward=True).backward()
+
+
 def cosine(dtype, columns, rows=3):
     vectors = [torch.zeros(rows, columns, dtype=dtype, requires_grad=True) for _ in range(2)]
     functional.cosine_embedding_loss(*vectors, torch.ones(rows)).backward()
@@ -161,6 +168,15 @@ def test_entropies_and_gradients_in_place_build_without_spills(columns, dtype, n
     forward_and_backward(name, entropy, dtype, columns)
     forward_and_backward(name, head_entropy, dtype, columns)
     forward_and_backward(name, head_statistics, dtype, columns, passes=("both",))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [1001, 50257, 128256])
+def test_a_gradient_made_in_the_forward_builds_without_spills(columns, dtype, loss, name):
+    rows, scaling = built(name, in_one_pass, loss, dtype, columns)
+    assert "_both_" in rows.kernel.name and scaling.kernel.name == "scale_rows"
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -18,6 +18,7 @@ from test_builds import (
     call,
     ctc,
     huber,
+    in_one_pass,
     of_one_row_of,
     pytestmark,  # noqa: F401  the same conditions
     triplet,
@@ -50,7 +51,8 @@ KERNELS = {  # by the module that holds them: calls that launch them all
     "elementwise": [(huber, torch.float32)],
     "label_planes": [(images, "cross_entropy", torch.float32, 19)],
     "finish": [(rows, torch.float32)],
-    "label_rows": [(rows, torch.float32, 5001)],
+    "long_rows": [(rows, torch.float32, 5001), (in_one_pass, "cross_entropy", torch.float32, 5001)],
+    "scale_rows": [(in_one_pass, "cross_entropy", torch.float32, 1001)],
     "short_rows": [(rows, torch.float32, 1001)],
     "labelled_elements": [(class_indices, torch.float32, 19)],
     "margin_rows": [

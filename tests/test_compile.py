@@ -205,7 +205,7 @@ def test_the_ops_are_well_behaved(case, reduction, device, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(bridge, "keeps_for_backward", lambda x: False)  # what a graph cannot do
+    monkeypatch.setattr(bridge, "backward_follows", lambda tensors: False)  # what a graph cannot do
     for which in ("forward", "backward"):
         monkeypatch.setattr(Bridge, which, noting(which, getattr(Bridge, which)))
     tensors, options = case.arguments(case.shapes[0], torch.float32, device, reduction=reduction)

@@ -98,5 +98,5 @@ def test_two_lines_do_all_the_set_up():
 
 def test_the_examples_run_one_after_another():
     examples = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-    assert len(examples) == 3  # the fourth, indented, shows how a loss is written
+    assert len(examples) == 4  # the fifth, indented, shows how a loss is written
     subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=ROOT, check=True)

@@ -34,6 +34,16 @@ def check_logits(input):
         raise ValueError("input must have at least one dimension, of classes: got a scalar")
 
 
+def check_overwrite(input):
+    """Raise an error if a gradient must not replace the input's values: the caller's own parameters."""
+    base = input._base if input._is_view() else input
+    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "overwrite=True replaces the input by its gradient, so the input must be the result of an operation, "
+            f"got a leaf that requires grad, or a view of one, of shape {tuple(input.shape)}"
+        )
+
+
 def check_labels(input, target, weight):
     """torch's rules for (C), (N, C) and (N, C, d1, ...) with class indices, and torch's exception types."""
     if target.dtype not in (torch.int64, torch.uint8):
@@ -162,6 +172,8 @@ def cross_entropy(
     softcap: float = 0.0,
     temperature: float = 1.0,
     out_dtype: torch.dtype | None = None,
+    gradient_in_forward: bool = False,
+    overwrite: bool = False,
 ) -> Tensor:
     """``-(1-ε) w_t log p_t - ε/C Σ_j w_j log p_j + z lse²``, ``p = softmax(x)``: cross entropy, smoothed by ε, with a
     z-loss.
@@ -173,8 +185,17 @@ def cross_entropy(
     of it. label_smoothing: ε in [0, 1], else RuntimeError. z_loss: factor of the squared log-sum-exp that keeps logits
     from drifting (PaLM, arXiv:2204.02311), >= 0, else ValueError. softcap: s > 0 makes x of the logits by ``s
     tanh(logit / s)`` (Gemma 2, arXiv:2408.00118), 0 leaves them; temperature: T > 0, x is then divided by it; else
-    ValueError. out_dtype: of the result; torch.float32 keeps what bfloat16 would round away.
-    As ``torch.nn.functional.cross_entropy``. Label smoothing: arXiv:1512.00567.
+    ValueError. out_dtype: of the result; torch.float32 keeps what bfloat16 would round away. As
+    ``torch.nn.functional.cross_entropy``.
+
+    gradient_in_forward: on a GPU, logits (N, C) are read once instead of twice, and the forward also makes their
+    gradient. If the upstream gradient is not 1, as with a GradScaler or a factor after the loss, backward reads, scales
+    and rounds it once more, and nothing is gained. No effect in float16, where small gradients would become 0.
+    overwrite: the gradient also takes the place of the logits, whose values are lost, and needs no memory. Only the
+    last use of logits may set it. RuntimeError for logits that are a leaf, for a second backward and for create_graph,
+    and from autograd if another operation has saved the logits.
+
+    Label smoothing: arXiv:1512.00567.
 
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor(1.1269)
@@ -183,6 +204,8 @@ def cross_entropy(
     check_types(input, target, ignore_index)
     formula, scalars = cross_entropy_formula(label_smoothing, z_loss)
     check_shape_of_logits(temperature, softcap)
+    if overwrite and not torch.compiler.is_compiling():
+        check_overwrite(input)
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
     if target.is_floating_point() or target.shape == input.shape:
@@ -212,6 +235,8 @@ def cross_entropy(
         softcap=float(softcap),
         scale=1.0 / temperature,
         reduction=reduction,
+        gradient_in_forward=gradient_in_forward or overwrite,
+        overwrite=overwrite,
     )
 
 
@@ -257,6 +282,9 @@ def focal_loss(
     alpha: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    *,
+    gradient_in_forward: bool = False,
+    overwrite: bool = False,
 ) -> Tensor:
     """``-α w_t (1 - p_t)^γ log p_t``, ``p = softmax(x)``: cross entropy that weighs down rows it already gets right.
 
@@ -264,7 +292,7 @@ def focal_loss(
     without C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a
     GPU). weight: (C,), α per class. gamma: >= 0, else ValueError; at 0, with alpha 1, this is ``cross_entropy``. alpha:
     a factor of every row, None for 1. reduction: "mean" divides by the sum of the targets' weights (nan when all are
-    ignored), "sum", "none". Lin et al. 2017, arXiv:1708.02002.
+    ignored), "sum", "none". gradient_in_forward, overwrite: as in ``cross_entropy``. Lin et al. 2017, arXiv:1708.02002.
 
     >>> focal_loss(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor(0.8259)
@@ -272,6 +300,8 @@ def focal_loss(
     check_types(input, target, ignore_index)
     if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
+    if overwrite and not torch.compiler.is_compiling():
+        check_overwrite(input)
     return by_rows(
         softmax_focal,
         input,
@@ -280,4 +310,6 @@ def focal_loss(
         scalars=(float(gamma), 1.0 if alpha is None else float(alpha)),
         ignore_index=int(ignore_index),
         reduction=reduction_of(reduction),
+        gradient_in_forward=gradient_in_forward or overwrite,
+        overwrite=overwrite,
     )

@@ -20,6 +20,8 @@ def cross_entropy(
     softcap=0.0,
     temperature=1.0,
     out_dtype=None,
+    gradient_in_forward=False,  # this and overwrite change no number
+    overwrite=False,
 ):
     input = shaped(input, softcap, temperature)
     losses = torch_cross_entropy(input, target, weight, None, ignore_index, None, "none", label_smoothing)
@@ -35,7 +37,18 @@ def cross_entropy(
     return losses.sum() / weights.sum()
 
 
-def focal_loss(input, target, weight=None, gamma=2.0, alpha=1.0, ignore_index=-100, reduction="mean"):
+def focal_loss(
+    input,
+    target,
+    weight=None,
+    gamma=2.0,
+    alpha=1.0,
+    ignore_index=-100,
+    reduction="mean",
+    *,
+    gradient_in_forward=False,
+    overwrite=False,
+):
     nll = torch_cross_entropy(input, target, None, None, ignore_index, None, "none")
     kept = target != ignore_index
     weights = torch.where(kept, 1 if weight is None else weight[torch.where(kept, target, 0)], 0).to(input.dtype)

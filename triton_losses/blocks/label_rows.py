@@ -93,11 +93,14 @@ def small(tensors, problem):
 
 def scratch(tensors, problem):
     """The gradient's memory, where the forward may keep its exponentials; None if the backward cannot use them."""
-    logits = tensors[0]
+    logits, formula = tensors[0], FORMULAS[problem.formula]
     if logits.dim() == 3:
         return label_planes.scratch(tensors, problem)
-    if not any(slots_of(FORMULAS[problem.formula])[1:5]) or logits.dtype != compute_dtype(logits.dtype):
+    if not any(slots_of(formula)[1:5]) or logits.dtype != compute_dtype(logits.dtype):
         return None
+    reads_logits_again = problem.softcap or "log_p" in formula.needs[wanted_of(formula)]
+    if problem.overwrite and not reads_logits_again and readable(logits) is logits:
+        return logits.detach()
     return empty_with_strides(readable(logits))
 
 
@@ -185,7 +188,7 @@ def walk(tensors, problem, task, exponentials=None):
         if entropy:
             entropies[parts[i]] = bounded.mul_(raised).sum(1) / total
 
-    wanted, picked = tuple(True for slot in slots[:5] if slot), None
+    wanted, picked = wanted_of(formula), None
     if forward or "log_p" in formula.needs[wanted]:  # before the gradient, which may overwrite the logits
         picked = logits.gather(1, labels)[:, 0].to(wide) if cols else saved.new_zeros(rows)
         picked = transform(picked, softcap, scale) if transformed else picked
@@ -252,6 +255,11 @@ def walk(tensors, problem, task, exponentials=None):
     share(write, len(parts))
     clear_ignored(grad, kept)
     return losses, weights
+
+
+def wanted_of(formula):
+    """Which of the formula's partials a backward wants: those by all statistics that it takes."""
+    return tuple(True for slot in slots_of(formula)[:5] if slot)
 
 
 def make_probabilities(room, cols, highest, log_total):

@@ -14,9 +14,10 @@ A family has up to three implementations, called readings. A *reading* is a modu
               only the outputs, and its backward takes no ``saved``. If it has no backward, autograd differentiates its
               forward
 
-The blocks may define ``scratch(tensors, problem)``, which returns memory that the forward fills and the backward may
-overwrite, or None. Both then take it as their last argument. A second backward gets None, or what ``scratch_again``
-returns. Only plain calls use scratch memory, because an op must not modify a tensor that it has returned.
+Blocks and kernels may define ``scratch(tensors, problem)``, which returns memory that the forward fills and the
+backward may overwrite, or None. Both then take it as their last argument. A second backward gets None, or what
+``scratch_again`` returns. Only plain calls use scratch memory, because an op must not modify a tensor that it has
+returned. It may be the memory of the first tensor if the caller allows that; then there is no second backward.
 
 The blocks may also define ``small(tensors, problem)``, for tensors so small that the overhead of a call dominates. It
 returns a tuple of the outputs, computed by operations that autograd can differentiate, or None.
@@ -35,7 +36,6 @@ from triton_losses.core.op import (
     differentiated_again,
     fields_of,
     is_watched,
-    keeps_for_backward,
     problem_of,
     read_whole,
 )
@@ -69,10 +69,12 @@ class Bridge:
             found = self.in_plain_torch(problem, tensors)
         elif compiling:
             found = BY_DEVICE[len(tensors)].apply(problem, *tensors)
-        elif runs_kernels(tensors[0]):
-            found = APPLY[len(tensors)](problem, *tensors)
-        else:
+        elif not runs_kernels(tensors[0]):
             found = self.on_a_cpu(problem, tensors)
+        elif hasattr(self.kernels, "scratch") and problem.gradient_in_forward and backward_follows(tensors):
+            found = APPLY[len(tensors)](Keeping(problem), *tensors)
+        else:
+            found = APPLY[len(tensors)](problem, *tensors)
         return found[0] if self.outputs == 1 else found
 
     def on_a_cpu(self, problem, tensors):
@@ -80,7 +82,7 @@ class Bridge:
             found = self.blocks.small(self.padded(tensors), problem)
             if found is not None:
                 return found
-        if hasattr(self.blocks, "scratch") and any(t is not None and keeps_for_backward(t) for t in tensors):
+        if hasattr(self.blocks, "scratch") and backward_follows(tensors):
             problem = Keeping(problem)
         return APPLY[len(tensors)](problem, *tensors)
 
@@ -134,18 +136,20 @@ class Bridge:
         leaves = [t for t, want in zip(tensors, wanted) if want]
         return torch.autograd.grad(outputs, leaves, upstream, create_graph=torch.is_grad_enabled())
 
-    # With blocks, in scratch memory that only the forward and its backward use
+    # In scratch memory that only the forward and its backward use
 
     def forward_keeping(self, tensors, problem):
+        reading = self.kernels if runs_kernels(tensors[0]) else self.blocks
         tensors = self.padded(tensors)
-        scratch = self.blocks.scratch(tensors, problem)
-        outputs, saved = self.blocks.forward(tensors, problem, scratch)
+        scratch = reading.scratch(tensors, problem)
+        outputs, saved = reading.forward(tensors, problem, scratch)
         return scratch, [*outputs, *saved]
 
     def backward_keeping(self, tensors, saved, upstream, problem, wanted, scratch):
-        if scratch is None and hasattr(self.blocks, "scratch_again"):
-            scratch = self.blocks.scratch_again(self.padded(tensors), problem)
-        return self.blocks.backward(self.padded(tensors), saved, upstream, problem, wanted, scratch)
+        reading = self.kernels if runs_kernels(tensors[0]) else self.blocks
+        if scratch is None and hasattr(reading, "scratch_again"):
+            scratch = reading.scratch_again(self.padded(tensors), problem)
+        return reading.backward(self.padded(tensors), saved, upstream, problem, wanted, scratch)
 
 
 # Autograd Functions. torch.compile needs a fixed number of parameters, so there is one Function per number of tensors.
@@ -157,12 +161,21 @@ class Keeping(NamedTuple):
     problem: typing.Any
 
 
+def backward_follows(tensors):
+    """Whether our own backward will follow the forward, so that it may overwrite what the forward keeps."""
+    if not torch.is_grad_enabled() or is_watched(*tensors) or read_whole(*tensors):
+        return False
+    return any(t is not None and t.requires_grad and t.numel() for t in tensors)
+
+
 def forward_of(ctx, problem, tensors):
     ctx.keeps = type(problem) is Keeping
     if ctx.keeps:
         problem = problem.problem
         bridge = BRIDGES[type(problem)]
         ctx.scratch, found = on_device_of(tensors[0], bridge.forward_keeping, tensors, problem)
+        # whether the forward has overwritten its first tensor
+        ctx.overwrote = isinstance(ctx.scratch, torch.Tensor) and ctx.scratch.data_ptr() == tensors[0].data_ptr()
     else:
         bridge = BRIDGES[type(problem)]
         found = bridge.forward(tensors, problem)
@@ -172,9 +185,15 @@ def forward_of(ctx, problem, tensors):
 
 
 def backward_of(ctx, *upstream):
+    again = differentiated_again() or read_whole(*upstream)
+    if ctx.keeps and ctx.overwrote and (again or ctx.scratch is None):
+        raise RuntimeError(
+            "the loss was computed with overwrite=True, so its gradient has replaced its input: "
+            "there can be only one backward, without create_graph or is_grads_batched"
+        )
     problem, tensors, wanted = ctx.problem, ctx.saved_tensors, ctx.needs_input_grad[1:]
     bridge, saved, tensors = BRIDGES[type(problem)], tensors[ctx.count :], tensors[: ctx.count]
-    if differentiated_again() or read_whole(*upstream):
+    if again:
         found = bridge.whole_backward(tensors, upstream, problem, wanted)
     elif ctx.keeps:
         scratch, ctx.scratch = ctx.scratch, None  # only the first backward may use it

@@ -121,11 +121,6 @@ def is_watched(*tensors):
     return False
 
 
-def keeps_for_backward(x):
-    """True if blocks will run both forward and backward for x, so that backward may overwrite what forward keeps."""
-    return x.requires_grad and torch.is_grad_enabled() and x.numel() > 0 and readable(x) and not runs_kernels(x)
-
-
 def readable(*tensors):
     """True if a loss may read values of these tensors in Python: real CPU tensors, no tracing and no transform."""
     if torch.compiler.is_compiling() or not all(t.device.type == "cpu" and type(t) in PLAIN for t in tensors):

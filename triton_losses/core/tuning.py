@@ -85,8 +85,11 @@ class Tuned:
 
     def candidates(self, args):
         """What a first call compiles and measures: the rule's configuration and the others."""
-        rule = self.rule(args)
-        return [rule, *(config for config in self.configs(args) if config != rule)]
+        found = [self.rule(args)]
+        for config in self.configs(args):
+            if config not in found:
+                found.append(config)
+        return found
 
     def launch(self, args, config):
         programs = self.programs(args, config)

@@ -51,6 +51,8 @@ class Problem(NamedTuple):
     scale: float = 1.0  # 1 / temperature
     reduction: str = "mean"  # divides by the sum of the rows' weights
     dtype: torch.dtype = torch.float32  # of the result
+    gradient_in_forward: bool = False  # kernels of rows: one pass makes the loss and its gradient
+    overwrite: bool = False  # the gradient may replace the logits
 
 
 class StatisticsProblem(NamedTuple):

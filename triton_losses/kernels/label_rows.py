@@ -1,4 +1,4 @@
-"""Kernels of rows and their labels: one program per row. Images go to label_planes.py.
+"""Rows and their labels by kernels: long_rows.py or short_rows.py. Images go to label_planes.py.
 
 The forward saves one tensor for the backward, ``state``. It holds six arrays of one number per row: the loss, its
 weight, max x, log Σ exp(x - max), mean_log_p and the entropy. The sum of the weights follows them.
@@ -7,192 +7,20 @@ weight, max x, log Σ exp(x - max), mean_log_p and the entropy. The sum of the w
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from triton_losses.core.compiler import INTERPRET, compute_dtype
-from triton_losses.core.device_math import as_scalars, exact
+from triton_losses.core.device_math import as_scalars
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.launch import Launch
 from triton_losses.core.op import shapes_only
 from triton_losses.core.plan import planned
 from triton_losses.core.rows import Pass, counted, empty_with_strides, readable, slots_of
-from triton_losses.core.tuning import Tuned
 from triton_losses.kernels import label_planes, short_rows
 from triton_losses.kernels.elementwise import triton_type
 from triton_losses.kernels.finish import finish
-from triton_losses.kernels.rows import (
-    Kind,
-    bytes_of_row,
-    configs,
-    edge_of,
-    factors_of,
-    gradient_at,
-    key,
-    name_of_pass,
-    read_formula,
-    row_statistics,
-    rule,
-    span_of,
-    transform,
-    write_zeros,
-)
-
-
-@triton.jit
-def label_of(labels, row, cols, ignore_index):
-    """Whether the row's label counts, and its column, or column 0 if the label is no class."""
-    label = tl.load(labels + row).to(tl.int64)
-    kept = label != ignore_index
-    fits = (label >= 0) & (label < cols)
-    tl.device_assert(fits | (label == ignore_index), "a target is out of bounds: it is no class and not ignore_index")
-    return kept, tl.where(fits, label, 0).to(tl.int32)
-
-
-@triton.jit
-def write_gradient(
-    logits,
-    grad,
-    row,  # (the row's offset, the number of columns)
-    label,
-    of_row,  # as in gradient_at
-    class_weights,
-    scaling,
-    KIND: tl.constexpr,
-    LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    start, cols = row
-    head, vectors = span_of(start, cols, KIND.vec, KIND.edge)
-    first = (start + head) // KIND.vec * KIND.vec
-    lanes = tl.arange(0, LANES)
-    tile = lanes[:, None] * KIND.vec + tl.arange(0, KIND.vec)[None, :]
-    unmasked = vectors // (LANES * UNROLL) * (LANES * UNROLL)
-    for v in range(0, unmasked, LANES * UNROLL):
-        tiles = ()
-        for u in tl.static_range(UNROLL):  # all loads are issued first, so that they overlap
-            x = tl.load(logits + first + (v + u * LANES) * KIND.vec + tile, eviction_policy="evict_first")
-            tiles += (x.to(KIND.compute),)
-        for u in tl.static_range(UNROLL):
-            at = (v + u * LANES) * KIND.vec + tile
-            g = gradient_at(tiles[u], at, None, label - head, of_row, class_weights + head, scaling, KIND)
-            tl.store(grad + first + at, g.to(grad.dtype.element_ty), eviction_policy="evict_first")
-    for v in range(unmasked, vectors, LANES):
-        mask = (v + lanes < vectors)[:, None]
-        at = v * KIND.vec + tile
-        x = tl.load(logits + first + at, mask=mask, other=0.0, eviction_policy="evict_first").to(KIND.compute)
-        g = gradient_at(x, at, mask & (at >= 0), label - head, of_row, class_weights + head, scaling, KIND)
-        tl.store(grad + first + at, g.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-    if KIND.edge:
-        columns, exists = edge_of(head, vectors, cols, KIND.vec)
-        x = tl.load(logits + start + columns, mask=exists, other=0.0).to(KIND.compute)
-        g = gradient_at(x, columns, exists, label, of_row, class_weights, scaling, KIND)
-        tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=exists)
-
-
-@triton.jit(
-    repr=name_of_pass("label_rows"),
-    debug=True,
-    do_not_specialize=["rows", "ignore_index", "upstream_stride"],
-    do_not_specialize_on_alignment=["losses", "saved", "likeliest", "upstream"],
-)
-def rows_kernel(
-    logits,  # (rows, cols), row r at r * stride
-    labels,  # (rows,)
-    weights,  # class weights, (cols,), if weighted; their mean, (), if weighted and the formula takes mean_log_p
-    operands,  # pointers to (rows,)
-    losses,  # written in a forward: (2, rows), losses and weights; if not reduced (rows,), only losses
-    saved,  # (ahead, rows) unused here; max x, log Σ exp(x - max), mean_log_p, entropy; the sum of the weights
-    likeliest,  # (rows,) if KIND.likeliest: the first of the highest columns, -1 if ignored; written in a forward
-    grad,  # (rows, cols), row r at r * stride; may be logits: the thread that writes an element has read it before
-    upstream,  # of row r at r * upstream_stride
-    rows: tl.int64,
-    cols,
-    stride,
-    upstream_stride,
-    ignore_index,
-    scalars,
-    scaling,  # softcap, scale
-    FORMULA: tl.constexpr,
-    KIND: tl.constexpr,
-    LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    SOFTMAX: tl.constexpr = KIND.slots[1] or KIND.slots[2] or KIND.slots[3] or KIND.slots[4]
-    class_weights, mean_weight = weights
-    row = tl.program_id(0).to(tl.int64)
-    start = row * stride
-    saved += KIND.ahead * rows
-    scaling = exact(scaling, KIND.compute)
-    kept, label = label_of(labels, row, cols, ignore_index)
-    loss = tl.zeros((), KIND.compute)
-    weight = tl.zeros((), KIND.compute)
-    highest = tl.zeros((), KIND.compute)
-    log_total = tl.zeros((), KIND.compute)
-    mean_log_p = tl.zeros((), KIND.compute)
-    entropy = tl.zeros((), KIND.compute)
-    best = tl.full((), -1, tl.int32)
-    if kept:
-        picked = transform(tl.load(logits + start + label).to(KIND.compute), scaling, KIND)
-        weight += tl.load(class_weights + label).to(KIND.compute) if KIND.weighted else 1.0
-        if SOFTMAX and KIND.forward:
-            pivot = tl.where(tl.abs(picked) < float("inf"), picked, 0.0).to(KIND.compute)
-            highest, log_total, spread, entropy, best = row_statistics(
-                logits, (start, cols), pivot, class_weights, scaling, KIND, LANES, UNROLL
-            )
-            if KIND.slots[2]:
-                rest = pivot - highest - log_total
-                if KIND.weighted:
-                    rest *= tl.load(mean_weight).to(KIND.compute)
-                mean_log_p = spread / cols + rest
-        elif SOFTMAX:
-            highest += tl.load(saved + row)
-            log_total += tl.load(saved + rows + row)
-            if KIND.slots[2]:
-                mean_log_p += tl.load(saved + 2 * rows + row)
-            if KIND.entropy:
-                entropy += tl.load(saved + 3 * rows + row)
-        values = ()
-        for i in tl.static_range(len(operands)):
-            values += (tl.load(operands[i] + row).to(KIND.compute),)
-        statistics = (picked, (picked - highest) - log_total, mean_log_p, highest + log_total, entropy)
-        read, partials = read_formula(FORMULA, statistics, weight, values, exact(scalars, KIND.compute), KIND)
-        loss += read
-        if KIND.backward:
-            factor = tl.load(upstream + row * upstream_stride).to(KIND.compute)
-            if KIND.mean:
-                factor = factor / tl.load(saved + 4 * rows)
-            if KIND.scaled:
-                factor *= scaling[1]
-            of_row = (highest, log_total, entropy, factors_of(partials, factor, mean_weight, cols, KIND))
-            write_gradient(logits, grad, (start, cols), label, of_row, class_weights, scaling, KIND, LANES, UNROLL)
-    elif KIND.backward:
-        write_zeros(grad, start, cols, KIND.edge, KIND.vec, LANES)
-    if KIND.forward:  # ignored rows write too, because nothing else initialises the outputs
-        tl.store(losses + row, loss.to(losses.dtype.element_ty))
-        if KIND.reduced:
-            tl.store(losses + rows + row, weight.to(losses.dtype.element_ty))
-        if SOFTMAX:
-            tl.store(saved + row, highest)
-            tl.store(saved + rows + row, log_total)
-        if KIND.slots[2]:
-            tl.store(saved + 2 * rows + row, mean_log_p)
-        if KIND.entropy:
-            tl.store(saved + 3 * rows + row, entropy)
-        if KIND.likeliest:
-            tl.store(likeliest + row, best.to(likeliest.dtype.element_ty))
-
-
-rows_launch = Tuned(
-    rows_kernel,
-    configs=configs,
-    rule=rule,
-    key=key,
-    programs=lambda rows, fixed: rows,
-    size="rows",
-    bytes_each=bytes_of_row,
-    written=("grad",),
-)
+from triton_losses.kernels.long_rows import rows_launch
+from triton_losses.kernels.rows import Kind
+from triton_losses.kernels.scale_rows import scale_rows
 
 
 class Task(NamedTuple):
@@ -205,6 +33,7 @@ class Task(NamedTuple):
     entropy: bool = False
     likeliest: bool = False
     ahead: int = 0
+    in_turn: bool = False
 
 
 class RowsPlan(NamedTuple):
@@ -280,7 +109,24 @@ BACKWARD = Task(backward=True, ahead=2)
 BACKWARD_OF_MEAN = Task(backward=True, mean=True, ahead=2)
 
 
-def forward(tensors, problem):
+def scratch(tensors, problem):
+    """Memory for the gradient of rows, if the forward is to make it: the logits' own if they may be overwritten.
+
+    A gradient of float16 would underflow before the backward multiplies it by the factor of a GradScaler.
+    """
+    logits = tensors[0]
+    if logits.dim() == 3 or logits.dtype == torch.float16 or not any(slots_of(FORMULAS[problem.formula])[1:5]):
+        return None
+    if readable(logits) is not logits:
+        return logits.new_empty(logits.shape)
+    if not problem.overwrite:
+        return empty_with_strides(logits)
+    torch.autograd.graph.increment_version(logits)  # then autograd refuses a backward that needs the logits' values
+    return logits.detach()
+
+
+def forward(tensors, problem, grad=None):
+    """grad: memory for the gradient of the mean, the sum or each loss, which the same pass then writes."""
     logits = tensors[0]
     if logits.dim() == 3:
         return label_planes.forward(tensors, problem)
@@ -288,19 +134,41 @@ def forward(tensors, problem):
     out = logits.new_empty(rows if none else (), dtype=problem.dtype)
     if shapes_only():
         return [out], [logits.new_empty(6 * rows + 1, dtype=compute_dtype(logits.dtype))]
-    found, logits, labels, weights = prepared(tensors, problem, OF_EACH if none else OF_REDUCED)
+    task, upstream = OF_EACH if none else OF_REDUCED, None
+    if grad is not None:
+        task, upstream = task._replace(backward=True, in_turn=True), factor_of_reduction(tensors, problem)
+    found, logits, labels, weights = prepared(tensors, problem, task, upstream)
     state = logits.new_empty(6 * rows + 1, dtype=found.wide)
     losses = out if none else state
-    found.launch(logits, labels, weights, (), losses, state, labels, logits, state, rows)
+    gradient = logits if grad is None else grad
+    found.launch(
+        logits, labels, weights, (), losses, state, labels, gradient, state if upstream is None else upstream, rows
+    )
     if not none:
         finish(state, out, rows, weights_at=6, mean=problem.reduction == "mean")
     return [out], [state]
 
 
-def backward(tensors, saved, upstream, problem, wanted):
+def factor_of_reduction(tensors, problem):
+    """What the reduction multiplies each loss by: 1, or for the mean 1 / Σ weights, which depends on labels only."""
+    logits, labels, class_weights = tensors
+    wide = compute_dtype(logits.dtype)
+    if problem.reduction != "mean":
+        return torch.ones((), dtype=wide, device=logits.device)
+    weights = labels != problem.ignore_index
+    if class_weights is not None:
+        weights = torch.where(weights, class_weights[torch.where(weights, labels, 0).long()], 0)
+    return weights.sum(dtype=torch.float64).to(wide).reciprocal_()
+
+
+def backward(tensors, saved, upstream, problem, wanted, grad=None):
+    """grad: the gradient that the forward made, still without the upstream one."""
     logits = tensors[0]
     if logits.dim() == 3:
         return label_planes.backward(tensors, saved, upstream, problem)
+    if grad is not None:
+        scale_rows(grad, upstream[0])
+        return [grad]
     if shapes_only():
         return [logits.new_empty(logits.shape)]
     (state,), (dout,) = saved, upstream

@@ -25,7 +25,7 @@ from triton_losses.core.tuning import Tuned
 from triton_losses.kernels.distribution_rows import VECTOR, readable_pair
 from triton_losses.kernels.elementwise import name_of, triton_type
 from triton_losses.kernels.finish import finish
-from triton_losses.kernels.label_rows import label_of
+from triton_losses.kernels.long_rows import label_of
 from triton_losses.kernels.row_pairs import edge_tile
 from triton_losses.kernels.rows import configs, rule, span_of
 

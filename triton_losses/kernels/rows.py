@@ -35,6 +35,7 @@ class Kind(NamedTuple):
     entropy: bool = False  # each row's entropy is computed
     likeliest: bool = False  # each row's likeliest column is written
     ahead: int = 0  # numbers per row before the saved ones
+    in_turn: bool = False  # a program takes one row after another: see long_rows.py
 
 
 def name_of_pass(rows):
