@@ -135,7 +135,7 @@ def built(name, call, *args, finish=False, **options):
 def forward_and_backward(name, call, *args, passes=("forward", "backward"), **options):
     builds = built(name, call, *args, **options)
     names = [build.kernel.name for build in builds]
-    assert len(names) == len(passes) and all(f"_{which}_" in name for which, name in zip(passes, names)), names
+    assert len(names) == len(passes) and all(f"_{which}_" in f"_{name}_" for which, name in zip(passes, names)), names
     return builds
 
 
@@ -156,6 +156,8 @@ def passes_of(case):
         return ("forward",) * kernels + ("backward",) * kernels
     if case.steps:
         return ("forward",) * (3 if case.name.endswith("logits") else 2) + ("backward",)
+    if "gradient_in_forward" in case.options:
+        return ("mean_factor", "both", "scale_rows")
     # the gradient is made beside a reduced loss
     return ("both",) if case.features and case.reduces else ("forward", "backward")
 
@@ -175,8 +177,8 @@ def test_entropies_and_gradients_in_place_build_without_spills(columns, dtype, n
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("columns", [1001, 50257, 128256])
 def test_a_gradient_made_in_the_forward_builds_without_spills(columns, dtype, loss, name):
-    rows, scaling = built(name, in_one_pass, loss, dtype, columns)
-    assert "_both_" in rows.kernel.name and scaling.kernel.name == "scale_rows"
+    factor, rows, scaling = built(name, in_one_pass, loss, dtype, columns)
+    assert [factor.kernel.name, scaling.kernel.name] == ["mean_factor", "scale_rows"] and "_both_" in rows.kernel.name
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -52,7 +52,7 @@ KERNELS = {  # by the module that holds them: calls that launch them all
     "label_planes": [(images, "cross_entropy", torch.float32, 19)],
     "finish": [(rows, torch.float32)],
     "long_rows": [(rows, torch.float32, 5001), (in_one_pass, "cross_entropy", torch.float32, 5001)],
-    "scale_rows": [(in_one_pass, "cross_entropy", torch.float32, 1001)],
+    "gradient_in_forward": [(in_one_pass, "cross_entropy", torch.float32, 1001)],
     "short_rows": [(rows, torch.float32, 1001)],
     "labelled_elements": [(class_indices, torch.float32, 19)],
     "margin_rows": [

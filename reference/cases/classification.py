@@ -114,6 +114,8 @@ CASES = [
     rows("cross_entropy", {"label_smoothing": 0.1}, bench=TIMED_ROWS),
     rows("cross_entropy", {"label_smoothing": 0.1, "weight": per_class}),
     rows("cross_entropy", {"z_loss": 1e-2}),
+    rows("cross_entropy", {"gradient_in_forward": True}, bench={"full": ((8192, 50257), (8192, 128256))}),
+    rows("cross_entropy", {"gradient_in_forward": True, "label_smoothing": 0.1, "weight": per_class}),
     rows(
         "cross_entropy",
         {"z_loss": 1e-2, "label_smoothing": 0.2, "weight": per_class, "ignore_index": 0},
@@ -151,6 +153,7 @@ CASES = [
     rows("focal_loss", {"gamma": 0.0, "weight": per_class, "ignore_index": 0}, logits_and_all_labels),
     rows("focal_loss", {"gamma": 0.5, "alpha": 0.25, "weight": per_class}),
     rows("focal_loss", {"alpha": None}),
+    rows("focal_loss", {"gradient_in_forward": True, "weight": per_class}),
     *(
         hard_rows("focal_loss", draw, {"gamma": 0.5})
         for draw in (certain, masked_vocabulary, masked_label, huge_logits, all_ignored)

@@ -18,9 +18,9 @@ from triton_losses.core.rows import Pass, counted, empty_with_strides, readable,
 from triton_losses.kernels import label_planes, short_rows
 from triton_losses.kernels.elementwise import triton_type
 from triton_losses.kernels.finish import finish
+from triton_losses.kernels.gradient_in_forward import mean_factor, scale_rows
 from triton_losses.kernels.long_rows import rows_launch
 from triton_losses.kernels.rows import Kind
-from triton_losses.kernels.scale_rows import scale_rows
 
 
 class Task(NamedTuple):
@@ -155,10 +155,8 @@ def factor_of_reduction(tensors, problem):
     wide = compute_dtype(logits.dtype)
     if problem.reduction != "mean":
         return torch.ones((), dtype=wide, device=logits.device)
-    weights = labels != problem.ignore_index
-    if class_weights is not None:
-        weights = torch.where(weights, class_weights[torch.where(weights, labels, 0).long()], 0)
-    return weights.sum(dtype=torch.float64).to(wide).reciprocal_()
+    class_weights = class_weights if class_weights is None else class_weights.contiguous()
+    return mean_factor(labels.contiguous(), class_weights, problem.ignore_index, wide)
 
 
 def backward(tensors, saved, upstream, problem, wanted, grad=None):
