@@ -56,7 +56,7 @@ def plane_blocks(logits):
     """Slices (images, pixels) of each block: whole images if they are small, otherwise a run of one image's pixels."""
     images, classes, pixels = logits.shape
     # pixels of a block: fewer, larger blocks than elsewhere, because each block also takes operations per pixel
-    most = 4 * elements(compute_dtype(logits.dtype)) // (classes + 2)
+    most = 6 * elements(compute_dtype(logits.dtype)) // (classes + 2)
     if pixels <= most:
         step = most // max(pixels, 1)
         return [(slice(i, i + step), slice(None)) for i in range(0, images if classes * pixels else 0, step)]

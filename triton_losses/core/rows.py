@@ -79,13 +79,16 @@ def counted(labels, class_weights, cols, ignore_index, dtype):
         if low < 0 or high >= cols or low <= ignore_index <= high:
             kept = labels != ignore_index
             if low < 0 or high >= cols:
-                wrong = labels[kept & ((labels < 0) | (labels >= cols))]
-                if wrong.numel():
-                    raise IndexError(
-                        f"Target {int(wrong[0])} is out of bounds: "
-                        f"it must be in [0, {cols}), or ignore_index, {ignore_index}"
-                    )
-                labels = torch.where(kept, labels, 0)
+                valid = torch.where(kept, labels, 0)
+                low, high = (int(v) for v in torch.aminmax(valid))
+                if low < 0 or high >= cols:
+                    wrong = labels[kept & ((labels < 0) | (labels >= cols))]
+                    if wrong.numel():  # not if there are no classes and all rows are ignored
+                        raise IndexError(
+                            f"Target {int(wrong[0])} is out of bounds: "
+                            f"it must be in [0, {cols}), or ignore_index, {ignore_index}"
+                        )
+                labels = valid
     labels = labels.long()
     weights = None
     if class_weights is not None:
