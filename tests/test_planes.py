@@ -135,6 +135,7 @@ def test_the_gradient_is_nearly_all_the_memory_that_is_needed(shape):
 
         return peak_bytes(prepare, torch.device("cpu"))
 
+    threads.let_memory_stay()  # what the first call of a process allocates and frees
     ours = peak(functional.cross_entropy)
     assert ours < x.nbytes + 12 * threads.BYTES  # what one thread's block takes
     assert ours < peak(torch.nn.functional.cross_entropy)

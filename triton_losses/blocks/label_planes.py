@@ -10,7 +10,7 @@ import torch
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.formula import FORMULAS
 from triton_losses.core.op import shapes_only
-from triton_losses.core.rows import arguments_of, counted, slots_of, transform
+from triton_losses.core.rows import arguments_of, counted, slots_of, transform, wanted_of
 from triton_losses.core.threads import elements, share
 
 
@@ -27,19 +27,24 @@ def scratch(tensors, problem):
 
 
 def forward(tensors, problem, log_rows=None):
+    """saved: the sum of the weights where the mean needs it; beside log_rows the labels' log p if the backward needs
+    it."""
     logits, labels, _ = tensors
     none, wide = problem.reduction == "none", compute_dtype(logits.dtype)
     out = logits.new_empty(labels.shape if none else (), dtype=problem.dtype)
     if shapes_only():
         return [out], [logits.new_empty(() if problem.reduction == "mean" else (0,), dtype=wide)]
-    sums = forward_blocks(tensors, problem, out if none else None, log_rows)
+    formula, log_p = FORMULAS[problem.formula], []
+    if log_rows is not None and "log_p" in formula.needs[wanted_of(formula)]:
+        log_p = [log_rows.new_empty(labels.shape)]
+    sums = forward_blocks(tensors, problem, out if none else None, log_rows, *log_p)
     nothing = sums.new_empty(0)
     if none:
-        return [out], [nothing]
+        return [out], [nothing, *log_p]
     total, weight = sums.sum(1).unbind(0)
     if problem.reduction == "sum":
-        return [total.to(problem.dtype, copy=True)], [nothing]
-    return [(total / weight).to(problem.dtype)], [weight.clone()]
+        return [total.to(problem.dtype, copy=True)], [nothing, *log_p]
+    return [(total / weight).to(problem.dtype)], [weight.clone(), *log_p]
 
 
 def backward(tensors, saved, upstream, problem, log_rows=None):
@@ -48,7 +53,7 @@ def backward(tensors, saved, upstream, problem, log_rows=None):
     if not shapes_only():
         factor = upstream[0].to(compute_dtype(logits.dtype))
         factor = factor / saved[0] if problem.reduction == "mean" else factor
-        backward_blocks(tensors, problem, grad, factor, log_rows is not None)
+        backward_blocks(tensors, problem, grad, factor, log_rows is not None, *saved[1:])
     return [grad]
 
 
@@ -71,11 +76,13 @@ def mean_over_classes(x, class_weights):
 OF_LOGITS, OF_LOG_SOFTMAX = {"picked", "lse"}, {"log_p", "mean_log_p", "lse"}
 
 
-def statistics_of(x, log_softmax, at, class_weights, taken):
+def statistics_of(x, log_softmax, at, class_weights, taken, log_p=None):
     """In the order of STATISTICS, those in ``taken``, from x and its log softmax; None for the others."""
+    if log_p is None and "log_p" in taken:
+        log_p = log_softmax.gather(1, at)[:, 0]
     return (
         x.gather(1, at)[:, 0] if "picked" in taken else None,
-        log_softmax.gather(1, at)[:, 0] if "log_p" in taken else None,
+        log_p,
         mean_over_classes(log_softmax, class_weights) if "mean_log_p" in taken else None,
         # the largest of log_softmax is -log Σ exp(x - max)
         x.amax(1) - log_softmax.amax(1) if "lse" in taken else None,
@@ -83,8 +90,11 @@ def statistics_of(x, log_softmax, at, class_weights, taken):
     )
 
 
-def forward_blocks(tensors, problem, out, log_rows=None):
-    """Write losses to ``out``, or return sums (2, blocks) of losses and weights. log_rows: log softmax, if known."""
+def forward_blocks(tensors, problem, out, log_rows=None, log_p=None):
+    """Write losses to ``out``, or return sums (2, blocks) of losses and weights.
+
+    log_rows: log softmax, if known. log_p: is filled with that of the labels, unless it is None.
+    """
     logits, labels, class_weights = tensors
     formula, scalars, ignore_index, softcap, scale, *_ = problem
     formula = FORMULAS[formula]
@@ -105,6 +115,8 @@ def forward_blocks(tensors, problem, out, log_rows=None):
             log_softmax = x.log_softmax(1) if log_rows is None else log_rows[images, :, pixels]
         kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
         statistics = statistics_of(x, log_softmax, at, class_weights, taken)
+        if log_p is not None:
+            log_p[images, pixels] = statistics[1]
         losses = formula.value(*arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars)
         losses = losses if kept is None else torch.where(kept, losses, 0)
         if out is None:
@@ -117,15 +129,18 @@ def forward_blocks(tensors, problem, out, log_rows=None):
     return sums
 
 
-def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False):
-    """Write the gradient of Σ upstream · losses to ``grad``, which holds the log softmax if ``of_log_rows``."""
+def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False, log_p=None):
+    """Write the gradient of Σ upstream · losses to ``grad``, which holds the log softmax if ``of_log_rows``.
+
+    log_p: that of the labels, if known.
+    """
     logits, labels, class_weights = tensors
     formula, scalars, ignore_index, softcap, scale, *_ = problem
     formula = FORMULAS[formula]
     wide, slots, classes = compute_dtype(logits.dtype), slots_of(formula), logits.shape[1]
     class_weights = class_weights if class_weights is None else class_weights.to(wide)
     mean_weight = 1.0 if class_weights is None or not slots[2] else class_weights.mean()
-    wanted = tuple(True for slot in slots[:5] if slot)
+    wanted = wanted_of(formula)
     needs, parts = formula.needs[wanted], plane_blocks(logits)
     direct = grad.dtype == wide
 
@@ -136,7 +151,8 @@ def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False):
         if not of_log_rows or softcap or needs & OF_LOGITS:
             x = transform(logits[images, :, pixels].to(wide), softcap, scale)
         log_softmax = out if of_log_rows else x.log_softmax(1) if needs & OF_LOG_SOFTMAX else None
-        statistics = statistics_of(x, log_softmax, at, class_weights, needs)
+        known = None if log_p is None else log_p[images, pixels]
+        statistics = statistics_of(x, log_softmax, at, class_weights, needs, known)
         g = x.softmax(1) if log_softmax is None else torch.exp(log_softmax, out=out if direct else None)
         found = formula.partials(wanted)(
             *arguments_of(formula, statistics, 1.0 if weights is None else weights), *scalars

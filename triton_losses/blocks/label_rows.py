@@ -18,6 +18,7 @@ from triton_losses.core.rows import (
     readable,
     slots_of,
     transform,
+    wanted_of,
 )
 from triton_losses.core.threads import row_blocks, share
 
@@ -255,11 +256,6 @@ def walk(tensors, problem, task, exponentials=None):
     share(write, len(parts))
     clear_ignored(grad, kept)
     return losses, weights
-
-
-def wanted_of(formula):
-    """Which of the formula's partials a backward wants: those by all statistics that it takes."""
-    return tuple(True for slot in slots_of(formula)[:5] if slot)
 
 
 def make_probabilities(room, cols, highest, log_total):

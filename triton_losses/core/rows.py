@@ -22,6 +22,11 @@ def slots_of(formula):
     return tuple(taken.index(name) + 1 if name in taken else 0 for name in (*STATISTICS, "weight"))
 
 
+def wanted_of(formula):
+    """Which of the formula's partials a backward wants: those by all statistics that it takes."""
+    return tuple(True for slot in slots_of(formula)[:5] if slot)
+
+
 def arguments_of(formula, statistics, weight):
     """Those of the statistics (in the order of STATISTICS) and the weight that the formula takes."""
     return [s for s, slot in zip((*statistics, weight), slots_of(formula)) if slot]
