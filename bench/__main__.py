@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bench import compare, curves, memory_curve
+from bench.ceilings import measured
 from bench.conditions import conditions, load
-from bench.measure import COLUMNS, PRESETS, measure
-from bench.providers import PROVIDERS, providers_of
-from bench.report import failures_of, frame_of, table_of, write
+from bench.measure import COLUMNS, PRESETS
+from bench.providers import PROVIDERS
+from bench.report import failures_of, frame_of, saved, table_of, write
+from bench.run import dtypes_of, name, planned, run
 from reference import cases
 
 try:
@@ -47,6 +47,7 @@ def command_line():
         "--providers", metavar="PROVIDER", nargs="+", choices=tuple(PROVIDERS), default=tuple(PROVIDERS)
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run: keep the rows in --out")
     parser.add_argument("--list", action="store_true", help="name the timed cases and the providers, and end")
     return parser
 
@@ -64,40 +65,12 @@ def chosen(words, parser):
 def listing(timed):
     lines = ["Timed cases, and their shapes:"]
     for case in timed:
-        lines.append(f"  {' '.join([case.name, *case.option_words()])}")
+        lines.append(f"  {name(case)}")
         lines += [
             f"    {preset}: " + ", ".join("×".join(map(str, shape)) for shape in shapes)
             for preset, shapes in case.bench.items()
         ]
     return "\n".join([*lines, "Providers:", *(f"  {name}" for name in PROVIDERS)])
-
-
-def dtypes_of(preset, device):
-    return (torch.float32,) if preset != "full" and device.type == "cpu" else (torch.float32, torch.bfloat16)
-
-
-def run(timed, device, preset, wanted):
-    """Rows of every case, shape and dtype; an interrupted run returns the rows that it has so far."""
-    plan = [
-        (case, shape, dtype)
-        for case in timed
-        for dtype in dtypes_of(preset, device)
-        for shape in case.bench.get(preset, ())
-    ]
-    rows = []
-    columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(plan))
-        for case, shape, dtype in plan:
-            words = [case.name, *case.option_words(), "×".join(map(str, shape)), str(dtype).removeprefix("torch.")]
-            progress.update(task, description=" ".join(words))
-            try:
-                rows += measure(case, shape, dtype, device, PRESETS[preset], providers_of(case, shape, preset, wanted))
-            except KeyboardInterrupt:
-                progress.console.print("interrupted: reporting what was measured so far")
-                break
-            progress.advance(task)
-    return rows
 
 
 def without_a_gpu(part, timed, out, load_before):
@@ -133,10 +106,19 @@ def changes(paths, parser):
 
 
 def times(timed, device, options, load_before, parser):
-    rows = run(timed, device, options.preset, options.providers)
-    if not rows:
+    plan = planned(timed, device, options.preset)
+    if not plan:
         parser.error(f"nothing was measured: none of these cases has a shape in the preset {options.preset!r}")
-    lines, frame = conditions(device, load_before), frame_of(rows, COLUMNS)
+    rows = saved(options.out) if options.resume else []
+    ceilings = measured(device, dtypes_of(options.preset, device))
+    left = run(plan, device, options, ceilings, rows)
+    if not rows:
+        parser.error("interrupted before anything was measured")
+    lines, frame = [*conditions(device, load_before), ceilings.line()], frame_of(rows, COLUMNS)
+    if left:
+        lines.append(
+            f"Interrupted: {left} of {len(plan)} cases were not measured. The same command with --resume goes on."
+        )
     write(frame, lines, options.out)
     text = "Median ms of forward and backward; peak MB above the inputs.", table_of(frame).to_string()
     print(*lines, "", *text, sep="\n")

@@ -19,7 +19,8 @@ import pandas
 import torch
 
 import triton_losses
-from bench.offline_build import TARGETS, building, machine_jumps, machine_loops
+from bench.machine_code import machine_jumps, machine_loops
+from bench.offline_build import TARGETS, building
 from triton_losses import functional
 
 EXPLANATION = (

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from bench.timing import SMALL, Budget, calls_per_sample, stopwatch, take_turns
 
 COLUMNS = (
     *("loss", "options", "shape", "dtype", "device", "provider", "pass", "ms", "p20_ms", "p80_ms", "samples"),
-    *("moved_mb", "gb_per_s", "peak_mb", "error", "first_call_s", "failed"),
+    *("noise", "moved_mb", "gb_per_s", "floor_ms", "share", "peak_mb", "error", "first_call_s", "failed"),
 )
 
 
@@ -80,7 +81,14 @@ def fill(rows, failures, case, shape, arguments, device, preset, names):
             low, median, high = numpy.percentile(samples[name], (20, 50, 80)) * 1e3
             moved = bytes_moved_at_least(which, inputs, learned_by(case)) / 1e6
             rows[name, which] |= {"ms": median, "p20_ms": low, "p80_ms": high, "samples": len(samples[name])}
+            rows[name, which]["noise"] = noise_of(samples[name])
             rows[name, which] |= {"moved_mb": moved, "gb_per_s": moved / median}
+
+
+def noise_of(samples):
+    """By how much the median of every other sample differs from that of the rest: the same work, measured twice."""
+    halves = [statistics.median(samples[i::2]) for i in (0, 1) if samples[i::2]]
+    return abs(halves[0] / halves[1] - 1) if len(halves) == 2 else math.nan
 
 
 def first_calls(rows, failures, case, shape, tensors, options, device, passes, names):

@@ -1,14 +1,15 @@
-"""The speed-up picture: one bar per case, shape, dtype and provider."""
+"""The pictures of a report: the speed-up of every loss on one screen, and how near to the machine's rates they come."""
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-SPEED_UP = "speedup.png"
+OVERVIEW, ROOFLINE = "speedup.png", "roofline.png"
 COLOURS = ("#1f5fa8", "#b4bac4", "#86b3dc", "#c98b5a", "#7d9a6f", "#9b7fb0")
-INK, FAINT = "#22262b", "#7a828c"
-BAR = 0.17  # inches per bar
+INK, FAINT, GRID = "#22262b", "#7a828c", "#e4e7eb"
+ROW = 0.155  # inches per loss
 KEYS = ["loss", "options", "shape", "dtype"]
+OURS = "triton_losses"
+COMPILED = "torch.compile"
 
 
 def speed_ups(frame):
@@ -19,86 +20,83 @@ def speed_ups(frame):
     return both.assign(speed_up=both["ms_eager"] / both["ms"])
 
 
-def save_speed_up(frame, lines, path):
-    """Draw and write the picture; returns whether there was anything to draw."""
-    bars = speed_ups(frame)
-    if bars.empty:
-        return False
-    providers = list(dict.fromkeys(bars["provider"]))
-    colour_of = dict(zip(providers, COLOURS * len(providers)))
-    several_dtypes = bars["dtype"].nunique() > 1
+def largest(frame):
+    """Of each loss with its options the last shape, which is its largest, in the dtype that was measured first."""
+    first = frame[frame["dtype"] == frame["dtype"].iloc[0]]
+    last = first.drop_duplicates(["loss", "options"], keep="last")[KEYS]
+    return frame.merge(last, on=KEYS)
 
-    groups = [list(group.itertuples()) for _, group in bars.groupby(KEYS, sort=False)]
-    figure = Figure(figsize=(8, 1), dpi=150, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1))
+
+def save_overview(frame, lines, path):
+    """Draw one row per loss, the fastest first; returns whether there was anything to draw."""
+    points = speed_ups(frame)
+    if points.empty or OURS not in set(points["provider"]):
+        return False
+    points = largest(points)
+    ours = points[points["provider"] == OURS].sort_values("speed_up", ascending=False, kind="stable")
+    place_of = {key: place for place, key in enumerate(map(tuple, ours[KEYS].to_numpy()))}
+    figure = Figure(figsize=(8, 0.9 + ROW * len(place_of)), dpi=130, facecolor="white", layout="constrained")
+    axes = figure.subplots()
     axes.set_xscale("log", base=2)
-    place, ticks, labels = 0.0, [], []
-    for before, group in zip([None, *groups], groups):
-        if before:
-            place += 0.5 if (before[0].loss, before[0].options) == (group[0].loss, group[0].options) else 1.7
-        ticks.append(place + (len(group) - 1) / 2)
-        labels.append(
-            "   ".join(
-                filter(
-                    None, (group[0].loss, group[0].options, group[0].shape, group[0].dtype if several_dtypes else "")
-                )
-            )
-        )
-        for bar in group:
-            draw_bar(axes, place, bar, colour_of[bar.provider])
-            place += 1
-    figure.set_figheight(BAR * (place + 1))
-    axes.set_ylim(place, -1)
-    axes.set_yticks(ticks, labels, fontsize=8.5, color=INK)
-    finish(figure, axes, bars, colour_of, lines)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.25)
+    for provider, colour, size in ((COMPILED, COLOURS[3], 22), (OURS, COLOURS[0], 34)):
+        rows = points[points["provider"] == provider]
+        places = [place_of.get(tuple(key)) for key in rows[KEYS].to_numpy()]
+        shown = [(x, place) for x, place in zip(rows["speed_up"], places) if place is not None]
+        if shown:
+            axes.scatter(*zip(*shown), s=size, color=colour, label=provider, zorder=3, linewidth=0)
+    axes.hlines(list(place_of.values()), 1, ours["speed_up"], color=COLOURS[2], linewidth=1.6, zorder=2)
+    axes.axvline(1, color=INK, linewidth=1, zorder=1)
+    names = [" ".join(filter(None, key[:3])) for key in place_of]
+    axes.set_yticks(list(place_of.values()), names, fontsize=7, color=INK)
+    axes.set_ylim(len(place_of) - 0.4, -0.6)
+    axes.set_xlim(min(0.5, points["speed_up"].min() / 1.3), max(2, points["speed_up"].max() * 1.3))
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda times, _: f"{times:g}×" if times >= 1 else f"1/{1 / times:g}×"))
+    finish(figure, axes, lines)
+    axes.set_title(f"Speed-up over eager, forward and backward, {points['dtype'].iloc[0]}", **TITLE)
+    figure.savefig(path)
     return True
 
 
-def draw_bar(axes, place, bar, colour):
-    axes.barh(place, bar.speed_up - 1, left=1, height=0.86, color=colour, zorder=2)
-    faster = bar.speed_up >= 1
-    axes.annotate(
-        f"{bar.speed_up:.2f}×" if bar.speed_up < 10 else f"{bar.speed_up:.0f}×",
-        (bar.speed_up, place),
-        xytext=(4 if faster else -4, 0),
-        textcoords="offset points",
-        ha="left" if faster else "right",
-        va="center",
-        fontsize=7.5,
-        color=INK if bar.provider == "triton_losses" else FAINT,
-    )
+def save_roofline(frame, lines, path):
+    """Draw how fast every loss moves the bytes that it must, under the rate of a copy; returns whether there are any.
+
+    Heads are left out: their products take the time, not the bytes.
+    """
+    full = frame[(frame["pass"] == "full") & frame["ms"].notna() & ~frame["loss"].str.startswith("linear_")]
+    ours = full[full["provider"] == OURS]
+    if ours.empty:
+        return False
+    copy = (ours["moved_mb"] / ours["floor_ms"]).median()  # MB per ms are GB per s
+    figure = Figure(figsize=(8, 4.6), dpi=130, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for provider, colour in (("eager", COLOURS[1]), (COMPILED, COLOURS[3]), (OURS, COLOURS[0])):
+        rows = full[full["provider"] == provider]
+        axes.scatter(rows["moved_mb"], rows["gb_per_s"], s=26, color=colour, label=provider, linewidth=0, zorder=3)
+    axes.axhline(copy, color=INK, linewidth=1)
+    there = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"copy, {copy:.3g} GB/s", (0.01, copy), (0, 3), fontsize=8, color=INK, **there)
+    axes.set_xlabel("MB that must move", fontsize=8, color=FAINT)
+    axes.set_ylabel("GB/s", fontsize=8, color=FAINT)
+    finish(figure, axes, lines)
+    axes.set_title("How fast the bytes that must move do move, forward and backward", **TITLE)
+    figure.savefig(path)
+    return True
 
 
-def finish(figure, axes, bars, colour_of, lines):
-    axes.axvline(1, color=INK, linewidth=1, zorder=3)
-    axes.set_xlim(min(0.5, bars["speed_up"].min() / 1.7), max(2, bars["speed_up"].max() * 1.4))
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda times, _: f"{times:g}×" if times >= 1 else f"1/{1 / times:g}×"))
+TITLE = {"fontsize": 10.5, "color": INK, "weight": "bold", "loc": "left", "pad": 26}
+
+
+def finish(figure, axes, lines):
+    """What both pictures share: faint axes, the conditions under the title, and the legend beside them."""
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", labelsize=8.5, labelcolor=FAINT, length=0)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#e4e7eb", linewidth=0.8)
+    axes.tick_params(length=0, which="both", labelsize=7.5, labelcolor=FAINT)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    handles = [Patch(color=colour, label=provider) for provider, colour in colour_of.items()]
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left", "va": "bottom"}
-    axes.annotate(
-        "Speed-up over eager PyTorch, forward and backward",
-        (0, 1),
-        (0, 58),
-        **above,
-        fontsize=13,
-        color=INK,
-        weight="bold",
-    )
-    axes.annotate("\n".join(lines[:2]), (0, 1), (0, 30), **above, fontsize=7.5, color=FAINT)
-    key = {
-        "loc": "lower left",
-        "bbox_to_anchor": (0, 1),
-        "borderpad": 0.5,
-        "borderaxespad": 0,
-        "handlelength": 1.2,
-        "columnspacing": 1.6,
-    }
-    axes.legend(handles=handles, ncols=4, frameon=False, fontsize=8.5, labelcolor=INK, **key)
+    axes.annotate("\n".join(lines[:2]), (0, 1), (0, 5), fontsize=6.5, color=FAINT, **above)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")

@@ -1,20 +1,44 @@
-"""The report of the results: the table on the terminal, results.csv and report.md."""
+"""The report of the results: the table on the terminal, results.csv, report.md and report.html."""
 
+import base64
+
+import jinja2
 import pandas
 
-from bench.picture import SPEED_UP, save_speed_up
+from bench.picture import OVERVIEW, ROOFLINE, save_overview, save_roofline
 
+RESULTS = "results.csv"
 INDEX = ["loss", "shape", "dtype"]
-SHOWN = ("ms", "peak_mb", "error", "failed")
+SHOWN = ("ms", "peak_mb", "share", "error", "failed")
+TEXTS = ("loss", "options", "shape", "dtype", "device", "provider", "pass", "failed")
 EXPLANATION = """\
 Times are medians, in milliseconds, of forward and backward together, the gradient set to None before each; the
 providers took turns, repeat by repeat. The speed-up is that of triton_losses over eager, the plain PyTorch reference.
-Peak MB (10⁶ bytes) is the most memory held above the inputs; the gradient counts. `results.csv` has the other passes
-and, for every measurement: p20 and p80; the bytes moved at least (inputs read once, gradient written) and the GB/s
-they make; the error, which is the larger of the value's and the gradient's largest deviation from the float64
-reference, each relative to the largest exact component (beyond 2²⁵ elements, that of a smaller shape); and the
-seconds of the first call, with compilation and tuning, the caches on disk as they were found.
+Share is that of the floor in our time: the time that the bytes which must move (inputs read once, gradients written
+once) take at the rate of a copy or, for a head, its products at the rate of bare products, both measured in this run;
+tensors that stay in a cache can exceed 1. Peak MB (10⁶ bytes) is the most memory held above the inputs; the gradient
+counts. `results.csv` has the other passes and, for every measurement: p20 and p80; the noise, which is by how much the
+median of every other sample differs from that of the rest; the bytes and the GB/s they make; the error, which is the
+larger of the value's and the gradient's largest deviation from the float64 reference, each relative to the largest
+exact component (beyond 2²⁵ elements, that of a smaller shape); and the seconds of the first call, with compilation and
+tuning, the caches on disk as they were found.
 """
+ALT = {OVERVIEW: "Speed-up over eager", ROOFLINE: "Bytes that must move, and how fast they do"}
+
+
+def save(rows, directory):
+    """Write results.csv; a run does so after each case, so that an interrupted one can go on."""
+    directory.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_csv(directory / RESULTS, index=False)
+
+
+def saved(directory):
+    """The rows of an earlier run in this directory, or none."""
+    path = directory / RESULTS
+    if not path.exists():
+        return []
+    frame = pandas.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
+    return frame.fillna(dict.fromkeys(TEXTS, "")).to_dict("records")
 
 
 def frame_of(rows, columns):
@@ -37,7 +61,11 @@ def table_of(frame):
     if {"triton_losses", "eager"} <= set(full["provider"]):
         speed_up = of["ms"]["eager"] / of["ms"]["triton_losses"]
         table["speed-up", ""] = speed_up.map("{:.2f}×".format, na_action="ignore").fillna("")
-    for what, title, text in (("peak_mb", "peak MB", digits), ("error", "error", "{:.0e}".format)):
+    for what, title, text in (
+        ("share", "share", "{:.2f}".format),
+        ("peak_mb", "peak MB", digits),
+        ("error", "error", "{:.0e}".format),
+    ):
         for provider, short in (("triton_losses", "ours"), ("eager", "eager")):
             if provider in of[what]:
                 table[title, short] = of[what][provider].map(text, na_action="ignore").fillna("")
@@ -66,15 +94,31 @@ def failures_of(frame):
 
 
 def write(frame, lines, directory):
-    """Write results.csv, report.md and the picture. `lines`: the conditions of the run."""
+    """Write results.csv, report.md, report.html and the pictures. `lines`: the conditions of the run."""
     directory.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(directory / "results.csv", index=False)
+    frame.to_csv(directory / RESULTS, index=False)
     table = table_of(frame)
     table.columns = [" ".join(filter(None, heading)) for heading in table.columns]
+    table = table.reset_index()
+    drawn = {OVERVIEW: save_overview(frame, lines, directory / OVERVIEW)}
+    drawn[ROOFLINE] = save_roofline(frame, lines, directory / ROOFLINE)
+    pictures = [name for name, is_drawn in drawn.items() if is_drawn]
+    failed = failures_of(frame)
     parts = ["# Bench", "\n".join(f"- {line}" for line in lines)]
-    parts.append(table.reset_index().to_markdown(index=False, disable_numparse=True, stralign="right"))
-    if failed := failures_of(frame):
+    parts += [f"![{ALT[name]}]({name})" for name in pictures]
+    parts.append(table.to_markdown(index=False, disable_numparse=True, stralign="right"))
+    if failed:
         parts.append("Failed or skipped:\n\n" + "\n".join(f"- {line}" for line in failed))
-    if save_speed_up(frame, lines, directory / SPEED_UP):
-        parts.append(f"![Speed-up over eager]({SPEED_UP})")
     (directory / "report.md").write_text("\n\n".join([*parts, EXPLANATION]))
+    page(table, lines, failed, {ALT[name]: directory / name for name in pictures}, directory / "report.html")
+
+
+def page(table, lines, failed, pictures, path):
+    """One file that needs no other: the pictures are in it, the table can be sorted and filtered."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("bench", "."), autoescape=True)
+    environment.globals["zip"] = zip
+    images = {text: base64.b64encode(picture.read_bytes()).decode() for text, picture in pictures.items()}
+    text = environment.get_template("report.html.jinja").render(
+        lines=lines, failed=failed, images=images, explanation=EXPLANATION, table=table
+    )
+    path.write_text(text)

@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 
-from bench import curves, measure, memory, memory_curve
+from bench import ceilings, curves, measure, memory, memory_curve, run
 from bench.__main__ import main
 from bench.accuracy import error
 from bench.measure import COLUMNS, PRESETS
@@ -170,8 +170,49 @@ def test_a_run_writes_the_results_the_report_and_the_picture(monkeypatch, tmp_pa
     printed, report = capsys.readouterr().out, (tmp_path / "report.md").read_text()
     for text in (printed, report):
         assert "no Triton kernel ran" in text and "cross_entropy label_smoothing=0.1" in text and "8×16" in text
-    assert "(speedup.png)" in report
-    assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+    assert "(speedup.png)" in report and "(roofline.png)" in report and "Ceilings: copy" in report
+    for picture in ("speedup.png", "roofline.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert (results["share"] > 0).all() and (results["noise"] >= 0).all()
+
+
+def test_an_interrupted_run_keeps_its_rows_and_resumes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cases, "CASES", [TINY, TINY_ROWS])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    measured, command = [], ["--device", "cpu", "--out", str(tmp_path), "--providers", "triton_losses", "eager"]
+
+    def measure_until_interrupted(case, shape, *arguments):
+        measured.append((case.name, shape))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return measure.measure(case, shape, *arguments)
+
+    monkeypatch.setattr(run, "measure", measure_until_interrupted)
+    main(command)
+    assert "Interrupted: 2 of 3 cases were not measured" in capsys.readouterr().out
+    first = pandas.read_csv(tmp_path / "results.csv")
+    assert set(first["loss"]) == {"mse_loss"}
+
+    main([*command, "--resume"])
+    assert "Interrupted" not in (tmp_path / "report.md").read_text()
+    assert measured == [("mse_loss", (6, 5)), *[("cross_entropy", (6, 5))] * 2, ("cross_entropy", (8, 16))]
+    both = pandas.read_csv(tmp_path / "results.csv")
+    pandas.testing.assert_frame_equal(both[: len(first)], first, check_dtype=False)
+    assert len(both) == 3 * len(first)
+
+
+def test_the_floor_is_that_of_the_bytes_or_of_a_heads_products():
+    rates = ceilings.Ceilings(copy=1e9, read=1e9, products={torch.float32: 1e9})
+    head = next(case for case in cases.CASES if case.features)
+    row = {"moved_mb": 3.0, "pass": "full"}
+    assert ceilings.floor_ms(row, TINY, (6, 5), torch.float32, rates) == pytest.approx(3.0)
+    assert ceilings.floor_ms(row, head, (100, 10, 1000), torch.float32, rates) == pytest.approx(3 * 2 * 1e6 / 1e9 * 1e3)
+
+
+def test_the_machines_rates_are_measured():
+    rates = ceilings.measured(CPU, (torch.float32,))
+    assert rates.copy > 0 and rates.read > 0 and rates.products[torch.float32] > 0
+    assert "GB/s" in rates.line()
 
 
 def test_the_memory_curve_shows_heads_alone_and_that_ours_grows_by_the_weight(monkeypatch, tmp_path, capsys):

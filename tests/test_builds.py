@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
 
-from bench.offline_build import TARGETS, accesses, building, loops_of, machine_loops, spills_in_loops
+from bench.machine_code import accesses, loops_of, machine_loops, spills_in_loops
+from bench.offline_build import TARGETS, building
 from reference.cases import CASES
 from reference.cases.classification import logits_and_probabilities
 from triton_losses import functional

@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason="kernels need Triton, which is not installe
 
 from test_builds import built, forward_and_backward, offsets_of
 
-from bench.offline_build import TARGETS, accesses, loops_of
+from bench.machine_code import accesses, loops_of
+from bench.offline_build import TARGETS
 from triton_losses import functional
 
 pytestmark = [
