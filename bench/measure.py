@@ -103,7 +103,8 @@ def first_calls(rows, failures, case, shape, tensors, options, device, passes, n
                 for which in passes:
                     del rows[name, which]
                 continue
-            call = Call(function, tensors, options, learned_by(case))
+            own = [t.detach().clone() for t in tensors] if PROVIDERS[name].overwrites else tensors
+            call = Call(function, own, options, learned_by(case))
             start = time.perf_counter()
             found = call.value_and_gradients()
             if device.type == "cuda":

@@ -18,7 +18,8 @@ from reference import peers
 class Provider:
     make: Callable
     compiles: bool = False  # takes seconds per case: presets but `full` compile only headline cases' largest shapes
-    slow: bool = False  # takes seconds per call: not in the quick preset
+    slow: bool = False  # takes seconds per call, or to compile: not in the quick preset
+    overwrites: bool = False  # writes the gradient over the logits: it gets tensors of its own
 
 
 def ours(case):
@@ -38,6 +39,11 @@ PROVIDERS = {
     "eager": Provider(eager),
     "monai": Provider(peers.monai),
     "smp": Provider(peers.smp),
+    "liger": Provider(peers.liger, slow=True, overwrites=True),
+    "cut cross entropy": Provider(peers.cut_cross_entropy, slow=True),
+    "fla": Provider(peers.fla, slow=True),
+    "quack": Provider(peers.quack, slow=True),
+    "torchvision": Provider(peers.torchvision, slow=True),
     "torch, chunked": Provider(peers.torch_chunked, slow=True),
     "torch.compile": Provider(lambda case: compiled(eager(case)), compiles=True),
     "torch.compile(triton_losses)": Provider(lambda case: compiled(ours(case)), compiles=True),

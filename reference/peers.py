@@ -1,6 +1,7 @@
 """Other libraries' losses, where they are installed, and torch's own alternatives: what people switch from.
 
-pip install --no-deps monai==1.6.1 segmentation-models-pytorch==0.6.0 kornia==0.9.0
+An adapter takes a case and returns that library's function for it, called as ours is; or None if the library is not
+installed, or has no loss with the case's values and gradients. `pip install '.[peers]'` installs most of them.
 """
 
 import importlib
@@ -11,9 +12,23 @@ import types
 
 import torch
 
-PACKAGES = {"monai": "monai", "smp": "segmentation-models-pytorch", "kornia": "kornia"}  # by the names used here
+PACKAGES = {  # by the names used here
+    "monai": "monai",
+    "smp": "segmentation-models-pytorch",
+    "kornia": "kornia",
+    "torchvision": "torchvision",
+    "liger": "liger-kernel",
+    "cut cross entropy": "cut-cross-entropy",
+    "fla": "fla-core",
+    "quack": "quack-kernels",
+}
 MONAI = {"dice_loss": "DiceLoss", "dice_ce_loss": "DiceCELoss"}
 ACTIVATIONS = ({"softmax": True}, {"sigmoid": True})
+
+
+def module(name):
+    """The module of that name, or None where its package is not installed."""
+    return importlib.import_module(name) if importlib.util.find_spec(name.split(".")[0]) else None
 
 
 def losses_of(library):
@@ -79,3 +94,58 @@ def torch_chunked(case):
     if head is None or options is None or case.name != "linear_cross_entropy" or case.options:
         return None
     return lambda *tensors: head(*tensors, options=options())
+
+
+def is_plain(case, *names, may=()):
+    """Whether the case is one of these losses, of rows, and has no options but those that ``may`` be there."""
+    return case.name in names and not case.note and set(case.options) <= set(may)
+
+
+def liger(case):
+    """Liger-Kernel. Its cross entropy makes the gradient in the forward, in place of the logits."""
+    if not is_plain(case, "cross_entropy", "linear_cross_entropy", may=("label_smoothing",)):
+        return None
+    functions = module("liger_kernel.transformers.functional")
+    if functions is None:
+        return None
+    if case.name == "cross_entropy":
+        return functions.liger_cross_entropy
+    return functions.liger_fused_linear_cross_entropy
+
+
+def cut_cross_entropy(case):
+    """Cut cross entropy: its own kernels on a GPU, elsewhere its torch.compile path."""
+    if not is_plain(case, "linear_cross_entropy"):
+        return None
+    functions = module("cut_cross_entropy")
+    if functions is None:
+        return None
+    return lambda input, *tensors, **_: functions.linear_cross_entropy(
+        input, *tensors, impl="cce" if input.is_cuda else "torch_compile"
+    )
+
+
+def fla(case):
+    """flash-linear-attention's cross entropies; that of logits leaves them as they are (inplace_backward=False)."""
+    if not is_plain(case, "cross_entropy", "linear_cross_entropy", may=("label_smoothing",)):
+        return None
+    modules = module("fla.modules")
+    if modules is None:
+        return None
+    if case.name == "cross_entropy":
+        loss = modules.FusedCrossEntropyLoss(**case.options)
+        return lambda input, target, **_: loss(input, target)
+    head = modules.FusedLinearCrossEntropyLoss(**case.options)
+    return lambda input, weight, target, **_: head(input, target, weight)
+
+
+def quack(case):
+    """quack-kernels' cross entropy of rows, on NVIDIA's newer GPUs."""
+    functions = module("quack.cross_entropy") if is_plain(case, "cross_entropy") else None
+    return functions and (lambda input, target, **_: functions.cross_entropy(input, target, reduction="mean"))
+
+
+def torchvision(case):
+    """torchvision's sigmoid_focal_loss, which has the options of ours."""
+    operations = module("torchvision.ops") if case.name == "sigmoid_focal_loss" else None
+    return operations and operations.sigmoid_focal_loss
