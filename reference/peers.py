@@ -12,10 +12,9 @@ import types
 
 import torch
 
-PACKAGES = {  # by the names used here
-    "monai": "monai",
-    "smp": "segmentation-models-pytorch",
-    "kornia": "kornia",
+# packages by the names used here. Tests keep values of the first group
+OF_SEGMENTATION = {"monai": "monai", "smp": "segmentation-models-pytorch", "kornia": "kornia"}
+PACKAGES = OF_SEGMENTATION | {
     "torchvision": "torchvision",
     "liger": "liger-kernel",
     "cut cross entropy": "cut-cross-entropy",

@@ -14,7 +14,7 @@ import pathlib
 
 import torch
 
-from reference.peers import PACKAGES, losses_of
+from reference.peers import OF_SEGMENTATION, losses_of
 
 FILE = pathlib.Path(__file__).with_suffix(".json")
 SHAPES = {"image": (2, 3, 3, 3), "volume": (1, 2, 2, 3, 3), "one class": (2, 1, 3, 3)}
@@ -147,7 +147,9 @@ def measured(library, loss, options, shape, kind):
 
 
 if __name__ == "__main__":
-    versions = {name: importlib.metadata.version(package) for name, package in {**PACKAGES, "torch": "torch"}.items()}
+    versions = {
+        name: importlib.metadata.version(package) for name, package in {**OF_SEGMENTATION, "torch": "torch"}.items()
+    }
     entries = [[*entry, *measured(*entry)] for entry in grid()]
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     FILE.write_text(

@@ -57,7 +57,7 @@ def test_equals_what_the_other_library_gave(entry):
         torch.testing.assert_close(mine, torch.tensor(theirs, dtype=mine.dtype), **tolerance(call[1]))
 
 
-@pytest.mark.parametrize("library", peer_values.PACKAGES)
+@pytest.mark.parametrize("library", peer_values.OF_SEGMENTATION)
 def test_the_file_is_what_the_installed_library_gives(library):
     if peers.losses_of(library) is None:
         pytest.skip(f"{library} is not installed")
