@@ -19,7 +19,7 @@ from bench.timing import SMALL, Budget, calls_per_sample, stopwatch, take_turns
 
 COLUMNS = (
     *("loss", "options", "shape", "dtype", "device", "provider", "pass", "ms", "p20_ms", "p80_ms", "samples"),
-    *("noise", "moved_mb", "gb_per_s", "floor_ms", "share", "peak_mb", "error", "first_call_s", "failed"),
+    *("noise", "device_ms", "moved_mb", "gb_per_s", "floor_ms", "share", "peak_mb", "error", "first_call_s", "failed"),
 )
 
 
@@ -34,6 +34,7 @@ PRESETS = {
     "peers": Preset(("full",), Budget(seconds=6.0, least=7, most=60)),
     "full": Preset(tuple(PASSES), Budget(seconds=4.0, least=5, most=200)),
 }
+ON_DEVICE = Budget(seconds=0.5, least=5, most=15)  # of the GPU's part alone
 WHOLE_CASE = None  # the key of a failure that concerns no single provider
 
 
@@ -76,12 +77,14 @@ def fill(rows, failures, case, shape, arguments, device, preset, names):
     inputs = [tensor for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor)]
     for which in preset.passes:
         fitting = {name: call for name, call in calls.items() if name not in failures}
-        samples = time_and_weigh(rows, failures, which, fitting, inputs, device, preset.budget)
+        samples, on_device = time_and_weigh(rows, failures, which, fitting, inputs, device, preset.budget)
         for name in samples.keys() - failures.keys():
             low, median, high = numpy.percentile(samples[name], (20, 50, 80)) * 1e3
             moved = bytes_moved_at_least(which, inputs, learned_by(case)) / 1e6
             rows[name, which] |= {"ms": median, "p20_ms": low, "p80_ms": high, "samples": len(samples[name])}
             rows[name, which]["noise"] = noise_of(samples[name])
+            if on_device.get(name):
+                rows[name, which]["device_ms"] = statistics.median(on_device[name]) * 1e3
             rows[name, which] |= {"moved_mb": moved, "gb_per_s": moved / median}
 
 
@@ -118,7 +121,7 @@ def first_calls(rows, failures, case, shape, tensors, options, device, passes, n
 
 
 def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
-    """Write the peak memory of one pass to the rows, and return samples of its time by provider."""
+    """Write the peak memory of one pass to the rows. Return samples of its time by provider, and of the GPU's part."""
     seconds_of = stopwatch(device)
     small = sum(tensor.nbytes for tensor in inputs) < SMALL
     ready, times = {}, {}
@@ -132,4 +135,8 @@ def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
             rows[name, which]["peak_mb"] = peak_bytes(partial(prepare, 1), device) / 1e6
             times[name] = calls_per_sample(prepare, seconds_of, small)
             ready[name] = prepare
-    return take_turns(ready, times, seconds_of, budget, failures)
+    samples, on_device = take_turns(ready, times, seconds_of, budget, failures), {}
+    if device.type == "cuda":
+        one_each = dict.fromkeys(times, 1)  # several calls would take the host longer than the GPU spins
+        on_device = take_turns(ready, one_each, stopwatch(device, busy=True), ON_DEVICE, failures)
+    return samples, on_device

@@ -14,14 +14,14 @@ TEXTS = ("loss", "options", "shape", "dtype", "device", "provider", "pass", "fai
 EXPLANATION = """\
 Times are medians, in milliseconds, of forward and backward together, the gradient set to None before each; the
 providers took turns, repeat by repeat. The speed-up is that of triton_losses over eager, the plain PyTorch reference.
-Share is that of the floor in our time: the time that the bytes which must move (inputs read once, gradients written
-once) take at the rate of a copy or, for a head, its products at the rate of bare products, both measured in this run;
-tensors that stay in a cache can exceed 1. Peak MB (10⁶ bytes) is the most memory held above the inputs; the gradient
-counts. `results.csv` has the other passes and, for every measurement: p20 and p80; the noise, which is by how much the
-median of every other sample differs from that of the rest; the bytes and the GB/s they make; the error, which is the
-larger of the value's and the gradient's largest deviation from the float64 reference, each relative to the largest
-exact component (beyond 2²⁵ elements, that of a smaller shape); and the seconds of the first call, with compilation and
-tuning, the caches on disk as they were found.
+Share is that of the floor in our time (on a GPU, in its own part of it, `device_ms`): the time that the bytes which
+must move (inputs read once, gradients written once) take at the rate of a copy or, for a head, its products at the
+rate of bare products, both measured in this run; tensors that stay in a cache can exceed 1. Peak MB (10⁶ bytes) is
+the most memory held above the inputs; the gradient counts. `results.csv` has the other passes and, for every
+measurement: p20 and p80; the noise, which is by how much the median of every other sample differs from that of the
+rest; the bytes and the GB/s they make; the error, which is the larger of the value's and the gradient's largest
+deviation from the float64 reference, each relative to the largest exact component (beyond 2²⁵ elements, that of a
+smaller shape); and the seconds of the first call, with compilation and tuning, the caches on disk as they were found.
 """
 ALT = {OVERVIEW: "Speed-up over eager", ROOFLINE: "Bytes that must move, and how fast they do"}
 

@@ -1,5 +1,7 @@
 """A run over the timed cases: it writes its rows as it goes, and can go on where an earlier one was interrupted."""
 
+import math
+
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -43,7 +45,8 @@ def run(plan, device, options, ceilings, rows):
                 return len(left) - done
             for row in found:
                 row["floor_ms"] = floor_ms(row, case, shape, dtype, ceilings)
-                row["share"] = row["floor_ms"] / row["ms"]
+                taken = row["ms"] if math.isnan(row["device_ms"]) else row["device_ms"]
+                row["share"] = row["floor_ms"] / taken
             rows += found
             save(rows, options.out)
             progress.advance(task)

@@ -9,6 +9,7 @@ import torch
 from bench.failures import noted
 
 CACHE_FLUSH = 256 << 20  # bytes: several times a GPU's L2
+SPIN = 6_000_000  # cycles for which a GPU waits while the host enqueues work
 SMALL = 1 << 20  # bytes of tensors; with fewer, a call is microseconds of host work, so a sample has many calls
 SAMPLE = 2e-3  # seconds that such a sample takes at least
 
@@ -22,9 +23,12 @@ class Budget:
     most: int
 
 
-def stopwatch(device):
-    """A function that runs a piece of work and returns its seconds; it frees the work's result afterwards."""
-    return gpu_stopwatch(device) if device.type == "cuda" else cpu_seconds
+def stopwatch(device, busy=False):
+    """A function that runs a piece of work and returns its seconds; it frees the work's result afterwards.
+
+    busy: a GPU first spins for some 3 ms, in which the host enqueues the work; then the seconds are the GPU's alone.
+    """
+    return gpu_stopwatch(device, SPIN if busy else 0) if device.type == "cuda" else cpu_seconds
 
 
 def cpu_seconds(work):
@@ -35,12 +39,14 @@ def cpu_seconds(work):
     return seconds
 
 
-def gpu_stopwatch(device):
+def gpu_stopwatch(device, spin):
     flush = torch.empty(CACHE_FLUSH, dtype=torch.int8, device=device)
 
     def seconds(work):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()  # empties the L2 cache, so that inputs come from memory, as they do in training
+        if spin:
+            torch.cuda._sleep(spin)
         start.record()
         kept = work()
         end.record()
