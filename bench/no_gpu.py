@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 from triton.runtime import driver
 
-from triton_losses.core import compiler, dispatch, plan
+from triton_losses.core import compiler, plan
 
 
 class Utils:
@@ -59,7 +59,6 @@ def kernels_launch_nothing():
     with (
         mock.patch.object(driver, "_active", NoGPU()),
         mock.patch.object(compiler, "KERNEL_DEVICES", {"cpu"}),
-        mock.patch.object(dispatch, "ATEN", False),
     ):
         yield Launcher
     plan.forget()

@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="kernels need Triton, which is not installe
 from bench import host
 from bench.no_gpu import kernels_launch_nothing
 from reference.cases import CASES
-from triton_losses.core import tuning
+from triton_losses import functional
+from triton_losses.core import dispatch, tuning
 from triton_losses.core.launch import Launch
 
 pytestmark = [
@@ -42,3 +43,17 @@ def test_a_loss_launches_few_kernels(case, monkeypatch):
         most_forward, most = MORE.get(case.name, (FORWARD + extra, IN_ALL + extra))
         assert launches(forward) <= most_forward
         assert launches(both) <= most
+
+
+def test_nll_loss_of_few_rows_is_atens_and_of_more_is_a_kernel(monkeypatch):
+    monkeypatch.setattr(dispatch, "ATEN", True)
+    monkeypatch.setattr(tuning, "autotune", False)
+    for rows, launched in ((dispatch.FEW_ROWS, 0), (dispatch.FEW_ROWS + 1, 3)):
+        log_p, labels = torch.randn(rows, 7).log_softmax(1).requires_grad_(), torch.randint(7, (rows,))
+        with kernels_launch_nothing() as launcher:
+            before = launcher.launches
+            loss = functional.nll_loss(log_p, labels)
+            loss.backward()
+            assert launcher.launches - before == launched
+        if not launched:
+            torch.testing.assert_close(loss, torch.nn.functional.nll_loss(log_p, labels), rtol=0, atol=0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype, runs_kernels
-from triton_losses.core.dispatch import aten_serves
+from triton_losses.core.dispatch import aten_gathers, aten_serves
 from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
@@ -152,8 +152,8 @@ def nll_loss(
     """
     reduction = reduction_of(reduction, size_average, reduce)
     check_types(input, target, ignore_index)
-    # this loss is a gather, for which no code here is faster than ATen's loop
-    if input.device.type == "cpu" and not runs_kernels(input):
+    # this loss is a gather, for which no code here is faster than ATen's loop, unless there are many rows on a GPU
+    if input.device.type == "cpu" and not runs_kernels(input) or aten_gathers(input):
         return by_aten("nll_loss", input, target, weight, ignore_index=ignore_index, reduction=reduction)
     return by_rows(negative_log_likelihood, input, target, weight, ignore_index=int(ignore_index), reduction=reduction)
 
