@@ -3,6 +3,7 @@
 host      what a call costs the host; no GPU is needed
 build     what the compiler says of the kernels; no GPU is needed
 memory    the heads' peak memory as the vocabulary grows
+train     [lm] [seg]: short training runs with our losses and with plain ones
 curves    values and gradients of losses, as a picture
 compare   BEFORE.csv AFTER.csv: what got faster or slower between two results of this command
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench import compare, curves, memory_curve
+from bench import compare, curves, memory_curve, train
 from bench.ceilings import measured
 from bench.conditions import conditions, load
 from bench.measure import COLUMNS, PRESETS
@@ -28,7 +29,7 @@ try:
 except ImportError:  # Triton is not installed
     build = host = None
 
-WORDS = ("host", "build", "memory", "curves", "compare")
+WORDS = ("host", "build", "memory", "train", "curves", "compare")
 PRESETS_ARE = "quick: a few minutes (default); peers: what other libraries have, at full size; full: hours"
 
 
@@ -94,6 +95,14 @@ def memory(timed, device, out, load_before, parser):
     print(*lines, "", *text, f"\nWritten to {out}{os.sep}", sep="\n")
 
 
+def training(names, device, out, load_before, parser):
+    if unknown := set(names) - set(train.TASKS):
+        parser.error(f"train takes {' and '.join(train.TASKS)}, got {', '.join(sorted(unknown))}")
+    frame, lines = train.table(names or train.TASKS, device), conditions(device, load_before)
+    train.write(frame, lines, out)
+    print(*lines, "", train.EXPLANATION, train.summary(frame).to_string(), f"\nWritten to {out}{os.sep}", sep="\n")
+
+
 def changes(paths, parser):
     if len(paths) != 2:
         parser.error(f"compare takes two results.csv, got {len(paths)} files")
@@ -133,7 +142,7 @@ def main(arguments=None):
         return changes(options.losses, parser)
     if word == "curves":
         return print(f"Written to {curves.write(options.out)}")
-    timed = chosen(options.losses, parser)
+    timed = chosen([] if word == "train" else options.losses, parser)
     if options.list:
         return print(listing(timed))
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -144,6 +153,8 @@ def main(arguments=None):
     load_before = load()
     if word == "memory":
         return memory(timed, device, options.out, load_before, parser)
+    if word == "train":
+        return training(options.losses, device, options.out, load_before, parser)
     if word is None:
         return times(timed, device, options, load_before, parser)
     part = {"host": host, "build": build}[word]

@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 
-from bench import ceilings, curves, measure, memory, memory_curve, run, timing
+from bench import ceilings, curves, measure, memory, memory_curve, run, timing, train
 from bench.__main__ import main
 from bench.accuracy import error
 from bench.measure import COLUMNS, PRESETS
@@ -312,6 +312,23 @@ def test_compare_refuses_another_table(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", *[str(tmp_path / "other.csv")] * 2])
     assert "is no results.csv of the bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, apart", [("lm", 1e-5), ("seg", 1e-5)])
+def test_training_goes_the_same_way_with_our_losses(name, apart, tmp_path):
+    """Three steps: each rounds the gradients anew, and Adam's first steps depend on little but their signs."""
+    frame = train.table([name], CPU, steps=3)
+    ours, plain = (frame[frame["provider"] == provider]["loss"].to_numpy() for provider in train.LOSSES)
+    assert len(ours) == 3 and abs(ours - plain).max() < apart and ours[0] != ours[-1]
+    train.write(frame, ["here", "with this"], tmp_path)
+    assert (tmp_path / train.PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_refuses_what_it_does_not_know(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        main(["train", "vision"])
+    assert "train takes lm and seg, got vision" in capsys.readouterr().err
 
 
 def test_curves_are_the_losses_own_values_and_gradients(tmp_path):
