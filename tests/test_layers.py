@@ -1,4 +1,4 @@
-"""Imports point down only: objectives → modules → functional → themes → families → whole, blocks, kernels → core."""
+"""Imports point down only: integrations, objectives → modules → functional → themes → families → whole, blocks, kernels → core."""
 
 import ast
 import doctest
@@ -48,7 +48,7 @@ def layer_of(name):
         return 4
     if parts[1] in READINGS:
         return 3
-    return {**SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}.get(parts[1], 5)
+    return {**SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8, "integrations": 8}.get(parts[1], 5)
 
 
 def imports_of(path):
@@ -107,8 +107,8 @@ def test_packages_do_not_import_one_another(package, others):
 
 
 def test_importing_needs_torch_and_triton_alone():
-    """Nor pandas, nor plotting; and it starts no compiler and no GPU."""
-    unwanted = "pandas", "matplotlib", "rich", "pytest", "hypothesis", "torch._dynamo.symbolic_convert"
+    """Nor pandas, nor plotting, nor what we integrate with; and it starts no compiler and no GPU."""
+    unwanted = "pandas", "matplotlib", "rich", "pytest", "hypothesis", "transformers", "torch._dynamo.symbolic_convert"
     loaded = f"import sys, triton_losses; print([m for m in {unwanted} if m in sys.modules])"
     assert (
         subprocess.run(
