@@ -1,4 +1,6 @@
-"""Imports point down only: integrations, objectives → modules → functional → themes → families → whole, blocks, kernels → core."""
+"""Imports point down only: objectives and integrations → modules → functional → themes → families → whole, blocks,
+kernels → core.
+"""
 
 import ast
 import doctest
@@ -32,6 +34,7 @@ CORE = {
     "bridge": 2,
 }
 READINGS = ("whole", "blocks", "kernels")
+ABOVE = {"functional": 6, "modules": 7, "objectives": 8, "region_modules": 8, "integrations": 8}
 SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
 
 
@@ -48,7 +51,7 @@ def layer_of(name):
         return 4
     if parts[1] in READINGS:
         return 3
-    return {**SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8, "integrations": 8}.get(parts[1], 5)
+    return {**SHARED, **ABOVE}.get(parts[1], 5)
 
 
 def imports_of(path):

@@ -1,4 +1,4 @@
-"""The training loss of Hugging Face's language models by ``linear_cross_entropy``, which never makes their logits whole.
+"""The training loss of Hugging Face's language models by ``linear_cross_entropy``, which never makes logits whole.
 
     use_linear_cross_entropy    changes one model
     undo_linear_cross_entropy   changes it back
@@ -15,7 +15,7 @@ import functools
 import inspect
 import numbers
 import re
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from triton_losses.families.linear_rows import dtype_of_product
 from triton_losses.language import linear_cross_entropy, upper_bound
 from triton_losses.row_formulas import cross_entropy_formula
 
-VERSIONS = (5, 0), (6, 0)  # of transformers: from the first to below the second
+VERSIONS = (4, 57), (6, 0)  # of transformers: from the first to below the second
 PATCH = "_linear_cross_entropy"  # the attribute of a changed model that holds its TrainingForward
 Model = TypeVar("Model")
 
@@ -46,8 +46,8 @@ def use_linear_cross_entropy(
 ) -> Model:
     """Make ``model(labels=...)`` compute its training loss by ``linear_cross_entropy``, without logits.
 
-    model: of transformers, with output embeddings and labels, such as LlamaForCausalLM; or a PEFT model of one. This one
-    object is changed, not its class, and returned; do it before Accelerate, DDP or FSDP wrap the model.
+    model: of transformers, with output embeddings and labels, such as LlamaForCausalLM; or a PEFT model of one. This
+    one object is changed, not its class, and returned; do it before Accelerate, DDP or FSDP wrap the model.
     z_loss, label_smoothing, chunk_bytes, kept_tokens: as in ``linear_cross_entropy``; the first two are part of the
     training loss alone.
 
@@ -62,7 +62,7 @@ def use_linear_cross_entropy(
     model that does anything else with its logits raises NotImplementedError when it is trained. A LoRA adapter on the
     head is trained without logits, too, at the cost of a copy of the head's weight in each step. A head that is
     quantised, sharded as a unit of its own (FSDP, DeepSpeed ZeRO-3) or tensor-parallel raises. Not for nn.DataParallel.
-    Another version of transformers than `VERSIONS` raises ImportError, a model that is not one of transformers TypeError,
+    A version of transformers outside `VERSIONS` raises ImportError, a model that is not one of transformers TypeError,
     one without output embeddings or labels NotImplementedError, a second call for the same model RuntimeError.
 
     >>> model = use_linear_cross_entropy(LlamaForCausalLM(config), z_loss=1e-4).train()
@@ -139,6 +139,7 @@ class TrainingForward:
         """Trainer reads from it which columns of a dataset the model takes."""
         return inspect.signature(self.own_forward())
 
+    @torch.compiler.disable(recursive=False)  # torch.compile begins at what is called here
     def __call__(self, *args, return_logits=False, **kwargs):
         given = dict(zip(self.positional, args)) | kwargs
         options = self.options
@@ -154,7 +155,7 @@ class TrainingForward:
         call = Call(options, type(self.model).__name__)
         hook = head_of(self.model).register_forward_pre_hook(call.give_hidden_states)
         try:
-            outputs = self.own_forward()(*args, **kwargs)
+            outputs = forward_with_hook(self.own_forward(), args, kwargs)
         finally:
             hook.remove()
         if not call.losses:
@@ -163,6 +164,11 @@ class TrainingForward:
                 "undo_linear_cross_entropy gives it back"
             )
         return without_logits(outputs)
+
+
+def forward_with_hook(forward, args, kwargs):
+    """A frame of its own: torch.compile does not look at hooks when it looks up what it has compiled for a frame."""
+    return forward(*args, **kwargs)
 
 
 def asks_for_logits(logits_to_keep):
@@ -252,7 +258,8 @@ def refusal(name):
     return refuse
 
 
-for operator in "bool iter eq ne lt le gt ge neg abs sub rsub radd pow rpow matmul rmatmul rtruediv mod setitem".split():
+UNKNOWN = "bool iter eq ne lt le gt ge neg abs sub rsub radd pow rpow matmul rmatmul rtruediv mod setitem"
+for operator in UNKNOWN.split():
     setattr(Recorded, f"__{operator}__", refusal(f"__{operator}__"))
 
 
