@@ -63,7 +63,8 @@ def use_linear_cross_entropy(
     head is trained without logits, too, at the cost of a copy of the head's weight in each step. A head that is
     quantised, sharded as a unit of its own (FSDP, DeepSpeed ZeRO-3) or tensor-parallel raises. Not for nn.DataParallel.
     A version of transformers outside `VERSIONS` raises ImportError, a model that is not one of transformers TypeError,
-    one without output embeddings or labels NotImplementedError, a second call for the same model RuntimeError.
+    one without output embeddings or labels NotImplementedError, a second call for the same model RuntimeError; options
+    out of range raise as in ``linear_cross_entropy``.
 
     >>> model = use_linear_cross_entropy(LlamaForCausalLM(config), z_loss=1e-4).train()
     >>> model(input_ids=ids, labels=ids).loss.backward()
