@@ -39,6 +39,7 @@ SMALL = {
     "eos_token_id": 2,
 }
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0}
 HEADS = {"head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
 SHARED_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
@@ -55,6 +56,7 @@ FAMILIES = {  # what is special about the head; the model's class, its config's 
     "Phi, bias": ("PhiForCausalLM", "PhiConfig", {}),
     "Phi 3": ("Phi3ForCausalLM", "Phi3Config", {}),
     "GPT-2, tied": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "T5, encoder": ("T5ForConditionalGeneration", "T5Config", T5),
     "Granite, scaled": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 4.0}),
     "Cohere, scaled": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.25}),
     "Mixtral, auxiliary loss": ("MixtralForCausalLM", "MixtralConfig", EXPERTS | {"num_local_experts": 4}),
@@ -477,24 +479,43 @@ def test_a_weight_that_is_freed_before_the_loss_raises():
         model(**tokens())
 
 
+def test_a_weight_that_is_no_plain_tensor_raises():
+    """Quantised weights and DTensors are classes of their own."""
+
+    class Quantised(torch.Tensor):
+        pass
+
+    model = use_linear_cross_entropy(model_of())
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantised))
+    with pytest.raises(NotImplementedError, match="linear with a Quantised"):
+        model(**tokens())
+
+
 def test_a_compiled_model_has_the_same_loss_whether_changed_or_not():
     """torch.compile does not look at hooks: what is compiled for one state must not serve the other."""
     model, inputs = model_of(num_hidden_layers=1), tokens()
-    compiled = torch.compile(model, backend="eager")
-    expected = compiled(**inputs).loss
-    use_linear_cross_entropy(model, z_loss=0.1)
-    larger = model(**inputs).loss
-    assert larger > expected + 0.1
-    for _ in range(2):
-        torch.testing.assert_close(compiled(**inputs).loss, larger)
-    undo_linear_cross_entropy(model)
-    torch.testing.assert_close(compiled(**inputs).loss, expected)
-    use_linear_cross_entropy(model)
+    expected = model(**inputs).loss
+    compiled = torch.compile(use_linear_cross_entropy(model), backend="eager")
     for _ in range(2):
         outputs = compiled(**inputs)
         assert outputs.logits is None
         torch.testing.assert_close(outputs.loss, expected)
         assert isinstance(compiled(**inputs, return_logits=True).logits, torch.Tensor)
+    undo_linear_cross_entropy(model)
+    torch.testing.assert_close(compiled(**inputs).loss, expected)
+    use_linear_cross_entropy(model, z_loss=0.1)
+    larger = model(**inputs).loss
+    assert larger > expected + 0.1
+    torch.testing.assert_close(compiled(**inputs).loss, larger)
+
+
+def test_a_model_whose_modules_accelerate_places_is_trained():
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model = model_of()
+    for module in (model, model.lm_head):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    compare(model)
+    assert undo_linear_cross_entropy(model)(**tokens()).logits is not None
 
 
 @pytest.fixture

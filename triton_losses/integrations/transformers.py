@@ -62,9 +62,10 @@ def use_linear_cross_entropy(
     model that does anything else with its logits raises NotImplementedError when it is trained. A LoRA adapter on the
     head is trained without logits, too, at the cost of a copy of the head's weight in each step. A head that is
     quantised, sharded as a unit of its own (FSDP, DeepSpeed ZeRO-3) or tensor-parallel raises. Not for nn.DataParallel.
-    A version of transformers outside `VERSIONS` raises ImportError, a model that is not one of transformers TypeError,
-    one without output embeddings or labels NotImplementedError, a second call for the same model RuntimeError; options
-    out of range raise as in ``linear_cross_entropy``.
+    torch.compile breaks the graph once, before the model's own forward; undo the change before torch.export.
+    Versions of transformers before 4.57 or from 6.0 raise ImportError, a model that is not one of transformers
+    TypeError, one without output embeddings or labels NotImplementedError, a second call for the same model
+    RuntimeError; options out of range raise as in ``linear_cross_entropy``.
 
     >>> model = use_linear_cross_entropy(LlamaForCausalLM(config), z_loss=1e-4).train()
     >>> model(input_ids=ids, labels=ids).loss.backward()
@@ -357,8 +358,8 @@ class Logits(Recorded):
         """A cast, or the device that the logits are on already."""
         wanted = [*args, *kwargs.values()]
         for value in wanted:
-            other_device = isinstance(value, str | torch.device | int) and not isinstance(value, bool)
-            if isinstance(value, torch.Tensor) or (other_device and torch.device(value) != self.device):
+            place = isinstance(value, str | torch.device | int) and not isinstance(value, bool)
+            if isinstance(value, torch.Tensor) or (place and not same_device(torch.device(value), self.device)):
                 raise unknown("to another device", self)
         dtypes = [value for value in wanted if isinstance(value, torch.dtype)]
         if not all(dtype.is_floating_point for dtype in dtypes):
@@ -386,6 +387,10 @@ class Logits(Recorded):
         if not plain or (index[-1] != slice(None) and (Ellipsis in index or len(index) >= self.dim())):
             raise unknown("an index other than slices of tokens", self)
         return self.replace(hidden=self.hidden[index])
+
+
+def same_device(wanted, device):
+    return wanted.type == device.type and wanted.index in (None, device.index)
 
 
 def linear(input, weight, bias=None):
