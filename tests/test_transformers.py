@@ -152,6 +152,28 @@ def test_under_autocast_a_changed_model_is_as_exact(family, device):
     assert errors[0] <= 1.25 * errors[1]
 
 
+@pytest.mark.parametrize("head, loss", [(True, False), (False, True)])
+def test_the_product_has_the_dtype_that_it_has_where_the_head_is_called(head, loss):
+    """A model may switch autocast off for its head, or for its loss."""
+
+    class Precise(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None):
+            hidden = self.model(input_ids).last_hidden_state
+            with torch.autocast("cpu", torch.bfloat16, enabled=head):
+                logits = self.lm_head(hidden)
+            with torch.autocast("cpu", torch.bfloat16, enabled=loss):
+                loss_of_it = self.loss_function(logits, labels, CLASSES)
+            return transformers.modeling_outputs.CausalLMOutput(loss=loss_of_it, logits=logits)
+
+    torch.manual_seed(0)
+    model = Precise(transformers.LlamaConfig(**SMALL)).train()
+    if head:
+        expected = model(**tokens()).loss
+        torch.testing.assert_close(use_linear_cross_entropy(model)(**tokens()).loss, expected, rtol=4e-6, atol=0)
+    else:
+        compare(model)
+
+
 def test_a_model_in_bfloat16_has_a_float32_loss():
     model, inputs = model_of().bfloat16(), tokens()
     theirs = loss_and_gradients(model, **inputs)
@@ -417,6 +439,20 @@ def test_a_class_of_ones_own_is_trained_if_all_that_it_does_is_known():
 
     torch.manual_seed(0)
     compare(Scaled(transformers.LlamaConfig(**SMALL)).train())
+
+
+def test_logits_may_go_to_another_device_after_the_loss_and_not_before():
+    class Moved(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None):
+            outputs = super().forward(input_ids, labels=labels)
+            outputs["logits"] = outputs.logits.to("meta", non_blocking=True)
+            return outputs
+
+    torch.manual_seed(0)
+    compare(model := Moved(transformers.LlamaConfig(**SMALL)).train())
+    model.loss_function = lambda logits, labels, **_: torch.nn.functional.cross_entropy(logits.to("meta"), labels)
+    with pytest.raises(NotImplementedError):
+        model(**tokens())
 
 
 def test_labels_smoothed_twice_are_refused():

@@ -187,10 +187,10 @@ def head_of(model):
 def without_logits(outputs):
     """The same outputs with None where Logits stood."""
     if type(outputs) is tuple:
-        return tuple(None if isinstance(value, Logits) else value for value in outputs)
+        return tuple(None if isinstance(value, Recorded) else value for value in outputs)
     if not dataclasses.is_dataclass(outputs):
         raise NotImplementedError(f"a model must return a tuple or a ModelOutput, got {type(outputs).__name__}")
-    names = [field.name for field in dataclasses.fields(outputs) if isinstance(getattr(outputs, field.name), Logits)]
+    names = [field.name for field in dataclasses.fields(outputs) if isinstance(getattr(outputs, field.name), Recorded)]
     return dataclasses.replace(outputs, **dict.fromkeys(names))
 
 
@@ -303,6 +303,7 @@ class Logits(Recorded):
     bias: torch.Tensor | None
     call: Call
     dtype: torch.dtype  # that the logits would have, and the loss has
+    autocast: torch.dtype | None  # of autocast where the head was called; None: it was off
     temperature: float = 1.0
     softcap: float = 0.0  # 0: none
 
@@ -337,7 +338,8 @@ class Logits(Recorded):
 
     def __add__(self, other):
         """The product of both operands' features side by side: [x, x'] [W, W']ᵀ. So a LoRA adapter is added."""
-        if not isinstance(other, Logits) or self.softcap or other.softcap or self.shape != other.shape:
+        alike = isinstance(other, Logits) and (self.shape, self.autocast) == (other.shape, other.autocast)
+        if not alike or self.softcap or other.softcap:
             raise unknown("__add__", self)
         factor = self.temperature / other.temperature
         biases = [b for b in (self.bias, other.bias if other.bias is None else other.bias * factor) if b is not None]
@@ -355,12 +357,14 @@ class Logits(Recorded):
         return self.replace(softcap=self.temperature)
 
     def to(self, *args, **kwargs):
-        """A cast, or the device that the logits are on already."""
+        """A cast. What goes to another device can be returned, as Accelerate does, but not used."""
         wanted = [*args, *kwargs.values()]
         for value in wanted:
             place = isinstance(value, str | torch.device | int) and not isinstance(value, bool)
-            if isinstance(value, torch.Tensor) or (place and not same_device(torch.device(value), self.device)):
-                raise unknown("to another device", self)
+            if isinstance(value, torch.Tensor):
+                raise unknown("to(tensor)", self)
+            if place and not same_device(torch.device(value), self.device):
+                return LogitsElsewhere(self.call)
         dtypes = [value for value in wanted if isinstance(value, torch.dtype)]
         if not all(dtype.is_floating_point for dtype in dtypes):
             raise unknown(f"to({dtypes[0]})", self)
@@ -389,22 +393,31 @@ class Logits(Recorded):
         return self.replace(hidden=self.hidden[index])
 
 
+@dataclasses.dataclass(eq=False)
+class LogitsElsewhere(Recorded):
+    """Logits that were to go to another device. Every use raises."""
+
+    call: Call
+
+
 def same_device(wanted, device):
     return wanted.type == device.type and wanted.index in (None, device.index)
 
 
 def linear(input, weight, bias=None):
     """The head's product, not computed. In a LoRA adapter it is the second of two, and the first is computed."""
+    if isinstance(input, LogitsElsewhere):
+        raise unknown("linear on another device", input)
     x = input.values if isinstance(input, HiddenStates) else computed(input)
     for tensor in (weight, bias):
         if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise unknown(f"linear with a {type(tensor).__name__}", input)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and x.dtype != weight.dtype:
+    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    if autocast is None and x.dtype != weight.dtype:
         raise RuntimeError(
             f"expected hidden states and the head's weight of one dtype, got {x.dtype} and {weight.dtype}"
         )
-    return Logits(x, weight, bias, input.call, dtype_of_product(x, weight))
+    return Logits(x, weight, bias, input.call, dtype_of_product(x, weight), autocast)
 
 
 def computed(logits):
@@ -440,22 +453,24 @@ def cross_entropy(
             "use_linear_cross_entropy"
         )
     check_not_freed(input)
-    loss = linear_cross_entropy(
-        input.hidden,
-        input.weight,
-        target,
-        linear_bias=input.bias,
-        weight=weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing or options.label_smoothing,
-        softcap=input.softcap,
-        temperature=input.temperature,
-        z_loss=options.z_loss,
-        chunk_bytes=options.chunk_bytes,
-        kept_tokens=options.kept_tokens,
-        out_dtype=input.dtype,
-    )
+    # the product is made here, in the dtype that it would have had where the head was called
+    with torch.autocast(input.device.type, dtype=input.autocast, enabled=input.autocast is not None):
+        loss = linear_cross_entropy(
+            input.hidden,
+            input.weight,
+            target,
+            linear_bias=input.bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing or options.label_smoothing,
+            softcap=input.softcap,
+            temperature=input.temperature,
+            z_loss=options.z_loss,
+            chunk_bytes=options.chunk_bytes,
+            kept_tokens=options.kept_tokens,
+            out_dtype=input.dtype,
+        )
     input.call.losses += 1
     return loss
 
