@@ -1,4 +1,6 @@
-"""Imports point down only: objectives → modules → functional → themes → families → whole, blocks, kernels → core."""
+"""Imports point down only: objectives and integrations → modules → functional → themes → families → whole, blocks,
+kernels → core.
+"""
 
 import ast
 import doctest
@@ -32,6 +34,7 @@ CORE = {
     "bridge": 2,
 }
 READINGS = ("whole", "blocks", "kernels")
+ABOVE = {"functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}
 SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
 
 
@@ -48,7 +51,9 @@ def layer_of(name):
         return 4
     if parts[1] in READINGS:
         return 3
-    return {**SHARED, "functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}.get(parts[1], 5)
+    if parts[1] == "integrations":
+        return 8 if parts[-1] == "deferred_logits" else 9
+    return {**SHARED, **ABOVE}.get(parts[1], 5)
 
 
 def imports_of(path):
@@ -107,8 +112,8 @@ def test_packages_do_not_import_one_another(package, others):
 
 
 def test_importing_needs_torch_and_triton_alone():
-    """Nor pandas, nor plotting; and it starts no compiler and no GPU."""
-    unwanted = "pandas", "matplotlib", "rich", "pytest", "hypothesis", "torch._dynamo.symbolic_convert"
+    """Nor pandas, nor plotting, nor what we integrate with; and it starts no compiler and no GPU."""
+    unwanted = "pandas", "matplotlib", "rich", "pytest", "hypothesis", "transformers", "torch._dynamo.symbolic_convert"
     loaded = f"import sys, triton_losses; print([m for m in {unwanted} if m in sys.modules])"
     assert (
         subprocess.run(

@@ -1,0 +1,1 @@
+"""One module for each library that trains with these losses; none is imported with the package."""
