@@ -1,5 +1,7 @@
 """The pictures of a report: the speed-up of every loss on one screen, and how near to the machine's rates they come."""
 
+import textwrap
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -21,9 +23,13 @@ def speed_ups(frame):
 
 
 def largest(frame):
-    """Of each loss with its options the last shape, which is its largest, in the dtype that was measured first."""
+    """Of each loss with its options the last shape, which is its largest, in the dtype that was measured first.
+
+    A loss of rows and the same loss of images are two.
+    """
     first = frame[frame["dtype"] == frame["dtype"].iloc[0]]
-    last = first.drop_duplicates(["loss", "options"], keep="last")[KEYS]
+    first = first.assign(images=first["shape"].str.count("×") > 1)
+    last = first.drop_duplicates(["loss", "options", "images"], keep="last")[KEYS]
     return frame.merge(last, on=KEYS)
 
 
@@ -52,8 +58,7 @@ def save_overview(frame, lines, path):
     axes.set_xlim(min(0.5, points["speed_up"].min() / 1.3), max(2, points["speed_up"].max() * 1.3))
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda times, _: f"{times:g}×" if times >= 1 else f"1/{1 / times:g}×"))
-    finish(figure, axes, lines)
-    axes.set_title(f"Speed-up over eager, forward and backward, {points['dtype'].iloc[0]}", **TITLE)
+    finish(axes, lines, f"Speed-up over eager, forward and backward, {points['dtype'].iloc[0]}")
     figure.savefig(path)
     return True
 
@@ -80,17 +85,13 @@ def save_roofline(frame, lines, path):
     axes.annotate(f"copy, {copy:.3g} GB/s", (0.01, copy), (0, 3), fontsize=8, color=INK, **there)
     axes.set_xlabel("MB that must move", fontsize=8, color=FAINT)
     axes.set_ylabel("GB/s", fontsize=8, color=FAINT)
-    finish(figure, axes, lines)
-    axes.set_title("How fast the bytes that must move do move, forward and backward", **TITLE)
+    finish(axes, lines, "How fast the bytes that must move do move, forward and backward")
     figure.savefig(path)
     return True
 
 
-TITLE = {"fontsize": 10.5, "color": INK, "weight": "bold", "loc": "left", "pad": 26}
-
-
-def finish(figure, axes, lines):
-    """What both pictures share: faint axes, the conditions under the title, and the legend beside them."""
+def finish(axes, lines, title):
+    """What both pictures share: faint axes, the title with the conditions under it, and the legend."""
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(length=0, which="both", labelsize=7.5, labelcolor=FAINT)
     axes.tick_params(axis="y", labelcolor=INK)
@@ -98,5 +99,7 @@ def finish(figure, axes, lines):
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left", "va": "bottom"}
-    axes.annotate("\n".join(lines[:2]), (0, 1), (0, 5), fontsize=6.5, color=FAINT, **above)
+    text = "\n".join(textwrap.fill(line, 100) for line in lines[:2])
+    axes.set_title(title, fontsize=10.5, color=INK, weight="bold", loc="left", pad=10 + 9 * len(text.splitlines()))
+    axes.annotate(text, (0, 1), (0, 5), fontsize=6.5, color=FAINT, **above)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
