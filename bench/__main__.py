@@ -11,6 +11,7 @@ compare   BEFORE.csv AFTER.csv: what got faster or slower between two results of
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -118,6 +119,8 @@ def times(timed, device, options, load_before, parser):
     plan = planned(timed, device, options.preset)
     if not plan:
         parser.error(f"nothing was measured: none of these cases has a shape in the preset {options.preset!r}")
+    # torch's advice to callers of kl_div
+    warnings.filterwarnings("ignore", message="reduction: 'mean' divides", category=UserWarning)
     rows = saved(options.out) if options.resume else []
     ceilings = measured(device, dtypes_of(options.preset, device))
     left = run(plan, device, options, ceilings, rows)
