@@ -20,6 +20,7 @@ import torch
 
 import triton_losses
 from bench.machine_code import machine_jumps, machine_loops
+from bench.measure import words_of
 from bench.offline_build import TARGETS, building
 from triton_losses import functional
 
@@ -123,7 +124,7 @@ def rows_of(case, shape, dtype, target):
     with building(target) as builds:
         getattr(functional, case.name)(*leaves, **options).sum().backward()
     words = " ".join([case.name, *case.option_words()])
-    what = {"loss": words, "shape": "×".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
+    what = {"loss": words, **dict(zip(("shape", "dtype"), words_of(shape, dtype)))}
     return [what | figures(build) for build in builds if build.kernel.name != "finish"]
 
 

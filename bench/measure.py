@@ -58,12 +58,15 @@ def measure(case, shape, dtype, device, preset, names):
     return list(rows.values())
 
 
+def words_of(shape, dtype):
+    return "×".join(map(str, shape)), str(dtype).removeprefix("torch.")
+
+
 def blank_row(case, shape, dtype, device, name, which):
     return dict.fromkeys(COLUMNS, math.nan) | {
         "loss": case.name,
         "options": " ".join(case.option_words()),
-        "shape": "×".join(map(str, shape)),
-        "dtype": str(dtype).removeprefix("torch."),
+        **dict(zip(("shape", "dtype"), words_of(shape, dtype))),
         "device": device.type,
         "provider": name,
         "pass": which,

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bench.ceilings import floor_ms
-from bench.measure import PRESETS, measure
+from bench.measure import PRESETS, measure, words_of
 from bench.providers import providers_of
 from bench.report import save
 
@@ -55,10 +55,6 @@ def run(plan, device, options, ceilings, rows):
 
 def name(case):
     return " ".join([case.name, *case.option_words()])
-
-
-def words_of(shape, dtype):
-    return "×".join(map(str, shape)), str(dtype).removeprefix("torch.")
 
 
 def key_of(row):

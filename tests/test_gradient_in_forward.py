@@ -180,7 +180,6 @@ def test_other_shapes_take_the_options_too(shape, device):
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="a CPU has no kernels")
 def test_kernels_read_the_logits_once(device, monkeypatch):
     if not runs_kernels(torch.empty(0, device=device)):
         pytest.skip("a CPU has no kernels")
