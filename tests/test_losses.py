@@ -175,12 +175,16 @@ def test_what_stands_in_an_ignored_row_or_at_an_unused_weight_does_not_show_in_a
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+OTHER_PROCESSES = ("process_group", "group", "vocab_start")  # the reference is one process
+
+
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
 def test_the_reference_has_the_same_signature(name):
     ours, plain = (
         inspect.signature(getattr(module, name)).parameters.values() for module in (functional, reference.losses)
     )
-    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in plain]
+    ours, plain = ([(p.name, p.default, p.kind) for p in own if p.name not in OTHER_PROCESSES] for own in (ours, plain))
+    assert ours == plain
 
 
 def test_every_public_loss_stands_in_the_table():

@@ -1,12 +1,12 @@
 """Segmentation losses beyond the table: their laws, their options, what autograd makes of them."""
 
 import functools
-import os
 
 import pytest
 import torch
 from conftest import INTERPRET, torch_threads
 from hypothesis import given, settings, strategies
+from processes import run
 
 import reference.losses
 import triton_losses
@@ -353,25 +353,22 @@ def test_one_graph_serves_images_of_every_size():
 # Across processes and scales
 
 
-def of_a_rank(rank, path):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
-    x, y = (t[rank : rank + 1] for t in image())
+def of_a_rank(rank, size, compiled):
+    x, y = image()
+    value, gradient = value_and_gradient(triton_losses.DiceLoss(softmax=True, batch=True), x, y)
     loss = triton_losses.DiceLoss(softmax=True, batch=True, process_group=torch.distributed.group.WORLD)
-    torch.save(value_and_gradient(loss, x, y), f"{path}/{rank}")
-    torch.distributed.destroy_process_group()
+    if compiled:
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = value_and_gradient(loss, x[rank : rank + 1], y[rank : rank + 1])
+    # which DistributedDataParallel halves
+    torch.testing.assert_close(found, (value, 2 * gradient[rank : rank + 1]))
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="forks")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_batch_across_processes_is_one_batch(tmp_path):
-    torch.multiprocessing.start_processes(of_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    value, gradient = value_and_gradient(triton_losses.DiceLoss(softmax=True, batch=True), *image())
-    for rank in range(2):
-        theirs = torch.load(tmp_path / str(rank))
-        # which DistributedDataParallel halves
-        torch.testing.assert_close(theirs, (value, 2 * gradient[rank : rank + 1]))
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_across_processes_is_one_batch(compiled):
+    run(2, of_a_rank, compiled)
 
 
 def test_deep_supervision_weighs_the_losses_of_every_scale():

@@ -1,15 +1,18 @@
 """Multi-class losses: a row of logits, or of log-probabilities, and the index of the right class."""
 
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_losses.core.collectives import Group
 from triton_losses.core.compiler import compute_dtype, runs_kernels
 from triton_losses.core.dispatch import aten_gathers, aten_serves
-from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
+from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, promoted, reduced, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
+from triton_losses.families.sharded_rows import shard_of, sharded_rows
 from triton_losses.row_formulas import (
     check_shape_of_logits,
     cross_entropy_formula,
@@ -122,6 +125,35 @@ def by_rows(formula, input, target, weight, out_dtype=None, **options):
     return losses.view(target.shape if input.dim() > 1 else ())
 
 
+def by_shards(formula, scalars, input, target, weight, group, vocab_start, **options):
+    """Losses and weights of rows (N, C) or (C) whose classes are spread over the processes of the group."""
+    check_logits(input)
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise NotImplementedError(f"group: target must hold class indices, int64 or uint8, got {target.dtype}")
+    if input.dim() > 2 or target.shape != input.shape[:-1]:
+        found = f"{tuple(input.shape)} and {tuple(target.shape)}"
+        raise NotImplementedError(f"group: input and target must be (N, C) and (N), or (C) and (), got {found}")
+    if weight is not None and weight.requires_grad:
+        raise RuntimeError("the loss is not differentiable with respect to weight: it must not require grad")
+    shard = shard_of(group, vocab_start, input.shape[-1])
+    logits = input if input.dim() == 2 else input[None]  # a shard without classes cannot be reshaped
+    rows = logits, None, None, target.reshape(-1).long(), weight
+    found = sharded_rows(formula, rows, shard, scalars, **options)
+    return found.losses, found.weights
+
+
+def weight_of(input, target, weight, ignore_index):
+    """The sum of the rows' weights, by which a mean divides."""
+    wide = compute_dtype(input.dtype)
+    if target.is_floating_point():
+        return input.new_full((), input.numel() // input.shape[min(input.dim() - 1, 1)], dtype=wide)
+    labels = target.long()
+    kept = labels != ignore_index
+    if weight is None:
+        return kept.sum().to(wide)
+    return torch.where(kept, weight.to(wide)[torch.where(kept, labels, 0)], 0).sum()
+
+
 def by_aten(name, input, target, weight, **options):
     """Call torch's function of that name, on a CPU, after our own checks, which raise our errors."""
     check_logits(input)
@@ -174,6 +206,10 @@ def cross_entropy(
     out_dtype: torch.dtype | None = None,
     gradient_in_forward: bool = False,
     overwrite: bool = False,
+    num_items: float | Tensor | None = None,
+    process_group: Group | None = None,
+    group: Group | None = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     """``-(1-ε) w_t log p_t - ε/C Σ_j w_j log p_j + z lse²``, ``p = softmax(x)``: cross entropy, smoothed by ε, with a
     z-loss.
@@ -195,6 +231,13 @@ def cross_entropy(
     last use of logits may set it. RuntimeError for logits that are a leaf, for a second backward and for create_graph,
     and from autograd if another operation has saved the logits.
 
+    Many processes (torch.distributed). num_items: what the mean divides by instead, a number or a tensor of one, such
+    as the tokens of all processes or of all accumulated batches. process_group: the mean divides by the mean weight of
+    its processes, so that averaging results and gradients over them, as DDP and FSDP do, gives the mean over all rows.
+    group: each of its processes holds the logits (N, its classes) of consecutive classes, in the order of the ranks,
+    and all have the same target, weight and result (vocabulary-parallel). vocab_start: the first class held; None: all
+    hold as many. One all-gather of three numbers per row, in the forward; ValueError if classes overlap or lack.
+
     Label smoothing: arXiv:1512.00567.
 
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
@@ -208,6 +251,22 @@ def cross_entropy(
         check_overwrite(input)
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
+    check_divisor(reduction, num_items, process_group)
+    shaping: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "temperature": temperature}
+    if group is not None:
+        given = {"ignore_index": int(ignore_index), "softcap": float(softcap), "scale": 1.0 / temperature}
+        losses, weights = by_shards(formula, scalars, input, target, weight, group, vocab_start, **given)
+        dtype = out_dtype or result_dtype(input)
+        if reduction == "mean":
+            return mean_of(losses.sum(), weights.sum(), num_items, process_group).to(dtype)
+        losses = reduced(losses, reduction, dtype)
+        return losses if reduction == "sum" else losses.view(target.shape)
+    if num_items is not None or process_group is not None:
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum", **shaping}
+        more: dict[str, Any] = {"gradient_in_forward": gradient_in_forward, "overwrite": overwrite}
+        total = cross_entropy(input, target, weight, **options, **more, out_dtype=compute_dtype(input.dtype))
+        items = weight_of(input, target, weight, ignore_index)
+        return mean_of(total, items, num_items, process_group).to(out_dtype or result_dtype(input))
     if target.is_floating_point() or target.shape == input.shape:
         check_logits(input)
         check_probabilities(input, target, weight, ignore_index)
@@ -285,6 +344,8 @@ def focal_loss(
     *,
     gradient_in_forward: bool = False,
     overwrite: bool = False,
+    num_items: float | Tensor | None = None,
+    process_group: Group | None = None,
 ) -> Tensor:
     """``-α w_t (1 - p_t)^γ log p_t``, ``p = softmax(x)``: cross entropy that weighs down rows it already gets right.
 
@@ -292,7 +353,8 @@ def focal_loss(
     without C; those equal to ignore_index cost nothing, others outside [0, C) raise IndexError (a device assertion on a
     GPU). weight: (C,), α per class. gamma: >= 0, else ValueError; at 0, with alpha 1, this is ``cross_entropy``. alpha:
     a factor of every row, None for 1. reduction: "mean" divides by the sum of the targets' weights (nan when all are
-    ignored), "sum", "none". gradient_in_forward, overwrite: as in ``cross_entropy``. Lin et al. 2017, arXiv:1708.02002.
+    ignored), "sum", "none". gradient_in_forward, overwrite, num_items, process_group: as in ``cross_entropy``. Lin et
+    al. 2017, arXiv:1708.02002.
 
     >>> focal_loss(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor(0.8259)
@@ -302,6 +364,13 @@ def focal_loss(
         raise ValueError(f"gamma must be >= 0, got {gamma}")
     if overwrite and not torch.compiler.is_compiling():
         check_overwrite(input)
+    reduction = reduction_of(reduction)
+    check_divisor(reduction, num_items, process_group)
+    if num_items is not None or process_group is not None:
+        more: dict[str, Any] = {"gradient_in_forward": gradient_in_forward, "overwrite": overwrite}
+        total = focal_loss(input, target, weight, gamma, alpha, ignore_index, "sum", **more)
+        items = weight_of(input, target, weight, ignore_index)
+        return mean_of(total.to(items.dtype), items, num_items, process_group).to(total.dtype)
     return by_rows(
         softmax_focal,
         input,
@@ -309,7 +378,7 @@ def focal_loss(
         weight,
         scalars=(float(gamma), 1.0 if alpha is None else float(alpha)),
         ignore_index=int(ignore_index),
-        reduction=reduction_of(reduction),
+        reduction=reduction,
         gradient_in_forward=gradient_in_forward or overwrite,
         overwrite=overwrite,
     )

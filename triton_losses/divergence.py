@@ -1,16 +1,19 @@
 """Divergences: how far is one distribution from another?"""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_losses.core.collectives import Group, name_of
 from triton_losses.core.compiler import compute_dtype, tl
 from triton_losses.core.device_math import exp
 from triton_losses.core.formula import formula
-from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
+from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, promoted, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.elementwise import elementwise
+from triton_losses.families.sharded_distributions import sharded_distributions
 from triton_losses.row_formulas import check_counting, divergence_formula
 
 
@@ -78,6 +81,9 @@ def distillation_loss(
     ignore_index: int = -100,
     temperature_squared: bool = False,
     out_dtype: torch.dtype | None = None,
+    num_items: float | Tensor | None = None,
+    process_group: Group | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(teacher / T)``, ``q = softmax(student / T)``: what a student has yet to
     learn.
@@ -90,8 +96,10 @@ def distillation_loss(
     them. temperature: T > 0, else ValueError. temperature_squared: multiply by T², which keeps gradients as large as at
     T = 1 (Hinton et al. do, language models' trainers do not). labels: (...), integers; rows with ignore_index cost
     nothing, other values do not matter. reduction: "mean" over the rows that count (nan when there are none), "sum",
-    "none": (...). out_dtype: of the result. Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023,
-    arXiv:2306.13649.
+    "none": (...). out_dtype: of the result. num_items, process_group: as in ``cross_entropy``. group: each of its
+    processes holds both logits of some of the classes, the same ones, each class on one process (vocabulary-parallel).
+    The gradient is made in the forward, in chunks of rows, in plain PyTorch; two exchanges of a few numbers per row.
+    Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
 
     >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
     tensor(0.3278)
@@ -120,19 +128,33 @@ def distillation_loss(
     q, p = student_logits, teacher_logits
     if q.dim() != 2:
         q, p = (x.flatten(0, -2) if x.dim() > 1 else x[None] for x in (q, p))
-    if direction == "reverse":
-        p, q = q, p
-    losses = distribution_rows(
-        chosen,
-        p,
-        q,
-        labels=labels,
-        out_dtype=out_dtype,
-        scalars=scalars,
-        scale=1.0 / temperature,
-        one_read=one_read,
-        ignore_index=int(ignore_index),
-        reduction=reduction,
-        factor=float(temperature**2) if temperature_squared else 1.0,
-    )
-    return losses.view(student_logits.shape[:-1]) if reduction == "none" else losses
+    dtype = out_dtype or result_dtype(student_logits, promoted(student_logits, teacher_logits))
+    options: dict[str, Any] = {
+        "scalars": scalars,
+        "scale": 1.0 / temperature,
+        "one_read": one_read,
+        "ignore_index": int(ignore_index),
+    }
+    factor = float(temperature**2) if temperature_squared else 1.0
+    check_divisor(reduction, num_items, process_group)
+    divided = num_items is not None or process_group is not None
+    first, second = (q, p) if direction == "reverse" else (p, q)
+    if group is None:
+        within = "sum" if divided else reduction
+        result = compute_dtype(dtype) if divided else out_dtype
+        losses = distribution_rows(
+            chosen, first, second, None, labels, result, reduction=within, factor=factor, **options
+        )
+        if not divided:
+            return losses.view(student_logits.shape[:-1]) if reduction == "none" else losses
+    else:
+        if teacher_logits.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("group: the teacher takes no gradient, but teacher_logits requires it: detach it")
+        options["student_first"] = direction == "reverse"
+        losses = factor * sharded_distributions(
+            chosen, (q, None, None, labels), "logits", [p], name_of(group), **options
+        )
+    if reduction == "mean":
+        counted = losses.new_full((), len(q)) if labels is None else (labels != ignore_index).sum().to(losses.dtype)
+        return mean_of(losses.sum(), counted, num_items, process_group).to(dtype)
+    return losses.sum().to(dtype) if reduction == "sum" else losses.to(dtype).view(student_logits.shape[:-1])

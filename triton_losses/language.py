@@ -5,11 +5,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_losses.core.collectives import Group, name_of
 from triton_losses.core.compiler import compute_dtype
-from triton_losses.core.reduction import DTYPES, reduction_of
+from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, reduction_of
 from triton_losses.families.label_rows import label_rows, row_statistics
 from triton_losses.families.linear_distribution_rows import linear_distribution_rows
 from triton_losses.families.linear_rows import COUNT, linear_rows
+from triton_losses.families.sharded_distributions import sharded_distributions
+from triton_losses.families.sharded_rows import shard_of, sharded_rows
 from triton_losses.row_formulas import (
     check_counting,
     check_shape_of_logits,
@@ -71,12 +74,6 @@ def next_tokens(target, ignore_index):
     return torch.cat([target[..., 1:], torch.full_like(target[..., :1], ignore_index)], -1)
 
 
-def mean_of(total, weight):
-    """total / weight; nan if no row counts, with gradients of 0 and not 0 · inf."""
-    nothing = weight == 0
-    return torch.where(nothing, (total / weight).detach(), total / torch.where(nothing, 1, weight))
-
-
 def upper_bound(kept_tokens):
     """``kept_tokens`` as an integer; 0 for "count" in a compiled graph, which may not wait for a count."""
     if kept_tokens == "count":
@@ -106,6 +103,10 @@ def linear_cross_entropy(
     kept_tokens: int | str = "count",
     out_dtype: torch.dtype | None = None,
     return_stats: bool = False,
+    num_items: float | Tensor | None = None,
+    process_group: Group | None = None,
+    group: Group | None = None,
+    vocab_start: int | None = None,
 ) -> Any:
     """``cross_entropy(softcap · tanh((x Wᵀ + b) / softcap) / T, target)``, whose logits and their gradient are never
     whole.
@@ -122,6 +123,10 @@ def linear_cross_entropy(
     rows. A CPU always leaves them out. out_dtype: of the result; None: float32, float64 for float64. return_stats:
     return the loss and TokenStats, of each token, from the same products. options: torch's, for its chunked path; only
     None.
+    num_items, process_group: as in ``cross_entropy``. group: each of its processes holds linear_weight and linear_bias
+    of consecutive classes, in the order of the ranks, and all have the same input, target, weight (of all classes) and
+    result; vocab_start: the first class held, None: all hold as many. One all-gather of a few numbers per token in the
+    forward; in the backward the sum of the input's gradient. Four products.
     As ``torch.nn.functional.linear_cross_entropy``. The weight's gradient is summed in float32. Three products where
     the loss is reduced, four where it is not. Features or a bias that do not fit raise RuntimeError, bad options
     ValueError, class probabilities NotImplementedError, labels outside [0, classes) IndexError (a device assertion on a
@@ -139,7 +144,8 @@ def linear_cross_entropy(
     check_head(input, linear_weight, target, linear_bias)
     check_shape_of_logits(temperature, softcap)
     formula, scalars = cross_entropy_formula(label_smoothing, z_loss)
-    if weight is not None and (weight.shape != linear_weight.shape[:1] or weight.requires_grad):
+    check_divisor(reduction, num_items, process_group)
+    if weight is not None and (group is None and weight.shape != linear_weight.shape[:1] or weight.requires_grad):
         raise RuntimeError(
             f"weight must have shape ({linear_weight.shape[0]},) and no gradient, got {tuple(weight.shape)}"
         )
@@ -153,25 +159,29 @@ def linear_cross_entropy(
     factors = None if token_weights is None else token_weights.reshape(-1).to(compute_dtype(input.dtype))
     labels = target.reshape(-1).long()  # uint8 cannot hold -100
     tensors = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, labels, weight
-    found = linear_rows(
-        formula,
-        tensors,
-        factors,
-        total=reduction != "none",
-        scalars=scalars,
-        ignore_index=ignore_index,
-        softcap=float(softcap),
-        scale=1.0 / temperature,
-        chunk_bytes=chunk_bytes,
-        kept_tokens=upper_bound(kept_tokens),
-        stats=return_stats,
-    )
+    given = {
+        "scalars": scalars,
+        "ignore_index": ignore_index,
+        "softcap": float(softcap),
+        "scale": 1.0 / temperature,
+        "chunk_bytes": chunk_bytes,
+        "kept_tokens": upper_bound(kept_tokens),
+        "stats": return_stats,
+    }
+    if group is not None:
+        shard = shard_of(group, vocab_start, len(linear_weight))
+        found = sharded_rows(formula, tensors, shard, **given)
+        total = (found.losses if factors is None else found.losses * factors).sum()
+    else:
+        found = linear_rows(formula, tensors, factors, total=reduction != "none", **given)
+        total = found.total
     if reduction == "none":
         loss = (found.losses if factors is None else found.losses * factors).to(dtype).view(target.shape)
     elif reduction == "sum":
-        loss = found.total.to(dtype)
+        loss = total.to(dtype)
     else:
-        loss = mean_of(found.total, (found.weights if factors is None else found.weights * factors).sum()).to(dtype)
+        weights = (found.weights if factors is None else found.weights * factors).sum()
+        loss = mean_of(total, weights, num_items, process_group).to(dtype)
     return (loss, stats_of(found, target)) if return_stats else loss
 
 
@@ -211,29 +221,36 @@ def linear_log_probs(
     ignore_index: int = -100,
     chunk_bytes: int = 0,
     kept_tokens: int | str = "count",
+    group: Group | None = None,
+    vocab_start: int | None = None,
 ) -> Any:
     """``log softmax(softcap · tanh((x Wᵀ + b) / softcap) / T)[target]`` of each token, whose logits are never whole.
 
     input: hidden states x, (..., features). linear_weight: W, (classes, features). linear_bias: b, (classes,). target:
     (...), class indices; 0 comes back where it equals ignore_index. temperature: T > 0. softcap: 0 for none.
-    chunk_bytes, kept_tokens: as in ``linear_cross_entropy``. Returns float32 (float64 for float64), target's shape, for
-    any upstream gradient: what preference and policy losses are made of; with return_entropy a pair, the second the
-    entropy of each token's distribution, differentiable too, from the same products.
+    chunk_bytes, kept_tokens, group, vocab_start: as in ``linear_cross_entropy``. Returns float32 (float64 for float64),
+    target's shape, for any upstream gradient: what preference and policy losses are made of; with return_entropy a
+    pair, the second the entropy of each token's distribution, differentiable too, from the same products.
 
     >>> linear_log_probs(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
     tensor([-0.1269, -2.1269])
     """
     check_head(input, linear_weight, target, linear_bias)
     check_shape_of_logits(temperature, softcap)
-    found = linear_rows(
-        log_p_beside_entropy if return_entropy else chosen_log_p,
-        (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, target.reshape(-1).long(), None),
-        ignore_index=ignore_index,
-        softcap=float(softcap),
-        scale=1.0 / temperature,
-        chunk_bytes=chunk_bytes,
-        kept_tokens=upper_bound(kept_tokens),
-    )
+    formula = log_p_beside_entropy if return_entropy else chosen_log_p
+    tensors = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, target.reshape(-1).long(), None
+    given = {
+        "ignore_index": ignore_index,
+        "softcap": float(softcap),
+        "scale": 1.0 / temperature,
+        "chunk_bytes": chunk_bytes,
+        "kept_tokens": upper_bound(kept_tokens),
+    }
+    if group is not None:
+        shard = shard_of(group, vocab_start, len(linear_weight))
+        found = sharded_rows(formula, tensors, shard, **given)
+    else:
+        found = linear_rows(formula, tensors, **given)
     log_p = found.losses.view(target.shape)
     return (log_p, found.entropy.view(target.shape)) if return_entropy else log_p
 
@@ -350,6 +367,9 @@ def linear_distillation_loss(
     chunk_bytes: int = 0,
     kept_tokens: int | str = "count",
     out_dtype: torch.dtype | None = None,
+    num_items: float | Tensor | None = None,
+    process_group: Group | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(y / T)``, ``q = softmax((x Wᵀ + b) / T)``: distillation without
     either's logits whole.
@@ -367,7 +387,10 @@ def linear_distillation_loss(
     ``distillation_loss``. Rows with ignore_index are left out of the products. chunk_bytes: of the student's logits
     that exist at a time, and as much again where the teacher's are made; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens:
     as in ``linear_cross_entropy``. out_dtype: of the result; None: float32, float64 for float64. The weight's gradient
-    is summed in float32. Three products of the student's where the loss is reduced, four where it is not. Bad options
+    is summed in float32. Three products of the student's where the loss is reduced, four where it is not.
+    num_items, process_group: as in ``cross_entropy``. group: each of its processes holds both weights and biases, or
+    the stored logits, of the same classes, and all have the same hidden states, labels and result; four products, five
+    for "jsd" and "tv". Bad options
     and repeated ids raise ValueError, ids outside [0, classes) IndexError (device assertions on a GPU).
     Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
 
@@ -394,26 +417,28 @@ def linear_distillation_loss(
     if labels is not None:
         check_devices(student_hidden, labels)
         labels = labels.reshape(-1).long()
-    found = linear_distribution_rows(
-        formula,
-        (student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, labels),
-        kind,
-        teacher,
-        total=reduction != "none",
-        scalars=scalars,
-        scale=1.0 / temperature,
-        student_first=direction == "reverse",
-        one_read=one_read,
-        tail=tail,
-        ignore_index=int(ignore_index),
-        chunk_bytes=chunk_bytes,
-        kept_tokens=upper_bound(kept_tokens),
-    )
+    check_divisor(reduction, num_items, process_group)
+    student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, labels
+    given = {
+        "scalars": scalars,
+        "scale": 1.0 / temperature,
+        "student_first": direction == "reverse",
+        "one_read": one_read,
+        "ignore_index": int(ignore_index),
+        "chunk_bytes": chunk_bytes,
+        "kept_tokens": upper_bound(kept_tokens),
+    }
+    if group is None:
+        total = reduction != "none"
+        found = linear_distribution_rows(formula, student, kind, teacher, total=total, tail=tail, **given)
+    else:
+        found = sharded_distributions(formula, student, kind, teacher, name_of(group), **given)
+        found = found if reduction == "none" else found.sum()
     if reduction == "mean":
         counted = (
             found.new_full((), where.numel()) if labels is None else (labels != ignore_index).sum().to(found.dtype)
         )
-        found = mean_of(found, counted)
+        found = mean_of(found, counted, num_items, process_group)
     if temperature_squared:
         found = found * temperature**2
     found = found.to(out_dtype or compute_dtype(student_hidden.dtype))

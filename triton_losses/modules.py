@@ -13,6 +13,7 @@ from triton_losses.margin import check_power_and_weight
 from triton_losses.metric import check_margin
 
 LEGACY = ("size_average", "reduce")
+EACH_CALL = ("num_items",)  # options that every loss with them takes in ``forward``, since they differ between batches
 
 
 class Loss(torch.nn.Module):
@@ -30,6 +31,8 @@ class Loss(torch.nn.Module):
         if function is None:  # a subclass that a user has written
             return
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in without]
+        each_call = [p for p in parameters if p.name in EACH_CALL]
+        parameters = [p for p in parameters if p not in each_call]
         inputs, options = parameters[:inputs], parameters[inputs:]
         if keyword_only:
             options = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
@@ -61,7 +64,7 @@ class Loss(torch.nn.Module):
             def forward(self, *tensors, **named):
                 return cls.function(*tensors, **named, **self.given())
 
-            forward.__signature__, cls.forward = inspect.Signature([self, *inputs]), forward
+            forward.__signature__, cls.forward = inspect.Signature([self, *inputs, *each_call]), forward
 
     def given(self):
         """The options, with their current values."""
@@ -204,9 +207,19 @@ class CTCLoss(OptionsOfCTC):
 class LinearCrossEntropyLoss(
     Loss, function=F.linear_cross_entropy, inputs=4, without=("token_weights", "kept_tokens", "options")
 ):
-    def forward(self, input, linear_weight, target, linear_bias=None, *, token_weights=None, kept_tokens="count"):
+    def forward(
+        self,
+        input,
+        linear_weight,
+        target,
+        linear_bias=None,
+        *,
+        token_weights=None,
+        kept_tokens="count",
+        num_items=None,
+    ):
         of_the_call = {"linear_bias": linear_bias, "token_weights": token_weights, "kept_tokens": kept_tokens}
-        return self.function(input, linear_weight, target, **of_the_call, **self.given())
+        return self.function(input, linear_weight, target, **of_the_call, num_items=num_items, **self.given())
 
 
 class LinearCrossEntropyHead(LinearCrossEntropyLoss):
@@ -230,8 +243,8 @@ class LinearCrossEntropyHead(LinearCrossEntropyLoss):
         self.num_classes = num_classes
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, input, target, *, token_weights=None, kept_tokens="count"):
-        of_the_call = {"token_weights": token_weights, "kept_tokens": kept_tokens}
+    def forward(self, input, target, *, token_weights=None, kept_tokens="count", num_items=None):
+        of_the_call = {"token_weights": token_weights, "kept_tokens": kept_tokens, "num_items": num_items}
         return super().forward(input, self.linear.weight, target, self.linear.bias, **of_the_call)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from triton_losses.core.collectives import name_of, reduce_with_grad
 from triton_losses.core.compiler import compute_dtype, tl
 from triton_losses.core.device_math import at_least, at_least_tiny, power
 from triton_losses.core.formula import formula
@@ -284,31 +285,12 @@ def problem_of(of_sums, input, options, score, of_classes, lambdas=(), means_of_
     )
 
 
-class AllReduce(torch.autograd.Function):
-    """The sum over a group's processes, of gradients too, so that DistributedDataParallel's mean is right."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return summed(x, group)
-
-    @staticmethod
-    def backward(ctx, dout):
-        return summed(dout, ctx.group), None
-
-
-def summed(x, group):
-    x = x.clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(x, group=group)
-    return x
-
-
 def chosen_sums(sums, classes, process_group):
     """Sums of the classes that are named, (B, 3, C), or of the batches of all processes, (1, 3, C)."""
     if classes is not None:
         sums = torch.stack([sums[:, :, c] for c in classes], 2)
     if process_group is not None:
-        sums = AllReduce.apply(sums.sum(0, keepdim=True), process_group)
+        sums = reduce_with_grad(sums.sum(0, keepdim=True), name_of(process_group))
     return sums
 
 

@@ -53,6 +53,30 @@ def along(log_p, entropy, d_log_p, d_entropy):  # the backward of both: their up
     return d_log_p * log_p + d_entropy * entropy, d_log_p, d_entropy
 
 
+# Of a part of the classes, whose other parts are elsewhere: see families/sharded_rows.py. A row's label may be in
+# another part, so the derivatives by log p of the label and by the log-sum-exp are operands of their own.
+
+
+@formula
+def log_p_beside_mean(log_p, mean_log_p):
+    return log_p, 1.0, 0.0
+
+
+@formula
+def along_part(log_p, lse, d_log_p, d_lse):
+    return d_log_p * log_p + d_lse * lse, d_log_p, d_lse
+
+
+@formula
+def along_part_with_mean(log_p, mean_log_p, lse, d_log_p, d_mean, d_lse):
+    return d_log_p * log_p + d_mean * mean_log_p + d_lse * lse, d_log_p, d_mean, d_lse
+
+
+@formula
+def along_part_with_entropy(log_p, lse, entropy, d_log_p, d_lse, d_entropy):
+    return d_log_p * log_p + d_lse * lse + d_entropy * entropy, d_log_p, d_lse, d_entropy
+
+
 @formula
 def cross_entropy_plain(log_p, weight):
     return -weight * log_p, -weight

@@ -22,6 +22,7 @@ def cross_entropy(
     out_dtype=None,
     gradient_in_forward=False,  # this and overwrite change no number
     overwrite=False,
+    num_items=None,
 ):
     input = shaped(input, softcap, temperature)
     losses = torch_cross_entropy(input, target, weight, None, ignore_index, None, "none", label_smoothing)
@@ -34,7 +35,7 @@ def cross_entropy(
     weights = kept.to(input.dtype)
     if weight is not None and not target.is_floating_point():
         weights = torch.where(kept, weight[torch.where(kept, target, 0)], 0)
-    return losses.sum() / weights.sum()
+    return losses.sum() / (weights.sum() if num_items is None else num_items)
 
 
 def focal_loss(
@@ -48,9 +49,12 @@ def focal_loss(
     *,
     gradient_in_forward=False,
     overwrite=False,
+    num_items=None,
 ):
     nll = torch_cross_entropy(input, target, None, None, ignore_index, None, "none")
     kept = target != ignore_index
     weights = torch.where(kept, 1 if weight is None else weight[torch.where(kept, target, 0)], 0).to(input.dtype)
     losses = (1 if alpha is None else alpha) * weights * power(-torch.expm1(-nll), gamma) * nll
-    return losses.sum() / weights.sum() if reduction == "mean" else reduced(losses, reduction)
+    if reduction != "mean":
+        return reduced(losses, reduction)
+    return losses.sum() / (weights.sum() if num_items is None else num_items)

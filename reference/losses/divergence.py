@@ -29,6 +29,7 @@ def distillation_loss(
     ignore_index=-100,
     temperature_squared=False,
     out_dtype=None,
+    num_items=None,
 ):
     kept = torch.ones_like(student_logits[..., 0], dtype=torch.bool) if labels is None else labels != ignore_index
     # ignored rows: 0, whatever is there
@@ -45,4 +46,6 @@ def distillation_loss(
         losses = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
     if temperature_squared:
         losses = losses * temperature**2
-    return losses.sum() / kept.sum() if reduction == "mean" else reduced(losses, reduction)
+    if reduction != "mean":
+        return reduced(losses, reduction)
+    return losses.sum() / (kept.sum() if num_items is None else num_items)

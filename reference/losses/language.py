@@ -65,6 +65,7 @@ def linear_cross_entropy(
     kept_tokens="count",
     out_dtype=None,
     return_stats=False,
+    num_items=None,
 ):
     ignore_index = -100 if ignore_index is None else ignore_index
     if shift:  # position i predicts target i + 1
@@ -82,7 +83,7 @@ def linear_cross_entropy(
     loss = (
         losses.view(target.shape)
         if reduction == "none"
-        else losses.sum() / (weights.sum() if reduction == "mean" else 1)
+        else losses.sum() / (1 if reduction == "sum" else weights.sum() if num_items is None else num_items)
     )
     if not return_stats:
         return loss
@@ -116,6 +117,7 @@ def linear_distillation_loss(
     chunk_bytes=0,
     kept_tokens="count",
     out_dtype=None,
+    num_items=None,
 ):
     student, teacher = torch.nn.functional.linear(student_hidden, student_weight, student_bias), teacher_logits
     if teacher_hidden is not None:
@@ -124,6 +126,7 @@ def linear_distillation_loss(
         student, teacher = few_bins(student / temperature, teacher_ids, teacher_log_probs, tail)
         student, teacher = temperature * student, temperature * teacher
     given = {"labels": labels, "ignore_index": ignore_index, "temperature_squared": temperature_squared}
+    given["num_items"] = num_items
     loss = distillation_loss(student, teacher, temperature, direction, beta, reduction, **given)
     return loss.to(out_dtype or wider(student_hidden))
 

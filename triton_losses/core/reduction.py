@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from triton_losses.core.collectives import all_reduce, name_of, size_of
+
 REDUCTIONS = ("none", "mean", "sum")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,3 +70,27 @@ def reduced(losses, reduction, dtype):
     if reduction != "none":
         losses = losses.mean() if reduction == "mean" else losses.sum()
     return cast(losses, dtype)
+
+
+def check_divisor(reduction, num_items, process_group):
+    """Check the two options that replace the divisor of a mean."""
+    if num_items is not None and process_group is not None:
+        raise ValueError("num_items and process_group both say what a mean divides by: give one of them")
+    if reduction != "mean" and not (num_items is None and process_group is None):
+        given = "num_items" if process_group is None else "process_group"
+        raise ValueError(f"{given} is for reduction='mean', got reduction={reduction!r}")
+
+
+def mean_of(total, weight, num_items=None, process_group=None):
+    """total / weight; nan if no row counts, with gradients of 0 and not 0 · inf.
+
+    num_items: divide by it instead. process_group: divide by the mean of the weights of all processes of the group, so
+    that the mean of all their results is that of all their rows.
+    """
+    if num_items is not None:
+        return total / num_items
+    if process_group is not None:
+        name = name_of(process_group)
+        weight = all_reduce(weight.detach(), name) / size_of(name)
+    nothing = weight == 0
+    return torch.where(nothing, (total / weight).detach(), total / torch.where(nothing, 1, weight))
