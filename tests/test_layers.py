@@ -21,6 +21,7 @@ pytestmark = pytest.mark.not_interpreted
 ROOT = pathlib.Path(__file__).parents[1]
 CORE = {
     "compiler": 0,
+    "collectives": 0,
     "dispatch": 1,
     "op": 1,
     "formula": 1,
@@ -35,7 +36,7 @@ CORE = {
 }
 READINGS = ("whole", "blocks", "kernels")
 ABOVE = {"functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}
-SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores"), 4.5)
+SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores", "head_checks"), 4.5)
 
 
 def layer_of(name):

@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 ORDER = [
     "language",
+    "linear_distillation",
     "distillation",
     "classification",
     "margin",

@@ -21,9 +21,9 @@ from triton_losses.compound import dice_focal_loss as dice_focal_loss
 from triton_losses.divergence import distillation_loss as distillation_loss
 from triton_losses.divergence import kl_div as kl_div
 from triton_losses.language import linear_cross_entropy as linear_cross_entropy
-from triton_losses.language import linear_distillation_loss as linear_distillation_loss
 from triton_losses.language import linear_log_probs as linear_log_probs
 from triton_losses.language import log_probs as log_probs
+from triton_losses.linear_distillation import linear_distillation_loss as linear_distillation_loss
 from triton_losses.lovasz import lovasz_loss as lovasz_loss
 from triton_losses.margin import multi_margin_loss as multi_margin_loss
 from triton_losses.margin import multilabel_margin_loss as multilabel_margin_loss

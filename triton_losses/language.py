@@ -5,65 +5,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_losses.core.collectives import Group, name_of
+from triton_losses.core.collectives import Group
 from triton_losses.core.compiler import compute_dtype
-from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, reduction_of
+from triton_losses.core.reduction import check_divisor, mean_of, reduction_of
 from triton_losses.families.label_rows import label_rows, row_statistics
-from triton_losses.families.linear_distribution_rows import linear_distribution_rows
-from triton_losses.families.linear_rows import COUNT, linear_rows
-from triton_losses.families.sharded_distributions import sharded_distributions
+from triton_losses.families.linear_rows import linear_rows
 from triton_losses.families.sharded_rows import shard_of, sharded_rows
+from triton_losses.head_checks import check_head, upper_bound
 from triton_losses.row_formulas import (
-    check_counting,
     check_shape_of_logits,
     chosen_log_p,
     cross_entropy_formula,
-    divergence_formula,
     log_p_beside_entropy,
 )
-
-
-def check_head(hidden, weight, target, bias, names=("input", "linear_weight", "linear_bias")):
-    """Check shapes and dtypes; errors use the names of the caller's parameters."""
-    check_product(hidden, weight, bias, names)
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise NotImplementedError(
-            f"target must hold class indices, int64 or uint8, got {target.dtype}: no class probabilities here"
-        )
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"target must have {names[0]}'s shape without features, "
-            f"{tuple(hidden.shape[:-1])}, got {tuple(target.shape)}"
-        )
-    check_devices(hidden, target)
-
-
-def check_product(hidden, weight, bias, names):
-    """Check hidden states, weight and bias. names: the caller's. A misfit raises a RuntimeError, as in torch."""
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise NotImplementedError(
-            f"{names[0]} and {names[1]} must be floating-point, got {hidden.dtype} and {weight.dtype}"
-        )
-    if weight.dim() < 2:
-        raise RuntimeError(f"expected {names[1]} with dimensionality at least 2, got {weight.dim()}")
-    if weight.dim() != 2:
-        raise NotImplementedError(f"{names[1]} must have shape (classes, features), got {tuple(weight.shape)}")
-    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        features = f"{hidden.shape[-1] if hidden.dim() else 'no dimension'} and {weight.shape[1]}"
-        raise RuntimeError(
-            f"expected equal {names[0]} and {names[1]} last dimensions (in_features), got {features}, respectively"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"expected {names[2]} shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    check_devices(hidden, weight, bias)
-
-
-def check_devices(hidden, *tensors):
-    for tensor in tensors:
-        if tensor is not None and tensor.device != hidden.device:
-            raise RuntimeError(
-                f"expected all tensors to be on the same device, but found {hidden.device} and {tensor.device}"
-            )
 
 
 def next_tokens(target, ignore_index):
@@ -72,15 +26,6 @@ def next_tokens(target, ignore_index):
         raise ValueError("shift needs a sequence: target must have at least one dimension")
     target = target.long()  # uint8 cannot hold -100
     return torch.cat([target[..., 1:], torch.full_like(target[..., :1], ignore_index)], -1)
-
-
-def upper_bound(kept_tokens):
-    """``kept_tokens`` as an integer; 0 for "count" in a compiled graph, which may not wait for a count."""
-    if kept_tokens == "count":
-        return 0 if torch.compiler.is_compiling() else COUNT
-    if isinstance(kept_tokens, str) or kept_tokens < 0:
-        raise ValueError(f'kept_tokens must be "count" or a number >= 0, got {kept_tokens!r}')
-    return int(kept_tokens)
 
 
 def linear_cross_entropy(
@@ -289,157 +234,3 @@ def log_probs(
         return log_p.view(target.shape), entropy.view(target.shape)
     dtype = compute_dtype(logits.dtype)
     return label_rows(chosen_log_p, *rows, reduction="none", out_dtype=dtype, **options).view(target.shape)
-
-
-TEACHERS = {  # the ways to give a teacher, and the tensors of each
-    "products": ("teacher_hidden", "teacher_weight", "teacher_bias"),
-    "logits": ("teacher_logits",),
-    "top_k": ("teacher_ids", "teacher_log_probs"),
-}
-
-
-def teacher_of(where, classes, device_of, **given):
-    """The way in which the teacher is given, and its tensors with rows flattened; logits are not: a copy is large."""
-    given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    kind = next(
-        (kind for kind, names in TEACHERS.items() if given.keys() - {"teacher_bias"} == set(names) - {"teacher_bias"}),
-        None,
-    )
-    if kind is None or not given.keys() <= set(TEACHERS[kind]):
-        ways = (
-            "teacher_hidden and teacher_weight (and teacher_bias), teacher_logits, or teacher_ids and teacher_log_probs"
-        )
-        raise TypeError(f"the teacher is given by {ways}; got {', '.join(given) or 'none of them'}")
-    for name, tensor in given.items():
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"the teacher takes no gradient, but {name} requires it: pass {name}.detach()")
-        if name == "teacher_ids" and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
-            raise TypeError(f"teacher_ids must be integers, got {tensor.dtype}")
-        if name != "teacher_ids" and tensor.dtype not in DTYPES:
-            raise NotImplementedError(f"{name} must be one of {DTYPES}, got {tensor.dtype}")
-        if name not in ("teacher_weight", "teacher_bias") and (not tensor.dim() or tensor.shape[:-1] != where):
-            raise ValueError(f"{name} must have shape ({', '.join(map(str, where))}, ...), got {tuple(tensor.shape)}")
-    tensors = [given[name] for name in TEACHERS[kind] if name in given]
-    check_devices(device_of, *tensors)
-    if kind == "products":
-        hidden, weight, *bias = tensors
-        check_product(hidden, weight, bias[0] if bias else None, TEACHERS[kind])
-        check_classes(classes, len(weight))
-        return kind, [hidden.reshape(-1, hidden.shape[-1]), weight, *bias]
-    if kind == "logits":
-        check_classes(classes, tensors[0].shape[-1])
-        return kind, tensors
-    ids, log_p = tensors
-    if ids.shape != log_p.shape or not 1 <= ids.shape[-1] <= classes:
-        rule = f"the same shape and 1 to {classes} entries a token"
-        raise ValueError(
-            f"teacher_ids and teacher_log_probs must have {rule}, got {tuple(ids.shape)} and {tuple(log_p.shape)}"
-        )
-    return kind, [t.reshape(-1, t.shape[-1]) for t in tensors]
-
-
-def check_classes(students, teachers):
-    if students != teachers:
-        raise ValueError(
-            f"student and teacher must have the same classes, got {students} and {teachers}: pass those they share"
-        )
-
-
-def linear_distillation_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    direction: str = "forward",
-    beta: float = 0.5,
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    teacher_logits: Tensor | None = None,
-    teacher_ids: Tensor | None = None,
-    teacher_log_probs: Tensor | None = None,
-    tail: bool = True,
-    reduction: str = "mean",
-    temperature_squared: bool = False,
-    chunk_bytes: int = 0,
-    kept_tokens: int | str = "count",
-    out_dtype: torch.dtype | None = None,
-    num_items: float | Tensor | None = None,
-    process_group: Group | None = None,
-    group: Group | None = None,
-) -> Tensor:
-    """``Σ_j p_j log(p_j / q_j)``, ``p = softmax(y / T)``, ``q = softmax((x Wᵀ + b) / T)``: distillation without
-    either's logits whole.
-
-    student_hidden: x, (..., features), floating. student_weight: W, (classes, features). student_bias: b, (classes,).
-    The teacher, which takes no gradient (a tensor of its that requires one is refused), comes in one of three ways:
-    teacher_hidden (..., any features), teacher_weight (classes, those), teacher_bias: y is their product, a chunk at a
-    time. teacher_logits: y, (..., classes), stored; read where they lie, a chunk at a time.
-    teacher_ids, teacher_log_probs: (..., k), log p of the teacher's likeliest classes, at the temperature of the loss,
-    in any order, each class at most once; an entry of log p = -inf does not exist, whatever its id. tail: compare k + 1
-    bins, the last with all the mass that the others leave, of teacher and student alike: never more than the divergence
-    of the whole distributions, and 0 when they agree. Where log p of the k sum to 1, "forward" is their Σ p log(p / q).
-    False: compare both as if there were no other class, each renormalised over the k: the student's other logits get no
-    gradient. direction, beta, temperature T, temperature_squared, labels (...), ignore_index, reduction: as in
-    ``distillation_loss``. Rows with ignore_index are left out of the products. chunk_bytes: of the student's logits
-    that exist at a time, and as much again where the teacher's are made; 0: 64 MB on a CPU, 1 GB on a GPU. kept_tokens:
-    as in ``linear_cross_entropy``. out_dtype: of the result; None: float32, float64 for float64. The weight's gradient
-    is summed in float32. Three products of the student's where the loss is reduced, four where it is not.
-    num_items, process_group: as in ``cross_entropy``. group: each of its processes holds both weights and biases, or
-    the stored logits, of the same classes, and all have the same hidden states, labels and result; four products, five
-    for "jsd" and "tv". Bad options
-    and repeated ids raise ValueError, ids outside [0, classes) IndexError (device assertions on a GPU).
-    Hinton et al. 2015, arXiv:1503.02531; GKD: Agarwal et al. 2023, arXiv:2306.13649.
-
-    >>> linear_distillation_loss(torch.zeros(1, 2), torch.eye(2), torch.tensor([[2.0, 0.0]]), torch.eye(2))
-    tensor(0.3278)
-    """
-    reduction = reduction_of(reduction)
-    check_product(student_hidden, student_weight, student_bias, ("student_hidden", "student_weight", "student_bias"))
-    formula, scalars, one_read = divergence_formula(direction, beta)
-    check_shape_of_logits(temperature, 0.0)
-    where = student_hidden.shape[:-1]
-    kind, teacher = teacher_of(
-        where,
-        len(student_weight),
-        student_hidden,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        teacher_logits=teacher_logits,
-        teacher_ids=teacher_ids,
-        teacher_log_probs=teacher_log_probs,
-    )
-    check_counting(labels, where, ignore_index, out_dtype)
-    if labels is not None:
-        check_devices(student_hidden, labels)
-        labels = labels.reshape(-1).long()
-    check_divisor(reduction, num_items, process_group)
-    student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, labels
-    given = {
-        "scalars": scalars,
-        "scale": 1.0 / temperature,
-        "student_first": direction == "reverse",
-        "one_read": one_read,
-        "ignore_index": int(ignore_index),
-        "chunk_bytes": chunk_bytes,
-        "kept_tokens": upper_bound(kept_tokens),
-    }
-    if group is None:
-        total = reduction != "none"
-        found = linear_distribution_rows(formula, student, kind, teacher, total=total, tail=tail, **given)
-    else:
-        found = sharded_distributions(formula, student, kind, teacher, name_of(group), **given)
-        found = found if reduction == "none" else found.sum()
-    if reduction == "mean":
-        counted = (
-            found.new_full((), where.numel()) if labels is None else (labels != ignore_index).sum().to(found.dtype)
-        )
-        found = mean_of(found, counted, num_items, process_group)
-    if temperature_squared:
-        found = found * temperature**2
-    found = found.to(out_dtype or compute_dtype(student_hidden.dtype))
-    return found.view(where) if reduction == "none" else found

@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 import transformers
 
+from triton_losses.head_checks import upper_bound
 from triton_losses.integrations.deferred_logits import Call, Options, Recorded
-from triton_losses.language import upper_bound
 from triton_losses.row_formulas import cross_entropy_formula
 
 VERSIONS = (4, 57), (6, 0)  # of transformers: from the first to below the second
