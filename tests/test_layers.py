@@ -28,6 +28,7 @@ CORE = {
     "device_math": 1,
     "threads": 1,
     "reduction": 1,
+    "dtensors": 1,
     "rows": 1,
     "launch": 1,
     "plan": 1,

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton_losses.core.collectives import Group
 from triton_losses.core.compiler import compute_dtype, runs_kernels
 from triton_losses.core.dispatch import aten_gathers, aten_serves
+from triton_losses.core.dtensors import Roles, has_dtensors, over_mesh
 from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, promoted, reduced, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.label_rows import label_rows
@@ -154,6 +155,14 @@ def weight_of(input, target, weight, ignore_index):
     return torch.where(kept, weight.to(wide)[torch.where(kept, labels, 0)], 0).sum()
 
 
+IN_CLASSES = Roles(logits=("input",), rows=("target",), shared=("weight",), images=True)
+
+
+def weight_of_call(given):
+    """The sum of the rows' weights of these arguments of cross_entropy."""
+    return weight_of(given["input"], given["target"], given.get("weight"), given["ignore_index"])
+
+
 def by_aten(name, input, target, weight, **options):
     """Call torch's function of that name, on a CPU, after our own checks, which raise our errors."""
     check_logits(input)
@@ -244,6 +253,12 @@ def cross_entropy(
     tensor(1.1269)
     """
     reduction = reduction_of(reduction, size_average, reduce)
+    if has_dtensors(input, target):
+        given: dict[str, Any] = {"input": input, "target": target, "weight": weight, "ignore_index": ignore_index}
+        given |= {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+        given |= {"temperature": temperature, "out_dtype": out_dtype, "num_items": num_items}
+        given |= {"process_group": process_group, "group": group, "vocab_start": vocab_start}
+        return over_mesh(cross_entropy, IN_CLASSES, weight_of_call, given)
     check_types(input, target, ignore_index)
     formula, scalars = cross_entropy_formula(label_smoothing, z_loss)
     check_shape_of_logits(temperature, softcap)
@@ -252,19 +267,19 @@ def cross_entropy(
     if out_dtype not in (None, *DTYPES):
         raise TypeError(f"out_dtype must be one of {DTYPES}, got {out_dtype!r}")
     check_divisor(reduction, num_items, process_group)
-    shaping: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "temperature": temperature}
+    options: dict[str, Any]
     if group is not None:
-        given = {"ignore_index": int(ignore_index), "softcap": float(softcap), "scale": 1.0 / temperature}
-        losses, weights = by_shards(formula, scalars, input, target, weight, group, vocab_start, **given)
+        options = {"ignore_index": int(ignore_index), "softcap": float(softcap), "scale": 1.0 / temperature}
+        losses, weights = by_shards(formula, scalars, input, target, weight, group, vocab_start, **options)
         dtype = out_dtype or result_dtype(input)
         if reduction == "mean":
             return mean_of(losses.sum(), weights.sum(), num_items, process_group).to(dtype)
-        losses = reduced(losses, reduction, dtype)
-        return losses if reduction == "sum" else losses.view(target.shape)
+        return reduced(losses, reduction, dtype).view(() if reduction == "sum" else target.shape)
     if num_items is not None or process_group is not None:
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum", **shaping}
-        more: dict[str, Any] = {"gradient_in_forward": gradient_in_forward, "overwrite": overwrite}
-        total = cross_entropy(input, target, weight, **options, **more, out_dtype=compute_dtype(input.dtype))
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        options |= {"softcap": softcap, "temperature": temperature, "reduction": "sum"}
+        options |= {"gradient_in_forward": gradient_in_forward, "overwrite": overwrite}
+        total = cross_entropy(input, target, weight, **options, out_dtype=compute_dtype(input.dtype))
         items = weight_of(input, target, weight, ignore_index)
         return mean_of(total, items, num_items, process_group).to(out_dtype or result_dtype(input))
     if target.is_floating_point() or target.shape == input.shape:

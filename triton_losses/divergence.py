@@ -9,12 +9,13 @@ from torch import Tensor
 from triton_losses.core.collectives import Group, name_of
 from triton_losses.core.compiler import compute_dtype, tl
 from triton_losses.core.device_math import exp
+from triton_losses.core.dtensors import for_dtensors
 from triton_losses.core.formula import formula
 from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, promoted, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.sharded_distributions import sharded_distributions
-from triton_losses.row_formulas import check_counting, divergence_formula
+from triton_losses.row_formulas import check_counting, divergence_formula, rows_that_count
 
 
 @formula
@@ -69,6 +70,7 @@ def kl_div(
     return (total / input.shape[0] if input.dim() else total).to(dtype)  # only this rounds to the dtype
 
 
+@for_dtensors(rows_that_count, logits=("student_logits", "teacher_logits"), rows=("labels",))
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from triton_losses.core.collectives import Group
 from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.dtensors import for_dtensors
 from triton_losses.core.reduction import check_divisor, mean_of, reduction_of
 from triton_losses.families.label_rows import label_rows, row_statistics
 from triton_losses.families.linear_rows import linear_rows
@@ -28,6 +29,24 @@ def next_tokens(target, ignore_index):
     return torch.cat([target[..., 1:], torch.full_like(target[..., :1], ignore_index)], -1)
 
 
+def weight_of_tokens(given):
+    """The sum of the tokens' weights, from the arguments of linear_cross_entropy."""
+    target, weight, ignore_index = (given.get(name) for name in ("target", "weight", "ignore_index"))
+    ignore_index = -100 if ignore_index is None else ignore_index
+    labels = next_tokens(target, ignore_index) if given.get("shift") else target.long()
+    kept, dtype = labels != ignore_index, compute_dtype(given["input"].dtype)
+    weights = kept.to(dtype) if weight is None else torch.where(kept, weight.to(dtype)[torch.where(kept, labels, 0)], 0)
+    factors = given.get("token_weights")
+    return (weights if factors is None else weights * factors).sum()
+
+
+@for_dtensors(
+    weight_of_tokens,
+    hidden=("input",),
+    rows=("target", "token_weights"),
+    heads=("linear_weight", "linear_bias"),
+    shared=("weight",),
+)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -154,6 +173,7 @@ def stats_of(found, target):
     return TokenStats(*(value.view(target.shape) for value in stats))
 
 
+@for_dtensors(None, hidden=("input",), rows=("target",), heads=("linear_weight", "linear_bias"))
 def linear_log_probs(
     input: Tensor,
     linear_weight: Tensor,

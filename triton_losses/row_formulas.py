@@ -7,7 +7,7 @@ import numbers
 
 import torch
 
-from triton_losses.core.compiler import tl
+from triton_losses.core.compiler import compute_dtype, tl
 from triton_losses.core.device_math import (
     at_least_tiny,
     exact_exp,
@@ -148,6 +148,15 @@ def check_counting(labels, shape, ignore_index, out_dtype):
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         if labels.shape != shape:
             raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+
+
+def rows_that_count(given):
+    """How many rows do not have the label ignore_index, from a distillation's arguments by name."""
+    first = given.get("student_logits", given.get("student_hidden"))
+    labels, wide = given.get("labels"), compute_dtype(first.dtype)
+    if labels is None:
+        return first.new_full((), first.shape[:-1].numel(), dtype=wide)
+    return (labels != given.get("ignore_index", -100)).sum().to(wide)
 
 
 @formula

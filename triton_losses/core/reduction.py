@@ -1,10 +1,11 @@
 """Reductions of losses (none, sum, mean) with torch's names and its older flags, and the dtypes of the results."""
 
 import functools
+import numbers
 
 import torch
 
-from triton_losses.core.collectives import all_reduce, name_of, size_of
+from triton_losses.core.collectives import name_of, reduce_with_grad, size_of
 
 REDUCTIONS = ("none", "mean", "sum")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -87,10 +88,12 @@ def mean_of(total, weight, num_items=None, process_group=None):
     num_items: divide by it instead. process_group: divide by the mean of the weights of all processes of the group, so
     that the mean of all their results is that of all their rows.
     """
-    if num_items is not None:
+    if isinstance(num_items, numbers.Number):
         return total / num_items
+    if num_items is not None:
+        weight = num_items
     if process_group is not None:
         name = name_of(process_group)
-        weight = all_reduce(weight.detach(), name) / size_of(name)
+        weight = reduce_with_grad(weight, name) / size_of(name)
     nothing = weight == 0
     return torch.where(nothing, (total / weight).detach(), total / torch.where(nothing, 1, weight))
