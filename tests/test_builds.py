@@ -17,6 +17,7 @@ from bench.offline_build import TARGETS, building
 from reference.cases import CASES
 from reference.cases.classification import logits_and_probabilities
 from triton_losses import functional
+from triton_losses.families import sharded_rows
 
 pytestmark = [
     pytest.mark.not_interpreted,
@@ -91,6 +92,17 @@ def head_statistics(dtype, columns, rows=3):
     functional.linear_cross_entropy(
         hidden, weight, torch.zeros(rows, dtype=torch.int64), softcap=3.0, z_loss=0.1, return_stats=True
     )
+
+
+def part_of_classes(dtype, columns, problem, rows=3):
+    """A process' shard of the classes, weighted, as families/sharded_rows.py reads it."""
+    tensors = [torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, dtype=torch.int64), None]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if problem.mean:
+        tensors[2] = torch.ones(columns, dtype=wide)
+    _, saved, _ = sharded_rows.sharded_rows_forward(tensors, problem)
+    operands = [torch.zeros(rows, dtype=wide) for _ in range(3 if problem.mean or problem.entropy else 2)]
+    sharded_rows.sharded_rows_backward(tensors, saved, operands, problem)
 
 
 def ctc(dtype, labels, classes=1001, samples=3):
@@ -171,6 +183,16 @@ def test_entropies_and_gradients_in_place_build_without_spills(columns, dtype, n
     forward_and_backward(name, entropy, dtype, columns)
     forward_and_backward(name, head_entropy, dtype, columns)
     forward_and_backward(name, head_statistics, dtype, columns, passes=("both",))
+
+
+PARTS = ({}, {"mean": True}, {"entropy": True, "softcap": 3.0}, {"scale": 0.7, "likeliest": True})
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("options", PARTS, ids=str)
+@pytest.mark.parametrize("columns, dtype", [(1001, torch.float64), (32064, torch.bfloat16), (32000, torch.float32)])
+def test_a_part_of_the_classes_builds_without_spills(columns, dtype, options, name):
+    forward_and_backward(name, part_of_classes, dtype, columns, sharded_rows.Problem(**options))
 
 
 @pytest.mark.parametrize("name", TARGETS)

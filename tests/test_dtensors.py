@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
     pytest.mark.not_interpreted,
 ]
-# a torch that accumulates the gradient of columns in uneven shards replicated, whatever the loss
+# this torch accumulates the gradient that to_local returns replicated, where columns are in uneven shards
 OLD = torch.__version__ < "2.13"
 CLASSES, FEATURES = 11, 6
 SHAPE = (4, 6)
