@@ -99,6 +99,6 @@ def test_two_lines_do_all_the_set_up():
 
 def test_the_examples_run_one_after_another():
     examples = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-    assert len(examples) == 4  # one more, indented, shows how a loss is written
+    assert len(examples) == 5  # one more, indented, shows how a loss is written
     # the one that needs transformers is fenced as "py": test_transformers.py runs it
     subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=ROOT, check=True)
