@@ -366,3 +366,39 @@ def one_collective(rank, size):
 @not_interpreted
 def test_one_collective():
     run(2, one_collective)
+
+
+def as_in_training(rank, size, name):
+    """Options that a training loop uses, of hidden states in bfloat16, or float32 under autocast."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(3, 5, FEATURES, generator=generator)
+    weight = torch.randn(20, FEATURES, generator=generator)
+    labels = torch.randint(20, (3, 5), generator=generator)
+    labels[1, 1:] = -100
+    options = {"shift": True, "token_weights": torch.rand(3, 5, generator=generator), "chunk_bytes": 100}
+    start, end = split(20, size)[rank]
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    whole, own = leaves(hidden.to(dtype), weight.to(dtype)), leaves(hidden.to(dtype), weight[start:end].to(dtype))
+    if name == "frozen head":
+        whole[1].requires_grad_(False)
+        own[1].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+        expected = linear_cross_entropy(*whole, labels, **options)
+        found = linear_cross_entropy(*own, labels, **options, group=dist.group.WORLD)
+    for loss in (expected, found):
+        (loss * 3).backward(retain_graph=True)
+        loss.backward()  # a second backward adds up
+    bits = {} if name == "frozen head" else {"rtol": 2e-2, "atol": 2e-2}
+    same(found, expected, **({"rtol": 1e-5, "atol": 1e-6} if bits else {}))
+    same(own[0].grad, whole[0].grad, **bits)
+    assert own[0].grad.dtype == dtype
+    if name == "frozen head":
+        assert own[1].grad is None
+    else:
+        same(own[1].grad, whole[1].grad[start:end], **bits)
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", ["bfloat16", "autocast", "frozen head"])
+def test_a_head_in_training(name):
+    run(2, as_in_training, name)
