@@ -282,6 +282,11 @@ def wrong(rank, size, name):
         with pytest.raises(IndexError, match="Target of row 3 is out of bounds"):
             labels[3] = -1
             cross_entropy(own, labels, group=group)
+    elif name == "weights of a shard":
+        with pytest.raises(
+            RuntimeError, match=r"weight must have shape \(20,\), of all processes' classes, got \(10,\)"
+        ):
+            cross_entropy(own, labels, torch.ones(10, dtype=own.dtype), group=group)
     elif name == "probabilities":
         with pytest.raises(NotImplementedError, match="target must hold class indices"):
             cross_entropy(own, own.softmax(1), group=group)
@@ -298,7 +303,8 @@ def wrong(rank, size, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["overlap", "gap", "no class", "negative", "probabilities", "images", "twice", "group"]
+    "name",
+    ["overlap", "gap", "no class", "negative", "weights of a shard", "probabilities", "images", "twice", "group"],
 )
 def test_what_is_wrong_raises_on_every_process(name):
     run(2, wrong, name)

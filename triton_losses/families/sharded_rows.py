@@ -105,6 +105,7 @@ class Own(NamedTuple):
     kept: torch.Tensor  # whether the row counts
     classes: int
     weights: torch.Tensor | None  # of the shard's classes; None if the formula takes none, or all are 1
+    weighed: int | None  # how many classes have a weight; None: all have weight 1
 
 
 def own_part(labels, class_weights, classes, call, dtype):
@@ -115,7 +116,7 @@ def own_part(labels, class_weights, classes, call, dtype):
     weights = None
     if class_weights is not None and call.problem.mean:
         weights = class_weights[call.shard.start : call.shard.start + classes].to(dtype).contiguous()
-    return Own(columns, found, kept, classes, weights)
+    return Own(columns, found, kept, classes, weights, None if class_weights is None else len(class_weights))
 
 
 class Whole(NamedTuple):
@@ -133,7 +134,7 @@ class Whole(NamedTuple):
 
 def combined(log_p, saved, best, own, call):
     """Exchange what each process found in its shard (one all-gather), and put whole rows' statistics together."""
-    (problem, shard, *_), (_, found, kept, classes, weights) = call, own
+    (problem, shard, *_), (_, found, kept, classes, weights, _) = call, own
     weight_sum = None if weights is None else weights.sum()
     top, log_total, mean, entropy = saved
     nothing = (top == -torch.inf) | (log_total == -torch.inf)  # all of the shard's logits are -inf
@@ -150,7 +151,7 @@ def combined(log_p, saved, best, own, call):
     everyone = all_gather(torch.cat([torch.stack(told), torch.stack(layout)[:, None]], 1), shard.group)
     tops, log_totals, log_ps, *others = everyone[:, :, :-1].unbind(1)
     starts, sizes, weight_sums = everyone[:, :3, -1].unbind(1)
-    check_layout(starts, sizes, log_ps, kept)
+    check_layout(starts, sizes, log_ps, own)
     count = sizes.sum()
     highest = tops.amax(0)
     masses = torch.where(tops == -torch.inf, 0, torch.exp(tops - highest + log_totals))  # nan if highest is infinite
@@ -181,20 +182,26 @@ def combined(log_p, saved, best, own, call):
     return Whole(log_p, mean_log_p, lse, entropies, likeliest, saved, share, rest)
 
 
-def check_layout(starts, sizes, log_ps, kept):
-    """Check on every process that the shards follow one another, and that each label is in one of them."""
+def check_layout(starts, sizes, log_ps, own):
+    """Check that the shards follow one another, that each label is in one, and that each class has a weight."""
     follows = starts == sizes.cumsum(0) - sizes
     owners = (log_ps != ELSEWHERE).sum(0)
-    valid = (owners == 1) | ~kept
+    valid = (owners == 1) | ~own.kept
     if torch.compiler.is_compiling() or starts.device.type != "cpu":
         torch._assert_async(follows.all())
         torch._assert_async(valid.all())
+        if own.weighed is not None:
+            torch._assert_async(sizes.sum() == own.weighed)
         return
     if not follows.all():
         found = [(int(start), int(size)) for start, size in zip(starts, sizes)]
         raise ValueError(
             "the shards of the classes must follow one another in the order of the ranks: "
             f"(vocab_start, classes) are {found}"
+        )
+    if own.weighed is not None and int(sizes.sum()) != own.weighed:
+        raise RuntimeError(
+            f"weight must have shape ({int(sizes.sum())},), of all processes' classes, got ({own.weighed},)"
         )
     if not valid.all():
         raise IndexError(
