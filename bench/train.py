@@ -32,33 +32,45 @@ EXPLANATION = (
 )
 
 
-def curve(task, losses, device):
-    """The loss and the seconds of every step, and the peak memory of one forward and backward."""
-    model = copy.deepcopy(task.model)
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
-    values, seconds = [], []
-    for batch in task.batches:
+class Run:
+    """A copy of a task's model in training by one provider's losses: the loss and the seconds of every step."""
+
+    def __init__(self, task, losses):
+        self.task, self.losses, self.model = task, losses, copy.deepcopy(task.model)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=2e-3)
+        self.values, self.seconds = [], []
+
+    def loss(self, batch):
+        return self.task.loss(self.losses, self.model, *batch)
+
+    def step(self, batch):
         start = time.perf_counter()
-        optimiser.zero_grad()
-        loss = task.loss(losses, model, *batch)
+        self.optimiser.zero_grad()
+        loss = self.loss(batch)
         loss.backward()
-        optimiser.step()
-        values.append(loss.item())  # waits for the GPU
-        seconds.append(time.perf_counter() - start)
-    optimiser.zero_grad()
-    peak = peak_bytes(lambda: lambda: task.loss(losses, model, *task.batches[0]).backward(), device)
-    return values, seconds, peak
+        self.optimiser.step()
+        self.values.append(loss.item())  # waits for the GPU
+        self.seconds.append(time.perf_counter() - start)
+
+    def peak(self, device):
+        """The peak memory of one forward and backward."""
+        self.optimiser.zero_grad()
+        return peak_bytes(lambda: lambda: self.loss(self.task.batches[0]).backward(), device)
 
 
 def table(names, device, steps=40):
-    """A frame of every step's loss and time, by task and provider."""
+    """A frame of every step's loss and time, by task and provider; the providers take turns, step by step."""
     frames = []
     for name in names:
         torch.manual_seed(0)
         task = TASKS[name][1](steps, device)
-        for provider, losses in LOSSES.items():
-            values, seconds, peak = curve(task, losses, device)
-            steps_of = {"step": range(steps), "loss": values, "ms": [s * 1e3 for s in seconds], "peak_mb": peak / 1e6}
+        runs = {provider: Run(task, losses) for provider, losses in LOSSES.items()}
+        for batch in task.batches:
+            for run in runs.values():
+                run.step(batch)
+        for provider, run in runs.items():
+            times, peak = [s * 1e3 for s in run.seconds], run.peak(device) / 1e6
+            steps_of = {"step": range(steps), "loss": run.values, "ms": times, "peak_mb": peak}
             frames.append(pandas.DataFrame({"task": name, "provider": provider, **steps_of}))
     return pandas.concat(frames, ignore_index=True)
 
