@@ -42,8 +42,9 @@ class LanguageModel(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, tokens):
-        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT, device=tokens.device)
-        hidden = self.norm(self.layers(self.embedding(tokens) + self.places, mask=mask, is_causal=True))
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=tokens.device)
+        placed = self.embedding(tokens) + self.places[: tokens.shape[1]]
+        hidden = self.norm(self.layers(placed, mask=mask, is_causal=True))
         return hidden, self.embedding.weight
 
 
@@ -109,19 +110,19 @@ def preference(steps, device):
 @torch.no_grad()
 def sampled(model, prompts):
     """Prompts (rows, CONTEXT + 1 - ANSWER) with the answers that the model samples."""
-    tokens = torch.nn.functional.pad(prompts, (0, ANSWER))
-    for place in range(CONTEXT + 1 - ANSWER, CONTEXT + 1):
-        hidden, weight = model(tokens[:, :-1])
-        chances = (hidden[:, place - 1] @ weight.T).softmax(-1)
-        tokens[:, place] = torch.multinomial(chances, 1)[:, 0]
+    tokens = prompts
+    for _ in range(ANSWER):
+        hidden, weight = model(tokens)
+        chances = (hidden[:, -1] @ weight.T).softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(chances, 1)], 1)
     return tokens
 
 
 def policy(steps, device):
     """GRPO: of the answers to a prompt, those with more letters than the others are better."""
     model, batches = LanguageModel().to(device), []
-    for rows in sequences(SAMPLED, 2).to(device):
-        tokens = sampled(model, rows[:, :-ANSWER].repeat_interleave(BATCH // 2, 0))
+    prompts = sequences(SAMPLED, 2)[:, :, :-ANSWER].to(device).flatten(0, 1)
+    for tokens in sampled(model, prompts.repeat_interleave(BATCH // 2, 0)).view(SAMPLED, BATCH, -1):
         characters = torch.stack([tokens[:, -ANSWER:] // 256, tokens[:, -ANSWER:] % 256])
         letters = ((characters | 32) >= ord("a")) & ((characters | 32) <= ord("z"))
         rewards = letters.float().mean((0, 2)).view(2, -1)
