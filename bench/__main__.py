@@ -3,7 +3,7 @@
 host      what a call costs the host; no GPU is needed
 build     what the compiler says of the kernels; no GPU is needed
 memory    the heads' peak memory as the vocabulary grows
-train     [lm] [seg]: short training runs with our losses and with plain ones
+train     [lm] [seg] [dpo] [grpo]: short training runs with our losses and with plain ones
 curves    values and gradients of losses, as a picture
 compare   BEFORE.csv AFTER.csv: what got faster or slower between two results of this command
 """
@@ -98,7 +98,7 @@ def memory(timed, device, out, load_before, parser):
 
 def training(names, device, out, load_before, parser):
     if unknown := set(names) - set(train.TASKS):
-        parser.error(f"train takes {' and '.join(train.TASKS)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"train takes {', '.join(train.TASKS)}, got {', '.join(sorted(unknown))}")
     frame, lines = train.table(names or train.TASKS, device), conditions(device, load_before)
     train.write(frame, lines, out)
     print(*lines, "", train.EXPLANATION, train.summary(frame).to_string(), f"\nWritten to {out}{os.sep}", sep="\n")

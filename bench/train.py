@@ -1,147 +1,76 @@
-"""Short training runs with our losses and with plain PyTorch's: ``python -m bench train [lm] [seg]``.
+"""Short training runs with our losses and with plain PyTorch's: ``python -m bench train [lm] [seg] [dpo] [grpo]``.
 
-lm   a small transformer on the documentation strings of Python's standard library; a token is two bytes
-seg  a small convolutional network on drawn shapes: discs and squares in noise
+lm    a small transformer on the documentation strings of Python's standard library; a token is two bytes
+seg   a small convolutional network on drawn shapes: discs and squares in noise
+dpo   that transformer, to prefer the text as it goes on, by log-probabilities of its hidden states
+grpo  that transformer, by answers that it sampled and rewards for the letters in them, likewise
 
 Both losses meet the same model, the same batches and the same optimiser, so their curves should lie on one another.
+The plain way to log-probabilities is all logits, their log_softmax, and a gather.
 """
 
-import ast
 import copy
 import itertools
 import statistics
-import sysconfig
 import time
-from pathlib import Path
-from typing import NamedTuple
 
 import pandas
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 import reference.losses
 from bench.memory import peak_bytes
 from bench.picture import COLOURS, FAINT, GRID, INK
+from bench.training_tasks import TASKS
 from triton_losses import functional
 
-TASKS = ("lm", "seg")
 LOSSES = {"triton_losses": functional, "eager": reference.losses}
 RESULTS, PICTURE = "train.csv", "train.png"
 EXPLANATION = (
     "Median ms of a step, optimiser included; peak MB of one forward and backward, with the gradients; the loss in the "
     "last tenth of the steps, and the largest difference of the two curves."
 )
-TEXT = 400_000  # bytes
-BATCH, CONTEXT, TOKENS, WIDTH = 8, 64, 1 << 16, 64
-SIDE, SHAPES = 64, 4
 
 
-class Task(NamedTuple):
-    model: nn.Module
-    batches: list
-    loss: str
-    options: dict
+class Run:
+    """A copy of a task's model in training by one provider's losses: the loss and the seconds of every step."""
 
+    def __init__(self, task, losses):
+        self.task, self.losses, self.model = task, losses, copy.deepcopy(task.model)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=2e-3)
+        self.values, self.seconds = [], []
 
-class LanguageModel(nn.Module):
-    """Hidden states of a causal transformer; the head's weight is that of the embedding."""
+    def loss(self, batch):
+        return self.task.loss(self.losses, self.model, *batch)
 
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(TOKENS, WIDTH)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.places = nn.Parameter(torch.randn(CONTEXT, WIDTH) * 0.02)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, tokens):
-        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT, device=tokens.device)
-        hidden = self.norm(self.layers(self.embedding(tokens) + self.places, mask=mask, is_causal=True))
-        return hidden.flatten(0, 1), self.embedding.weight
-
-
-def text():
-    """Documentation strings of the standard library, 400 kB, read from its source."""
-    found, size = [], 0
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            if documented and (words := ast.get_docstring(node)):
-                found.append(words.encode())
-                size += len(found[-1])
-        if size > TEXT:
-            break
-    return b"\n\n".join(found)[:TEXT]
-
-
-def language(steps, device):
-    """Tokens of two bytes, and for each the next one as its label."""
-    numbers = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
-    tokens = numbers[: len(numbers) // 2 * 2].view(-1, 2) @ torch.tensor([256, 1])
-    starts = torch.randint(len(tokens) - CONTEXT, (steps, BATCH))
-    rows = tokens[starts[:, :, None] + torch.arange(CONTEXT + 1)].to(device)
-    batches = [((row[:, :-1],), row[:, 1:].flatten()) for row in rows]
-    return Task(LanguageModel().to(device), batches, "linear_cross_entropy", {})
-
-
-def drawing():
-    """An image (1, SIDE, SIDE) of noise with a disc, a square and a frame in it, and which of them each pixel shows."""
-    y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    labels = torch.zeros(SIDE, SIDE, dtype=torch.int64)
-    for shape in range(1, SHAPES):
-        (a, b), r = torch.randint(8, SIDE - 8, (2,)), torch.randint(5, 12, ())
-        far = torch.maximum((y - a).abs(), (x - b).abs())
-        inside = ((y - a) ** 2 + (x - b) ** 2 <= r * r, far <= r, (far <= r) & (far > r - 3))[shape - 1]
-        labels[inside] = shape
-    return (labels / SHAPES + 0.15 * torch.randn(SIDE, SIDE))[None], labels
-
-
-def segmentation(steps, device):
-    layers = [nn.Conv2d(1, 16, 5, padding=2), nn.ReLU()]
-    for _ in range(2):
-        layers += [nn.Conv2d(16, 16, 5, padding=2), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Conv2d(16, SHAPES, 1)).to(device)
-    batches = []
-    for _ in range(steps):
-        images, labels = zip(*(drawing() for _ in range(BATCH)))
-        batches.append(((torch.stack(images).to(device),), torch.stack(labels).to(device)))
-    return Task(model, batches, "dice_ce_loss", {"softmax": True})
-
-
-def curve(task, losses, device):
-    """The loss and the seconds of every step, and the peak memory of one forward and backward."""
-    model, function = copy.deepcopy(task.model), getattr(losses, task.loss)
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
-
-    def loss_of(inputs, labels):
-        found = model(*inputs)
-        return function(*(found if isinstance(found, tuple) else (found,)), labels, **task.options)
-
-    values, seconds = [], []
-    for inputs, labels in task.batches:
+    def step(self, batch):
         start = time.perf_counter()
-        optimiser.zero_grad()
-        loss = loss_of(inputs, labels)
+        self.optimiser.zero_grad()
+        loss = self.loss(batch)
         loss.backward()
-        optimiser.step()
-        values.append(loss.item())  # waits for the GPU
-        seconds.append(time.perf_counter() - start)
-    optimiser.zero_grad()
-    peak = peak_bytes(lambda: lambda: loss_of(*task.batches[0]).backward(), device)
-    return values, seconds, peak
+        self.optimiser.step()
+        self.values.append(loss.item())  # waits for the GPU
+        self.seconds.append(time.perf_counter() - start)
+
+    def peak(self, device):
+        """The peak memory of one forward and backward."""
+        self.optimiser.zero_grad()
+        return peak_bytes(lambda: lambda: self.loss(self.task.batches[0]).backward(), device)
 
 
 def table(names, device, steps=40):
-    """A frame of every step's loss and time, by task and provider."""
+    """A frame of every step's loss and time, by task and provider; the providers take turns, step by step."""
     frames = []
     for name in names:
         torch.manual_seed(0)
-        task = {"lm": language, "seg": segmentation}[name](steps, device)
-        for provider, losses in LOSSES.items():
-            values, seconds, peak = curve(task, losses, device)
-            steps_of = {"step": range(steps), "loss": values, "ms": [s * 1e3 for s in seconds], "peak_mb": peak / 1e6}
+        task = TASKS[name][1](steps, device)
+        runs = {provider: Run(task, losses) for provider, losses in LOSSES.items()}
+        for batch in task.batches:
+            for run in runs.values():
+                run.step(batch)
+        for provider, run in runs.items():
+            times, peak = [s * 1e3 for s in run.seconds], run.peak(device) / 1e6
+            steps_of = {"step": range(steps), "loss": run.values, "ms": times, "peak_mb": peak}
             frames.append(pandas.DataFrame({"task": name, "provider": provider, **steps_of}))
     return pandas.concat(frames, ignore_index=True)
 
@@ -162,14 +91,19 @@ def summary(frame):
 
 def draw(frame, lines, path):
     tasks = list(dict.fromkeys(frame["task"]))
-    figure = Figure(figsize=(4.4 * len(tasks), 3.4), dpi=130, facecolor="white", layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+    columns = min(len(tasks), 2)
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.1 * rows + 0.3), dpi=130, facecolor="white", layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for empty in panels[len(tasks) :]:
+        empty.remove()
+    for axes, task in zip(panels, tasks):
         ours = zip(LOSSES, (COLOURS[0], COLOURS[3]), (4.0, 1.2), itertools.count(1))
         for provider, colour, width, order in ours:
             steps = frame[(frame["task"] == task) & (frame["provider"] == provider)]
             label = f"{provider}: {steps['ms'].median():.3g} ms a step, {steps['peak_mb'].iloc[0]:.3g} MB"
             axes.plot(steps["step"], steps["loss"], color=colour, linewidth=width, label=label, zorder=order + 1)
-        axes.set_title({"lm": "language model", "seg": "segmentation"}[task], fontsize=9, color=INK, loc="left")
+        axes.set_title(TASKS[task][0], fontsize=9, color=INK, loc="left")
         axes.set_xlabel("step", fontsize=8, color=FAINT)
         axes.tick_params(labelsize=8, labelcolor=FAINT, length=0)
         axes.grid(color=GRID, linewidth=0.8)

@@ -1,5 +1,6 @@
 """The README says what is true: its table of losses, its numbers, its commands, its example."""
 
+import csv
 import inspect
 import pathlib
 import re
@@ -87,6 +88,14 @@ def test_the_conditions_in_the_readme_are_those_of_the_report(part):
     assert conditions in section("speed") and f"]({REPORTS[part]})" in section(part)
 
 
+def test_the_peaks_of_preference_training_are_those_of_the_committed_runs():
+    with (ROOT / "bench/results/cpu/train.csv").open() as file:
+        peaks = {(row["task"], row["provider"]): float(row["peak_mb"]) for row in csv.DictReader(file)}
+    said = re.search(r"DPO or GRPO peaks at ([\d.]+) MB with ours\s+and at ([\d.]+) MB the plain way", README).groups()
+    for task in ("dpo", "grpo"):
+        assert said == tuple(f"{peaks[task, provider]:.3g}" for provider in ("triton_losses", "eager"))
+
+
 def test_pictures_and_files_that_the_readme_names_exist():
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name
@@ -99,6 +108,6 @@ def test_two_lines_do_all_the_set_up():
 
 def test_the_examples_run_one_after_another():
     examples = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-    assert len(examples) == 5  # one more, indented, shows how a loss is written
-    # the one that needs transformers is fenced as "py": test_transformers.py runs it
+    assert len(examples) == 7  # one more, indented, shows how a loss is written
+    # fenced as "py": test_transformers.py and test_segmentation_libraries.py run those, where they can
     subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=ROOT, check=True)

@@ -10,7 +10,7 @@ from triton_losses.core.compiler import tl
 from triton_losses.core.device_math import at_least, log1p, quotient, relu, sigmoid, softplus, step
 from triton_losses.core.formula import formula
 from triton_losses.core.op import readable
-from triton_losses.core.reduction import promoted, reduction_of, result_dtype
+from triton_losses.core.reduction import promoted, reduction_of, result_dtype, under_autocast
 from triton_losses.core.threads import elements, share
 from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
 from triton_losses.families.elementwise import elementwise
@@ -203,7 +203,7 @@ def binary_cross_entropy(
     if not input.is_floating_point():
         raise NotImplementedError(f"input must be floating-point, got {input.dtype}")
     check_broadcasts_into(input, weight=weight)
-    if target.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if target.dtype != input.dtype and not under_autocast(input):
         raise RuntimeError(f"target must have the input's dtype {input.dtype}, got {target.dtype}")
     if weight is not None and weight.requires_grad:
         raise RuntimeError(

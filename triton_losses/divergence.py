@@ -157,6 +157,6 @@ def distillation_loss(
             chosen, (q, None, None, labels), "logits", [p], name_of(group), **options
         )
     if reduction == "mean":
-        counted = losses.new_full((), len(q)) if labels is None else (labels != ignore_index).sum().to(losses.dtype)
+        counted = losses.new_full((), q.shape[0]) if labels is None else (labels != ignore_index).sum().to(losses.dtype)
         return mean_of(losses.sum(), counted, num_items, process_group).to(dtype)
     return losses.sum().to(dtype) if reduction == "sum" else losses.to(dtype).view(student_logits.shape[:-1])

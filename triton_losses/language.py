@@ -133,7 +133,7 @@ def linear_cross_entropy(
         "stats": return_stats,
     }
     if group is not None:
-        shard = shard_of(group, vocab_start, len(linear_weight))
+        shard = shard_of(group, vocab_start, linear_weight.shape[0])
         found = sharded_rows(formula, tensors, shard, **given)
         total = (found.losses if factors is None else found.losses * factors).sum()
     else:
@@ -212,7 +212,7 @@ def linear_log_probs(
         "kept_tokens": upper_bound(kept_tokens),
     }
     if group is not None:
-        shard = shard_of(group, vocab_start, len(linear_weight))
+        shard = shard_of(group, vocab_start, linear_weight.shape[0])
         found = sharded_rows(formula, tensors, shard, **given)
     else:
         found = linear_rows(formula, tensors, **given)

@@ -1,5 +1,7 @@
 """Distillation through the head: a student's hidden states and weight, and a teacher's, without all of their logits."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def teacher_of(where, classes, device_of, **given):
     if kind == "products":
         hidden, weight, *bias = tensors
         check_product(hidden, weight, bias[0] if bias else None, TEACHERS[kind])
-        check_classes(classes, len(weight))
+        check_classes(classes, weight.shape[0])
         return kind, [hidden.reshape(-1, hidden.shape[-1]), weight, *bias]
     if kind == "logits":
         check_classes(classes, tensors[0].shape[-1])
@@ -132,7 +134,7 @@ def linear_distillation_loss(
     where = student_hidden.shape[:-1]
     kind, teacher = teacher_of(
         where,
-        len(student_weight),
+        student_weight.shape[0],
         student_hidden,
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
@@ -164,7 +166,7 @@ def linear_distillation_loss(
         found = found if reduction == "none" else found.sum()
     if reduction == "mean":
         counted = (
-            found.new_full((), where.numel()) if labels is None else (labels != ignore_index).sum().to(found.dtype)
+            found.new_full((), math.prod(where)) if labels is None else (labels != ignore_index).sum().to(found.dtype)
         )
         found = mean_of(found, counted, num_items, process_group)
     if temperature_squared:

@@ -35,7 +35,7 @@ def of_hinge(x, target, groups, ignore_index):
     wanted = (t == 1) & kept
     # ignored pixels sort to the end and cost 0
     errors = torch.where(kept, 1 - x * (2 * t.to(x.dtype) - 1), -float("inf"))
-    size = x[:1].numel() * (len(x) // max(groups, 1))
+    size = x[:1].numel() * (x.shape[0] // max(groups, 1))
     return extension(errors.reshape(groups, size), wanted.reshape(groups, size).long())[0]
 
 
@@ -104,7 +104,7 @@ def lovasz_loss(
     check_image(input, target, False)
     ignore_index = ignorable(ignore_index, target)
     x = input.to(compute_dtype(input.dtype))
-    groups = len(input) if per_image else min(len(input), 1)
+    groups = input.shape[0] if per_image else min(input.shape[0], 1)
     if mode == "hinge":
         losses = of_hinge(x, target, groups, ignore_index)
     else:

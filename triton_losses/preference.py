@@ -384,6 +384,5 @@ def grpo_loss(
         return (losses.sum(-1) / lengths).mean()
     if loss_type == "dr_grpo":
         return losses.sum() / (losses.shape[0] * max_completion_length)  # type: ignore[operator] # checked above
-    own = loss_type == "bnpo" or num_items_in_batch is None
-    tokens = counted.sum() if own else torch.as_tensor(num_items_in_batch)
-    return losses.sum() / tokens.clamp(min=1)
+    tokens = counted.sum() if loss_type == "bnpo" or num_items_in_batch is None else num_items_in_batch
+    return losses.sum() / (tokens.clamp(min=1) if isinstance(tokens, torch.Tensor) else max(tokens, 1))

@@ -8,11 +8,16 @@ from triton_losses.modules import Loss
 SMP_MODES = {"binary": {"sigmoid": True}, "multilabel": {"sigmoid": True}, "multiclass": {"softmax": True}}
 
 
+def as_tensor(values):
+    """A tensor of the values; a tensor stays where it is, while torch.as_tensor moves it to the default device."""
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values)
+
+
 class RegionLoss(Loss):
     """A loss of regions. Its weight may be given as numbers too, and becomes a buffer of the module."""
 
     def register_buffer(self, name, tensor, persistent=True):
-        super().register_buffer(name, tensor if tensor is None else torch.as_tensor(tensor), persistent)
+        super().register_buffer(name, tensor if tensor is None else as_tensor(tensor), persistent)
 
 
 def smp_options(mode, classes, log_loss, from_logits, smooth, ignore_index, class_weights):
@@ -24,7 +29,7 @@ def smp_options(mode, classes, log_loss, from_logits, smooth, ignore_index, clas
             f'classes and class_weights are not supported with mode="binary", got {classes} and {class_weights}'
         )
     if class_weights is not None:  # smp takes a weighted mean; our weights are a factor of each class
-        weights = torch.as_tensor(class_weights, dtype=torch.float32)
+        weights = as_tensor(class_weights).to(torch.float32)
         weights = weights if classes is None else weights[list(classes)]
         class_weights = weights * (len(weights) / weights.sum())
     activation = SMP_MODES[mode] if from_logits else {}

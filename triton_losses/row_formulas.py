@@ -3,6 +3,7 @@
 Several modules share them: classification and divergence for logits, language for hidden states.
 """
 
+import math
 import numbers
 
 import torch
@@ -155,7 +156,7 @@ def rows_that_count(given):
     first = given.get("student_logits", given.get("student_hidden"))
     labels, wide = given.get("labels"), compute_dtype(first.dtype)
     if labels is None:
-        return first.new_full((), first.shape[:-1].numel(), dtype=wide)
+        return first.new_full((), math.prod(first.shape[:-1]), dtype=wide)
     return (labels != given.get("ignore_index", -100)).sum().to(wide)
 
 

@@ -20,7 +20,7 @@ def lengths_of(name, value, samples, most):
     if not isinstance(value, torch.Tensor):
         if not all(isinstance(length, numbers.Integral) for length in value):
             raise TypeError(f"{name} must hold integers, got {value!r}")
-        value = torch.tensor(value, dtype=torch.int64)
+        value = torch.tensor(value, dtype=torch.int64, device="cpu")
     elif value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise RuntimeError(f"{name} must be integral, got {value.dtype}")
     else:
@@ -41,7 +41,7 @@ def check_labels(targets, target_lengths, longest, classes):
         lowest, highest = (int(v) for v in targets.aminmax())
         if lowest < 0 or highest >= classes:
             labels = labels_of(targets, target_lengths, longest)
-            labels = labels[torch.arange(longest) < target_lengths[:, None]]
+            labels = labels[torch.arange(longest, device=labels.device) < target_lengths[:, None]]
             wrong = labels[(labels < 0) | (labels >= classes)]
             if wrong.numel():
                 raise IndexError(f"label {int(wrong[0])} is out of bounds: it must be in [0, {classes})")

@@ -81,7 +81,7 @@ def fill_statistics(inputs, input_lengths, statistics):
 
     share(read, len(parts))
     log_total.log_()
-    statistics.masked_fill_(torch.arange(steps)[:, None] >= input_lengths, 0)
+    statistics.masked_fill_(torch.arange(steps, device=inputs.device)[:, None] >= input_lengths, 0)
 
 
 def walk(inputs, highest, input_lengths, target_lengths, places, of_slot, occupancies):
@@ -128,7 +128,7 @@ def backward(tensors, saved, upstream, problem, wanted):
         factor = factor / max(samples, 1) / target_lengths.clamp(min=1)
     factor = torch.where(losses.isfinite(), factor, math.nan)[:, None]
     ends = torch.where(losses == math.inf, 0, input_lengths) if problem.zero_infinity else input_lengths
-    ended = torch.arange(steps)[:, None] >= ends
+    ended = torch.arange(steps, device=inputs.device)[:, None] >= ends
     highest, log_total = statistics[..., None]
 
     def write(i):
@@ -137,7 +137,7 @@ def backward(tensors, saved, upstream, problem, wanted):
         if problem.from_logits:
             g = torch.sub(inputs[part], highest[part], out=out).sub_(log_total[part]).exp_()
         elif problem.exact:
-            g = torch.zeros(inputs[part].shape, dtype=wide) if out is None else out.zero_()
+            g = inputs.new_zeros(inputs[part].shape, dtype=wide) if out is None else out.zero_()
         else:
             g = torch.exp(inputs[part].to(wide), out=out)
         taken = occupancies[:, part].transpose(0, 1)

@@ -115,8 +115,8 @@ class Blocks:
         self.weights = None if class_weights is None or self.formula is None else class_weights.to(self.dtype)[:, None]
         operand = self.formula is not None and self.activation != "softmax" and takes_weight(self.formula, self.scalars)
         self.weight_operand = [1.0 if self.weights is None else self.weights] * operand
-        self.index = torch.arange(classes, dtype=self.dtype)[:, None]
-        self.ones = torch.ones(classes, dtype=self.dtype)
+        self.index = torch.arange(classes, dtype=self.dtype, device=self.logits.device)[:, None]
+        self.ones = self.logits.new_ones(classes, dtype=self.dtype)
 
         buffers = (
             1

@@ -20,12 +20,17 @@ def reduction_of(reduction, size_average=None, reduce=None, more=()):
     return reduction
 
 
+def under_autocast(x):
+    """Whether autocast is on for x's device; torch raises an error if asked that of the device "meta"."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def result_dtype(x, dtype=None):
     """The dtype of a loss, as in torch: that of the operands, but at least float32 under autocast."""
     dtype = dtype or x.dtype
     if dtype not in DTYPES:
         raise NotImplementedError(f"a loss takes float64, float32, bfloat16 or float16 tensors, got {dtype}")
-    return torch.float32 if dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type) else dtype
+    return torch.float32 if dtype.itemsize < 4 and under_autocast(x) else dtype
 
 
 def cast(x, dtype):

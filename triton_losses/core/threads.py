@@ -51,7 +51,7 @@ def let_memory_stay():
     glibc returns memory to the system once more is free at the end of its heap than twice the largest piece that it has
     seen freed. Blocks and gradients would cause page faults again and again. Nothing is written to these 31 MB.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def torch_stays_here():

@@ -53,7 +53,8 @@ def elementwise(formula, operands, scalars=(), reduction="mean", weight=None, dt
     for v in operands[1:]:
         if v.device != x.device:
             raise RuntimeError(f"expected all tensors to be on the same device, but found {x.device} and {v.device}")
-        broadcast = broadcast or v.shape != shape
+        # shapes of two ranks differ; comparing them would be a guard on their first sizes
+        broadcast = broadcast or v.dim() != x.dim() or v.shape != shape
     if broadcast:
         operands = torch.broadcast_tensors(*operands)
     return read(Problem(formula.name, tuple(map(float, scalars)), weight is not None, reduction, dtype), *operands)

@@ -13,6 +13,7 @@ For a sum of losses the forward computes the gradient too, as in LinearSum: thre
 per row the backward runs the same op again, with the upstream gradient, because the forward keeps nothing for it.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,9 +66,10 @@ class Problem(NamedTuple):
 def stored_rows(stored):
     """For stored logits (..., classes): a function from rows to their logits, which copies them only if it must."""
     where, classes = stored.shape[:-1], stored.shape[-1]
-    everything = torch.arange(where.numel(), device=stored.device)
+    count = math.prod(where)  # where.numel() would be a constant of an exported graph
+    everything = torch.arange(count, device=stored.device)
     try:
-        flat = stored.view(where.numel(), classes)
+        flat = stored.view(count, classes)
     except RuntimeError:  # the strides do not allow a view, for example after slicing a sequence
         flat = None
 

@@ -21,6 +21,7 @@ import torch
 
 from triton_losses.core.compiler import compute_dtype, runs_kernels
 from triton_losses.core.op import differentiated_again, is_plain, problem_op, read_whole, shapes_only
+from triton_losses.core.reduction import under_autocast
 from triton_losses.core.rows import Pass
 from triton_losses.core.tuning import capturing
 from triton_losses.families import label_rows
@@ -317,7 +318,7 @@ class LinearSum(torch.autograd.Function):
 
 def dtype_of_product(hidden, weight):
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:  # autocast does not change float64
+    if under_autocast(hidden) and dtype != torch.float64:  # autocast does not change float64
         return torch.get_autocast_dtype(hidden.device.type)
     return dtype
 

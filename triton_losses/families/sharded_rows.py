@@ -116,7 +116,7 @@ def own_part(labels, class_weights, classes, call, dtype):
     weights = None
     if class_weights is not None and call.problem.mean:
         weights = class_weights[call.shard.start : call.shard.start + classes].to(dtype).contiguous()
-    return Own(columns, found, kept, classes, weights, None if class_weights is None else len(class_weights))
+    return Own(columns, found, kept, classes, weights, None if class_weights is None else class_weights.shape[0])
 
 
 class Whole(NamedTuple):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from triton_losses.core.reduction import under_autocast
 from triton_losses.families.linear_rows import dtype_of_product
 from triton_losses.language import linear_cross_entropy
 
@@ -241,7 +242,7 @@ def linear(input, weight, bias=None):
     for tensor in (weight, bias):
         if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise unknown(f"linear with a {type(tensor).__name__}", input)
-    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    autocast = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else None
     if autocast is None and x.dtype != weight.dtype:
         raise RuntimeError(
             f"expected hidden states and the head's weight of one dtype, got {x.dtype} and {weight.dtype}"
