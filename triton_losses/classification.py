@@ -245,7 +245,8 @@ def cross_entropy(
     its processes, so that averaging results and gradients over them, as DDP and FSDP do, gives the mean over all rows.
     group: each of its processes holds the logits (N, its classes) of consecutive classes, in the order of the ranks,
     and all have the same target, weight and result (vocabulary-parallel). vocab_start: the first class held; None: all
-    hold as many. One all-gather of three numbers per row, in the forward; ValueError if classes overlap or lack.
+    hold as many. One all-gather of three numbers per row, in the forward. ValueError if classes overlap or lack,
+    NotImplementedError for second derivatives.
 
     Label smoothing: arXiv:1512.00567.
 
