@@ -1,6 +1,5 @@
 """What the machine can do at most, measured in the same run: the rates that give each loss's least possible time."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -43,9 +42,9 @@ def measured(device, dtypes):
 
 
 def products_of(case, shape, which):
-    """Operations of a head's matrix products; two of its three are the backward's. 0 for other losses."""
+    """Operations of a head's or a pairwise loss's products; two of its three are the backward's. 0 for other losses."""
     number = {"forward": 1, "no-grad": 1, "backward": 2, "full": 3}[which]
-    return number * 2 * math.prod(shape) if case.features else 0
+    return number * 2 * case.logits(shape) * shape[1]
 
 
 def floor_ms(row, case, shape, dtype, ceilings):

@@ -66,8 +66,8 @@ def free_bytes(device):
 
 
 def logits_of(case, shape):
-    """The number of logits that a head's eager loss creates; 0 for others, which need no larger tensor."""
-    return shape[0] * shape[-1] if case.features else 0
+    """The number of logits that an eager loss creates by a product; 0 for others, which need no larger tensor."""
+    return case.logits(shape)
 
 
 def shortage(case, shape, dtype, device):

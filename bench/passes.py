@@ -4,8 +4,10 @@ import torch
 
 
 def learned_by(case):
-    """How many of the first tensors require a gradient, as in training: the input and, of a head, the weight."""
-    return 2 if case.features else 1
+    """How many of the first tensors require a gradient, as in training: the input and, of a head, the weight; or the
+    features of both sides.
+    """
+    return 2 if case.features or case.pairwise else 1
 
 
 class Call:

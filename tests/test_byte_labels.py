@@ -12,7 +12,9 @@ from triton_losses.core import dispatch
 CLASSES = 160
 TAKING_LABELS = [
     case
-    for case in {case.name: case for case in reversed(CASES) if not (case.note or case.options or case.steps)}.values()
+    for case in {
+        case.name: case for case in reversed(CASES) if not (case.note or case.options or case.steps or case.pairwise)
+    }.values()
     if "ignore_index" in inspect.signature(getattr(functional, case.name)).parameters
 ]
 

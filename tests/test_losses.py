@@ -64,6 +64,28 @@ def terms_of_reverse_gradient(student, temperature, reduction):
     return float(terms.max() / (temperature * rows))
 
 
+def terms_of_similarities(case, tensors, options, reduction):
+    """Of a loss of all pairs and of each gradient: shares p of similarities S, whose roundings make p off by |S|."""
+    x, *others = (t.double() for t in tensors[: case.differentiable])
+    numbers, others = [t for t in others if not t.dim()], [t for t in others if t.dim()]
+    defaults = inspect.signature(getattr(functional, case.name)).parameters
+    options = {name: p.default for name, p in defaults.items()} | options
+    normalize, temperature = options["normalize"], options.get("temperature")
+    lengths = [t.norm(dim=-1).max() for t in (x, *(others or [x]))]
+    scale = float(numbers[0]) if numbers else 1 / temperature
+    product = 1.0 if normalize else float(lengths[0] * max(lengths[1:]))
+    largest = scale * product + abs(float(numbers[1]) if len(numbers) > 1 else 0.0)
+    rows = x[..., 0].numel() * (2 if case.name == "nt_xent_loss" else 1)
+    each = (1 / rows if reduction == "mean" else 1.0) * max(1.0, largest)
+    if len(others) == 0 or case.name == "nt_xent_loss":  # each pair comes twice
+        each *= 2 * temperature / options.get("base_temperature", temperature)
+    slopes = []
+    for t in (x, *others):
+        size = 1 / float(t.norm(dim=-1).clamp(min=1e-3).min()) if normalize else float(max(lengths))
+        slopes.append(each * scale * size)
+    return [largest * (rows if reduction == "sum" else 1), *slopes, each * rows * product, each * rows]
+
+
 def check(case, shape, dtype, reduction, device):
     tensors, options = case.arguments(shape, dtype, device, reduction=reduction)
     ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
@@ -81,6 +103,8 @@ def check(case, shape, dtype, reduction, device):
         size = case.options["temperature"] ** 2 if case.options.get("temperature_squared") and not i else 0.0
         if case.name == "distillation_loss" and case.options.get("direction") == "reverse" and i:
             size = terms_of_reverse_gradient(tensors[0], case.options.get("temperature", 1.0), reduction)
+        if case.pairwise and dtype.itemsize >= 4:
+            size = terms_of_similarities(case, tensors, options, reduction)[i]
         assert_within_budget(o, t, e, dtype, times, size)
 
 

@@ -31,6 +31,7 @@ ORDER = [
     "regression",
     "binary",
     "divergence",
+    "contrastive",
     "metric",
     "sequence",
     "preference",

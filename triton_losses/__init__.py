@@ -9,6 +9,7 @@ from triton_losses.core.tuning import tune as tune
 from triton_losses.modules import BCELoss as BCELoss
 from triton_losses.modules import BCEWithLogitsLoss as BCEWithLogitsLoss
 from triton_losses.modules import CategoricalCrossEntropyLoss as CategoricalCrossEntropyLoss
+from triton_losses.modules import ClipLoss as ClipLoss
 from triton_losses.modules import ContrastiveLoss as ContrastiveLoss
 from triton_losses.modules import CosineEmbeddingLoss as CosineEmbeddingLoss
 from triton_losses.modules import CosineSimilarityLoss as CosineSimilarityLoss
@@ -21,6 +22,7 @@ from triton_losses.modules import GaussianNLLLoss as GaussianNLLLoss
 from triton_losses.modules import HingeEmbeddingLoss as HingeEmbeddingLoss
 from triton_losses.modules import HingeLoss as HingeLoss
 from triton_losses.modules import HuberLoss as HuberLoss
+from triton_losses.modules import InfoNCELoss as InfoNCELoss
 from triton_losses.modules import KLDivLoss as KLDivLoss
 from triton_losses.modules import L1Loss as L1Loss
 from triton_losses.modules import LinearCrossEntropyHead as LinearCrossEntropyHead
@@ -34,14 +36,17 @@ from triton_losses.modules import MultiLabelSoftMarginLoss as MultiLabelSoftMarg
 from triton_losses.modules import MultiMarginLoss as MultiMarginLoss
 from triton_losses.modules import MultiQuantileLoss as MultiQuantileLoss
 from triton_losses.modules import NLLLoss as NLLLoss
+from triton_losses.modules import NTXentLoss as NTXentLoss
 from triton_losses.modules import PerceptronLoss as PerceptronLoss
 from triton_losses.modules import PoissonNLLLoss as PoissonNLLLoss
 from triton_losses.modules import QuantileLoss as QuantileLoss
+from triton_losses.modules import SiglipLoss as SiglipLoss
 from triton_losses.modules import SigmoidFocalLoss as SigmoidFocalLoss
 from triton_losses.modules import SmoothL1Loss as SmoothL1Loss
 from triton_losses.modules import SoftMarginLoss as SoftMarginLoss
 from triton_losses.modules import SparseCategoricalCrossEntropyLoss as SparseCategoricalCrossEntropyLoss
 from triton_losses.modules import SquaredHingeLoss as SquaredHingeLoss
+from triton_losses.modules import SupervisedContrastiveLoss as SupervisedContrastiveLoss
 from triton_losses.modules import TripletMarginLoss as TripletMarginLoss
 from triton_losses.modules import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
 from triton_losses.objectives import MultiOutputLoss as MultiOutputLoss

@@ -18,6 +18,11 @@ from triton_losses.classification import nll_loss as nll_loss
 from triton_losses.compound import combo_loss as combo_loss
 from triton_losses.compound import dice_ce_loss as dice_ce_loss
 from triton_losses.compound import dice_focal_loss as dice_focal_loss
+from triton_losses.contrastive import clip_loss as clip_loss
+from triton_losses.contrastive import info_nce_loss as info_nce_loss
+from triton_losses.contrastive import nt_xent_loss as nt_xent_loss
+from triton_losses.contrastive import siglip_loss as siglip_loss
+from triton_losses.contrastive import supervised_contrastive_loss as supervised_contrastive_loss
 from triton_losses.divergence import distillation_loss as distillation_loss
 from triton_losses.divergence import kl_div as kl_div
 from triton_losses.language import linear_cross_entropy as linear_cross_entropy

@@ -180,6 +180,32 @@ class CosineEmbeddingLoss(Loss, function=F.cosine_embedding_loss, inputs=3): ...
 class CosineSimilarityLoss(Loss, function=F.cosine_similarity_loss, inputs=3): ...
 
 
+class ClipLoss(Loss, function=F.clip_loss, inputs=4, without=("ids",)):
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None, *, ids=None):
+        return self.function(image_features, text_features, logit_scale, logit_bias, ids=ids, **self.given())
+
+
+class SiglipLoss(Loss, function=F.siglip_loss, inputs=4, without=("ids",)):
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None, *, ids=None):
+        return self.function(image_features, text_features, logit_scale, logit_bias, ids=ids, **self.given())
+
+
+class NTXentLoss(Loss, function=F.nt_xent_loss, inputs=2):
+    def forward(self, input, other=None):
+        return self.function(input, other, **self.given())
+
+
+class SupervisedContrastiveLoss(Loss, function=F.supervised_contrastive_loss, inputs=2):
+    def forward(self, features, labels=None):
+        return self.function(features, labels, **self.given())
+
+
+class InfoNCELoss(Loss, function=F.info_nce_loss, inputs=3, without=("query_ids", "positive_ids")):
+    def forward(self, query, positive, negatives=None, *, query_ids=None, positive_ids=None):
+        ids = {"query_ids": query_ids, "positive_ids": positive_ids}
+        return self.function(query, positive, negatives, **ids, **self.given())
+
+
 class ContrastiveLoss(Loss, function=F.contrastive_loss, inputs=3): ...
 
 

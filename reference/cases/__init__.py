@@ -9,6 +9,7 @@ from reference.cases import (
     binary,
     categorical,
     classification,
+    contrastive,
     divergence,
     language,
     margin,
@@ -19,5 +20,8 @@ from reference.cases import (
 )
 from reference.cases.case import Case as Case
 
-THEMES = regression, binary, classification, margin, categorical, divergence, language, metric, segmentation, sequence
+THEMES = (
+    *(regression, binary, classification, margin, categorical, divergence, language, metric, contrastive),
+    *(segmentation, sequence),
+)
 CASES = [case for theme in THEMES for case in theme.CASES]

@@ -25,10 +25,16 @@ class Case:
     reduces: bool = True  # whether it takes a reduction
     # what the bench compares with, where the reference is written to be right and not fast
     baseline: Callable | None = None
+    # whether every row meets every other: its shapes are (rows, features), and it has rows² similarities
+    pairwise: bool = False
     classes: int = 0  # of an image's pixels: its shapes are (images, classes, pixels)
 
     def __str__(self):
         return "-".join([self.name, *([self.note.replace(" ", "_")] if self.note else []), *self.option_words()])
+
+    def logits(self, shape):
+        """How many numbers its matrix products make in plain PyTorch; 0 if it has none."""
+        return shape[0] * shape[-1] if self.features else shape[0] ** 2 if self.pairwise else 0
 
     def option_words(self):
         return [f"{name}={value.__name__ if callable(value) else value}" for name, value in self.options.items()]

@@ -29,6 +29,11 @@ from reference.losses.categorical import categorical_cross_entropy as categorica
 from reference.losses.categorical import sparse_categorical_cross_entropy as sparse_categorical_cross_entropy
 from reference.losses.classification import cross_entropy as cross_entropy
 from reference.losses.classification import focal_loss as focal_loss
+from reference.losses.contrastive import clip_loss as clip_loss
+from reference.losses.contrastive import info_nce_loss as info_nce_loss
+from reference.losses.contrastive import nt_xent_loss as nt_xent_loss
+from reference.losses.contrastive import siglip_loss as siglip_loss
+from reference.losses.contrastive import supervised_contrastive_loss as supervised_contrastive_loss
 from reference.losses.divergence import distillation_loss as distillation_loss
 from reference.losses.divergence import kl_div as kl_div
 from reference.losses.language import linear_cross_entropy as linear_cross_entropy

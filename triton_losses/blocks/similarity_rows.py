@@ -1,0 +1,165 @@
+"""Similarity rows in blocks of a chunk's rows that stay in a CPU's cache."""
+
+import torch
+
+from triton_losses.core.similarities import NEGATIVES, POSITIVES
+from triton_losses.core.threads import row_blocks
+
+
+def shape(products, part, sides, problem):
+    """Make similarities of products, in place: -inf where a pair does not count."""
+    scale, bias, row_scales, column_scales, row_ids, column_ids = sides
+    if row_ids is not None:
+        ignored_rows = (row_ids[part] == problem.ignore_index)[:, None]
+        ignored_columns = column_ids == problem.ignore_index
+    for block in row_blocks(*products.shape, products.dtype):
+        x = products[block]
+        at = within(part, block)
+        x.mul_(scale if row_scales is None else (scale * row_scales[at])[:, None])
+        if column_scales is not None:
+            x.mul_(column_scales)
+        if bias is not None:
+            x.add_(bias)
+        if row_ids is not None:
+            x.masked_fill_(ignored_rows[block] | ignored_columns, -torch.inf)
+        if problem.apart:
+            rows, columns = places(at, problem.offset, x)
+            x[rows, columns] = -torch.inf
+
+
+def statistics(x, part, sides, found, problem):
+    """Fill a chunk's own statistics, with totals in place of their logarithms, and add to those of the columns."""
+    rows, columns = found
+    sets = len(problem.sets)
+    for block in row_blocks(*x.shape, x.dtype):
+        y, at = x[block], within(part, block)
+        match = matches(y, at, sides, problem)
+        for k, (kind, factor) in enumerate(zip(problem.sets, problem.factors)):
+            z = chosen(y, match, kind, at, problem)
+            z = z if factor == 1 else z * factor
+            top = z.amax(1).clamp_(min=torch.finfo(torch.float32).min)
+            rows[sets + k, at] = top
+            rows[k, at] = torch.sub(z, top[:, None]).exp_().sum(1)
+        if problem.sums:
+            rows[-3, at] += picked(y, match, at, problem)
+        if problem.spread:
+            rows[-2, at] += counted(y).sum(1)
+        if problem.signed:
+            rows[-1, at] += softplus(turned(y, match, at, problem)).sum(1)
+        if problem.columns:
+            top = torch.maximum(columns[1], y.amax(0))
+            columns[0] *= torch.exp(columns[1] - top)
+            columns[0] += torch.sub(y, top).exp_().sum(0)
+            columns[1] = top
+            if problem.sums and match is None:
+                own, beside = places(at, problem.offset, y)
+                columns[2, beside] += y[own, beside]
+            elif problem.sums:
+                columns[2] += torch.where(match, y, 0).sum(0)
+            if problem.spread:
+                columns[3] += counted(y).sum(0)
+
+
+def gradient(x, part, sides, slopes, made, problem):
+    """Write G · row_scales · column_scales into ``made[0]``, which may be x, and the rows' sums of G into made[1]."""
+    of_rows, of_columns = slopes
+    grad, sums = made
+    sets = len(problem.sets)
+    for block in row_blocks(*x.shape, x.dtype):
+        y, at = x[block], within(part, block)
+        match = matches(y, at, sides, problem)
+        out = None
+        own = of_rows[:, at]
+        for k, (kind, factor) in enumerate(zip(problem.sets, problem.factors)):
+            z = chosen(y, match, kind, at, problem)
+            z = z if factor == 1 else z * factor
+            out = plus(out, torch.sub(z, own[sets + k][:, None]).exp_().mul_(own[k][:, None]))
+            if of_columns is of_rows:
+                out = plus(out, torch.sub(z, of_rows[sets + k]).exp_().mul_(of_rows[k]))
+        if problem.columns:
+            out = plus(out, torch.sub(y, of_columns[1]).exp_().mul_(of_columns[0]))
+        out = torch.zeros_like(y) if out is None else out
+        beside = of_columns is not None
+        row_slopes = own[-3:]
+        # a's columns have softplus as its rows have, other columns have none
+        column_slopes = of_columns[-3:] if of_columns is of_rows else of_columns[2:] if beside else None
+        if problem.signed:
+            turned_y = turned(y, match, at, problem)
+            slope = row_slopes[2][:, None] + (column_slopes[2] if of_columns is of_rows else 0)
+            out = plus(out, turned(torch.sigmoid(turned_y), match, at, problem).mul_(slope))
+        if problem.sums and match is None:
+            rows, columns = places(at, problem.offset, y)
+            slope = row_slopes[0][rows]
+            out[rows, columns] += slope + column_slopes[0][columns] if beside else slope
+        elif problem.sums:
+            slope = row_slopes[0][:, None]
+            out.add_(torch.where(match, slope + column_slopes[0] if beside else slope, 0))
+        if problem.spread:
+            slope = row_slopes[1][:, None]
+            out.add_(torch.where(y == -torch.inf, 0, slope + column_slopes[1] if beside else slope))
+        if len(sums):
+            sums[at] = out.sum(1)
+        if sides.row_scales is not None:
+            out.mul_(sides.row_scales[at][:, None]).mul_(sides.column_scales)
+        grad[block] = out
+
+
+def within(part, block):
+    """The rows of a block of a chunk, among all rows."""
+    return slice(part.start + block.start, min(part.start + block.stop, part.stop))
+
+
+def plus(total, term):
+    return term if total is None else total.add_(term)
+
+
+def places(at, offset, x):
+    """The rows of a block whose own column exists, and that column."""
+    columns = torch.arange(at.start + offset, at.stop + offset)
+    rows = torch.arange(at.stop - at.start)
+    if columns.numel() and columns[-1] >= x.shape[1]:
+        rows, columns = (t[columns < x.shape[1]] for t in (rows, columns))
+    return rows, columns
+
+
+def matches(x, at, sides, problem):
+    """Which pairs are positives; None if each row has one, on the diagonal."""
+    if problem.positives == "diagonal":
+        return None
+    return (sides.row_ids[at][:, None] == sides.column_ids) & (x != -torch.inf)
+
+
+def chosen(x, match, kind, at, problem):
+    """x, with -inf outside the set."""
+    if kind not in (NEGATIVES, POSITIVES):
+        return x
+    if match is None:
+        match = torch.zeros_like(x, dtype=torch.bool)
+        match[places(at, problem.offset, x)] = True
+    return x.masked_fill(match if kind == NEGATIVES else ~match, -torch.inf)
+
+
+def picked(x, match, at, problem):
+    """Σ x over each row's positives."""
+    if match is not None:
+        return torch.where(match, x, 0).sum(1)
+    rows, columns = places(at, problem.offset, x)
+    return x.new_zeros(len(x)).index_put_((rows,), x[rows, columns])
+
+
+def turned(x, match, at, problem):
+    """x, with the sign of positives changed, in new memory."""
+    if match is not None:
+        return torch.where(match, -x, x)
+    x = x.clone()
+    rows, columns = places(at, problem.offset, x)
+    x[rows, columns] *= -1
+    return x
+
+
+def counted(x):
+    return torch.where(x == -torch.inf, 0, x)
+
+
+def softplus(x):
+    return torch.nn.functional.softplus(x, threshold=50.0)
