@@ -20,6 +20,10 @@ PACKAGES = OF_SEGMENTATION | {
     "cut cross entropy": "cut-cross-entropy",
     "fla": "fla-core",
     "quack": "quack-kernels",
+    "open_clip": "open_clip_torch",
+    "lightly": "lightly",
+    "pytorch_metric_learning": "pytorch-metric-learning",
+    "info_nce": "info-nce-pytorch",
 }
 MONAI = {"dice_loss": "DiceLoss", "dice_ce_loss": "DiceCELoss"}
 ACTIVATIONS = ({"softmax": True}, {"sigmoid": True})
@@ -148,3 +152,41 @@ def torchvision(case):
     """torchvision's sigmoid_focal_loss, which has the options of ours."""
     operations = module("torchvision.ops") if case.name == "sigmoid_focal_loss" else None
     return operations and operations.sigmoid_focal_loss
+
+
+def open_clip(case):
+    """open_clip's losses of pairs; its file of losses alone is imported, without what its models need."""
+    if not is_plain(case, "clip_loss", "siglip_loss"):
+        return None
+    if "open_clip" not in sys.modules and (spec := importlib.util.find_spec("open_clip")) is not None:
+        sys.modules["open_clip"] = types.ModuleType("open_clip")
+        sys.modules["open_clip"].__path__ = list(spec.submodule_search_locations)
+    if "open_clip" not in sys.modules:
+        return None
+    losses = importlib.import_module("open_clip.loss")
+    loss = losses.ClipLoss() if case.name == "clip_loss" else losses.SigLipLoss()
+    return lambda *tensors, **_: loss(*tensors)
+
+
+def lightly(case):
+    """lightly's NT-Xent of two views."""
+    losses = module("lightly.loss.ntx_ent_loss") if is_plain(case, "nt_xent_loss") else None
+    if losses is None:
+        return None
+    loss = losses.NTXentLoss()
+    return lambda *views, **_: loss(*views)
+
+
+def pytorch_metric_learning(case):
+    """pytorch-metric-learning's NT-Xent, of two views joined."""
+    losses = module("pytorch_metric_learning.losses") if is_plain(case, "nt_xent_loss") else None
+    if losses is None:
+        return None
+    loss = losses.NTXentLoss(temperature=0.5)
+    return lambda *views, **_: loss(torch.cat(views), torch.arange(len(views[0]), device=views[0].device).repeat(2))
+
+
+def info_nce(case):
+    """info-nce-pytorch's InfoNCE."""
+    losses = module("info_nce") if is_plain(case, "info_nce_loss", may=("temperature",)) else None
+    return losses and (lambda *tensors, **options: losses.info_nce(*tensors, **options))

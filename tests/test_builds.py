@@ -167,6 +167,10 @@ def passes_of(case):
     if case.name == "linear_distillation_loss":  # a teacher's top-k: the classes named, and the rest of them
         kernels = 2 if "teacher_ids" in case.options and case.options.get("tail", True) else 1
         return ("forward",) * kernels + ("backward",) * kernels
+    if case.pairwise:
+        merges = 2 if case.name == "clip_loss" else 1  # of rows, and of columns
+        paired = case.options.get("negative_mode") == "paired"  # plain PyTorch
+        return () if paired else ("statistics", *("merge",) * merges, "gradient")
     if case.steps:
         return ("forward",) * (3 if case.name.endswith("logits") else 2) + ("backward",)
     if "gradient_in_forward" in case.options:

@@ -65,6 +65,7 @@ KERNELS = {  # by the module that holds them: calls that launch them all
         for name, labels in (("", "chances"), ("sparse_", "label"))
     ],
     "region_scores": [(dice, torch.float32, 4), (dice, torch.float32, 1)],
+    "similarity_rows": [(call, FIRST["clip_loss"], 60, 100, torch.float32)],
     "regions": [(dice, torch.float32, 4), (dice, torch.float32, 1)],
 }
 LAUNCHES = [

@@ -22,7 +22,7 @@ MORE = {  # forward, in all
     "ctc_loss_with_logits": (4, 5),  # and the statistics of each step
     "multi_quantile_loss": (6, 9),  # PyTorch makes the tensor of the quantiles; the target's gradient is a sum
 }
-TIMED = [case for case in CASES if case.bench and not case.features]
+TIMED = [case for case in CASES if case.bench and not (case.features or case.pairwise)]
 
 
 @pytest.mark.parametrize("case", TIMED, ids=str)

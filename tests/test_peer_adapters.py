@@ -14,7 +14,8 @@ TIMED = [case for case in CASES if case.bench]
 SHAPES = {1: (64,), 2: (16, 96), 3: (8, 16, 96), 4: (2, 5, 6, 8)}
 NEED_A_GPU = {"fla": ("cross_entropy",), "quack": ("cross_entropy",), "torchvision": ("sigmoid_focal_loss",)}
 ADAPTERS = {"liger": peers.liger, "cut cross entropy": peers.cut_cross_entropy, "fla": peers.fla, "quack": peers.quack}
-ADAPTERS["torchvision"] = peers.torchvision
+ADAPTERS |= {name: getattr(peers, name) for name in ("torchvision", "open_clip", "lightly", "info_nce")}
+ADAPTERS["pytorch_metric_learning"] = peers.pytorch_metric_learning
 INTERPRETED = ("liger", "fla")  # their Triton kernels need a GPU or the interpreter
 
 
@@ -40,7 +41,7 @@ def test_a_peers_function_has_the_references_value_and_gradients(name):
             continue
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tensors, options = case.arguments(SHAPES[len(next(iter(case.bench.values()))[0])], device=device)
-        leaves = [tensor.requires_grad_() for tensor in tensors[: 2 if case.features else 1]]
+        leaves = [tensor.requires_grad_() for tensor in tensors[: 2 if case.features or case.pairwise else 1]]
         plain = (case.baseline or getattr(reference.losses, case.name))(*tensors, **options)
         wanted = plain.detach(), *torch.autograd.grad(plain, leaves)
         found = function(*tensors, **options)  # comes last, because it may overwrite the logits

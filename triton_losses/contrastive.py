@@ -91,7 +91,7 @@ def clip_loss(
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
     )
-    number = len(image_features) if counts is None else counts.sum()
+    number = image_features.shape[0] if counts is None else counts.sum()
     losses = []
     for log_total, top, of_positives, of_all in (found[0][:4], found[1]):
         wanted = of_positives if positives is None else of_positives / positives.clamp(min=1)
@@ -114,7 +114,7 @@ def pairs(image_features, text_features, logit_scale, logit_bias, ids, ignore_in
     bias = None if logit_bias is None else number_of("logit_bias", logit_bias, image_features)
     counts = positives = None
     if ids is not None:
-        check_ids("ids", ids, len(image_features))
+        check_ids("ids", ids, image_features.shape[0])
         check_devices(image_features, ids)
         ids = ids.long()  # -100 is no byte
         counts, positives = ids != ignore_index, numbers_of_equals(ids, ids, ignore_index)
@@ -149,7 +149,7 @@ def siglip_loss(
     tensors, counts, _ = pairs(image_features, text_features, logit_scale, logit_bias, ids, ignore_index)
     options = {"signed": True, "positives": "diagonal" if ids is None else "ids", "normalize": normalize}
     options |= {"ignore_index": ignore_index, "chunk_bytes": chunk_bytes}
-    dtype, rows = compute_dtype(image_features.dtype), len(image_features)
+    dtype, rows = compute_dtype(image_features.dtype), image_features.shape[0]
     if reduction == "none":
         return cast(similarity_rows(tensors, **options)[0][2], dtype)
     coefficients = torch.zeros(3, rows, dtype=dtype, device=image_features.device)
@@ -185,9 +185,9 @@ def nt_xent_loss(
     if other is not None:
         check_pairs(input, other, of=("input", "other"))
         input = torch.cat([input, other])
-    elif len(input) % 2:
-        raise ValueError(f"input must hold two views of each sample, an even number of rows, got {len(input)}")
-    ids = torch.arange(len(input) // 2, device=input.device).repeat(2)
+    elif input.shape[0] % 2:
+        raise ValueError(f"input must hold two views of each sample, an even number of rows, got {input.shape[0]}")
+    ids = torch.arange(input.shape[0] // 2, device=input.device).repeat(2)
     tensors = input, None, scale_of(temperature, input), None, ids, None
     losses = of_symmetric_rows(tensors, torch.ones_like(ids), normalize=normalize, chunk_bytes=chunk_bytes)
     return reduced(losses, None, reduction, input)
@@ -299,12 +299,12 @@ def info_nce_loss(
     if negatives is None and not (hardness or debias):
         options |= {"sets": (ALL,), "factors": (1.0,)}
         total = row_losses((query, positive, scale, None, None, None), None, reduction, **options)
-        return cast(mean_of(total, len(query)) if reduction == "mean" else total, compute_dtype(query.dtype))
+        return cast(mean_of(total, query.shape[0]) if reduction == "mean" else total, compute_dtype(query.dtype))
     if paired:
         return reduced(
             of_paired(query, positive, negatives, scale, normalize, (hardness, debias)), None, reduction, query
         )
-    number = len(query) - 1 if negatives is None else len(negatives)
+    number = query.shape[0] - 1 if negatives is None else negatives.shape[0]
     number = torch.full((), number, dtype=compute_dtype(query.dtype), device=query.device)
     keys, kind = (positive, IN_BATCH) if negatives is None else (negatives, STORED)
     tensors = query, keys, scale, None, None, None
@@ -326,8 +326,8 @@ def check_options(negative_mode, multi_positive, hardness, debias):
 
 def of_ids(tensors, reduction, options):
     query, positive, *_, query_ids, positive_ids = tensors
-    check_ids("query_ids", query_ids, len(query))
-    check_ids("positive_ids", positive_ids, len(positive))
+    check_ids("query_ids", query_ids, query.shape[0])
+    check_ids("positive_ids", positive_ids, positive.shape[0])
     check_devices(query, query_ids, positive_ids)
     query_ids, positive_ids = query_ids.long(), positive_ids.long()
     positives = numbers_of_equals(query_ids, positive_ids, options["ignore_index"])
@@ -342,7 +342,7 @@ def of_ids(tensors, reduction, options):
 def of_paired(query, positive, negatives, scale, normalize, weights):
     """Losses of queries with negatives of their own (N, M, D), in plain PyTorch: no more products than features."""
     if negatives.dim() != 3 or negatives.shape[::2] != query.shape:
-        shape = f"({len(query)}, negatives, {query.shape[1]})"
+        shape = f"({query.shape[0]}, negatives, {query.shape[1]})"
         raise ValueError(f"paired negatives must have shape {shape}, got {tuple(negatives.shape)}")
     check_devices(query, negatives)
     hardness, debias = weights

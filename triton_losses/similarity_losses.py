@@ -37,9 +37,11 @@ def check_devices(x, *tensors):
 
 def check_pairs(first, second, **names):
     """Whether two sets of features are of the same rows. names: the parameters' names."""
-    if len(first) != len(second):
+    if first.shape[0] != second.shape[0]:
         one, other = names["of"]
-        raise ValueError(f"{one} and {other} must have the same number of rows, got {len(first)} and {len(second)}")
+        raise ValueError(
+            f"{one} and {other} must have the same number of rows, got {first.shape[0]} and {second.shape[0]}"
+        )
 
 
 def check_ids(name, ids, rows):
@@ -68,7 +70,7 @@ def number_of(name, value, x, positive=False):
 
 
 def scale_of(temperature, x):
-    return 1 / number_of("temperature", temperature, x, positive=True)
+    return 1 / cast(number_of("temperature", temperature, x, positive=True), compute_dtype(x.dtype))
 
 
 def numbers_of_equals(ids, others, ignore_index):
@@ -97,7 +99,7 @@ def reduced(losses, counts, reduction, x):
         return cast(losses, dtype)
     total = losses.sum()
     if reduction == "mean":
-        total = mean_of(total, len(losses) if counts is None else counts.sum())
+        total = mean_of(total, losses.shape[0] if counts is None else counts.sum())
     return cast(total, dtype)
 
 
@@ -108,7 +110,7 @@ def row_losses(tensors, positives, reduction, **options):
     as "sum". A sum takes one product less.
     """
     a, row_ids = tensors[0], tensors[4]
-    sets, rows = len(options["sets"]), len(a)
+    sets, rows = len(options["sets"]), a.shape[0]
     counts = None if positives is None else positives > 0
     least = 2 * sets + 3
     wide = compute_dtype(a.dtype)

@@ -47,8 +47,12 @@ if triton is not None:
 else:
     kernels = None  # type: ignore[assignment]
 
-ALIGNMENT = 16  # bytes, for products and kernels
+ALIGNMENT = 16  # numbers that a row's stride is a multiple of, for products and kernels
 WANTED = 4  # tensors that take a gradient: a, b, scale, bias
+
+
+def padded(columns):
+    return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
 def rows_of_chunk(columns, device, chunk_bytes):
@@ -78,7 +82,7 @@ def wide_product(a, b, out):
 
 def sides_of(tensors, problem, lengths=None):
     a, b, scale, bias = readable(tensors, problem)
-    row_ids, column_ids = tensors[4:]
+    row_ids, column_ids = (t if t is None else t.contiguous() for t in tensors[4:])
     column_ids = row_ids if column_ids is None else column_ids
     if lengths is None and problem.normalize:
         of_rows = inverse_lengths(a, scale.dtype)
@@ -89,10 +93,9 @@ def sides_of(tensors, problem, lengths=None):
 
 def chunks(a, b, sides, problem):
     """Yield each chunk's rows and its similarities, or products that a kernel makes similarities of; one buffer."""
-    rows, columns = len(a), len(b)
+    rows, columns = a.shape[0], b.shape[0]
     chunk = max(1, min(rows_of_chunk(columns, a.device, problem.chunk_bytes), rows))
-    each = ALIGNMENT // sides.scale.itemsize
-    buffer = sides.scale.new_empty(chunk, -(-columns // each) * each)
+    buffer = sides.scale.new_empty(chunk, padded(columns))
     for start in range(0, rows if columns else 0, chunk):
         part = slice(start, min(start + chunk, rows))
         x = buffer[: part.stop - start, :columns]
@@ -134,7 +137,7 @@ class Gradients:
         elif self.wanted[1]:
             whole_factor = sides.scale if factor is None else sides.scale * factor
             step = max(1, (1 << 20) // max(b.shape[1], 1))
-            for start in range(0, len(b), step):
+            for start in range(0, b.shape[0], step):
                 part = slice(start, start + step)
                 own, y = self.of_b[part], b[part]
                 along = (own * y).sum(1) if sides.column_scales is not None else None
@@ -186,9 +189,8 @@ def room_for(products, dtype):
     """Memory for a chunk's G: the products' own, or that of a 16-bit copy."""
     if products.dtype == dtype:
         return products
-    each = ALIGNMENT // dtype.itemsize
     columns = products.shape[1]
-    return products.new_empty(len(products), -(-columns // each) * each, dtype=dtype)[:, :columns]
+    return products.new_empty(len(products), padded(columns), dtype=dtype)[:, :columns]
 
 
 @problem_op("Tensor?[] tensors, Tensor? coefficients, bool[] wanted", Problem)
@@ -202,16 +204,16 @@ def similarity_rows_forward(tensors, coefficients, wanted, problem):
     same = tensors[1] is None
     a, b = tensors[0], tensors[0] if same else tensors[1]
     wide = compute_dtype(problem.dtype)
-    rows, columns = empty_statistics(a.new_empty(0, dtype=wide), len(a), len(b), problem)
+    rows, columns = empty_statistics(a.new_empty(0, dtype=wide), a.shape[0], b.shape[0], problem)
     gradients = Gradients((a, b, *tensors[2:]), wanted, problem)
     if shapes_only():
-        lengths = [rows.new_empty(len(t) if problem.normalize else 0) for t in (a, b)]
+        lengths = [rows.new_empty(t.shape[0] if problem.normalize else 0) for t in (a, b)]
         found = [gradients.of_a, gradients.of_b, gradients.of_scale, gradients.of_bias]
         return [rows, columns, *lengths, *found]
     a, b, sides = sides_of(tensors, problem)
     reading = reading_of(a)
     slopes = torch.zeros_like(rows) if any(wanted) else None
-    sums = rows.new_zeros(len(a) if wanted[3] else 0)
+    sums = rows.new_zeros(a.shape[0] if wanted[3] else 0)
     for part, x in chunks(a, b, sides, problem):
         reading.shape(x, part, sides, problem)
         reading.statistics(x, part, sides, (rows, columns), problem)
@@ -250,7 +252,7 @@ def similarity_rows_backward(tensors, saved, upstream, wanted, problem):
     else:
         of_columns = None
     reading = reading_of(a)
-    sums = rows.new_zeros(len(a) if wanted[3] else 0)
+    sums = rows.new_zeros(a.shape[0] if wanted[3] else 0)
     for part, x in chunks(a, b, sides, problem):
         reading.shape(x, part, sides, problem)
         grad = room_for(x, a.dtype)

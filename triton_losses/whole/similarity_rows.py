@@ -14,7 +14,7 @@ def statistics(tensors, problem):
     found = [log_total(f * x, masks.get(kind, counts)) for kind, f in zip(problem.sets, problem.factors)]
     signed = torch.where(counts, torch.nn.functional.softplus(torch.where(match, -x, x), threshold=50.0), 0)
     rest = [sums(x, match, problem.sums), sums(x, counts, problem.spread), signed.sum(1) if problem.signed else None]
-    rest = [x.new_zeros(len(x)) if value is None else value for value in rest]
+    rest = [x.new_zeros(x.shape[0]) if value is None else value for value in rest]
     rows = torch.stack([total for total, _ in found] + [top for _, top in found] + rest)
     if not problem.columns:
         return rows, x[:0, :0].sum(0).expand(4, 0)
@@ -34,8 +34,8 @@ def similarities(tensors, problem):
         a, b = (torch.nn.functional.normalize(t, dim=1, eps=TINY) for t in (a, b))
     x = scale.to(wide) * (a @ b.t())
     x = x if bias is None else x + bias.to(wide)
-    place = torch.arange(len(a), device=x.device)[:, None] + problem.offset
-    itself = place == torch.arange(len(b), device=x.device)
+    place = torch.arange(a.shape[0], device=x.device)[:, None] + problem.offset
+    itself = place == torch.arange(b.shape[0], device=x.device)
     counts = torch.ones_like(itself)
     if row_ids is not None:
         counts = (row_ids != problem.ignore_index)[:, None] & (column_ids != problem.ignore_index)
@@ -48,7 +48,7 @@ def similarities(tensors, problem):
 def log_total(x, mask):
     """log Σ exp(x - max x) of each row over the mask, and max x, without gradient; -inf and LOWEST if it is empty."""
     if not x.shape[1]:
-        return x.sum(1) - torch.inf, x.new_full((len(x),), LOWEST)
+        return x.sum(1) - torch.inf, x.new_full((x.shape[0],), LOWEST)
     x = x.masked_fill(~mask, -torch.inf)
     top = x.detach().amax(1).clamp(min=LOWEST)
     total = torch.exp(x - top[:, None]).sum(1)
