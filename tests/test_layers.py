@@ -37,7 +37,8 @@ CORE = {
 }
 READINGS = ("whole", "blocks", "kernels")
 ABOVE = {"functional": 6, "modules": 7, "objectives": 8, "region_modules": 8}
-SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores", "head_checks", "similarity_losses"), 4.5)
+SHARED = dict.fromkeys(("row_formulas", "element_formulas", "region_scores", "head_checks", "process_rows"), 4.5)
+SHARED |= {"similarity_losses": 4.6}
 
 
 def layer_of(name):

@@ -103,11 +103,12 @@ def reduced(losses, counts, reduction, x):
     return cast(total, dtype)
 
 
-def row_losses(tensors, positives, reduction, **options):
+def row_losses(tensors, positives, reduction, smoothing=0.0, **options):
     """-log of the share of a row's positives: the mean of their logarithms or, with two sets, the logarithm of the sum.
 
-    tensors: as of the family. positives: (rows,) their numbers, or None: one each. The result is reduced, but "mean"
-    as "sum". A sum takes one product less.
+    tensors: as of the family. positives: (rows,) their numbers, or None: one each. smoothing: the share of the mean
+    over all columns. The result is reduced, but "mean" as "sum"; beside it come the rows' statistics. A sum takes one
+    product less.
     """
     a, row_ids = tensors[0], tensors[4]
     sets, rows = len(options["sets"]), a.shape[0]
@@ -118,16 +119,21 @@ def row_losses(tensors, positives, reduction, **options):
     if sets == 2:
         coefficients = [each, -each, each, -each, 0 * each]
     else:
-        coefficients = [each, each, -each if positives is None else -each / positives.clamp(min=1)]
+        coefficients = [each, each, (smoothing - 1) * (each if positives is None else each / positives.clamp(min=1))]
+    if smoothing:
+        columns, column_ids = tensors[1].shape[0], tensors[5]
+        number = columns if column_ids is None else (column_ids != options["ignore_index"]).sum()
+        coefficients.append(-smoothing / number * each)
     coefficients = torch.stack([*coefficients, *[0 * each] * (least - len(coefficients))])
     options = {"sums": sets == 1, "positives": "diagonal" if row_ids is None else "ids", **options}
+    options["spread"] = smoothing > 0
     if reduction != "none":
-        return similarity_rows(tensors, coefficients, **options)[0]
+        return similarity_rows(tensors, coefficients, **options)
     found, _ = similarity_rows(tensors, **options)
     found = torch.cat([found[:sets], found[sets : 2 * sets].detach(), found[2 * sets :]])
-    large = coefficients[sets:] * found[sets:]
-    found = large.sum(0) + (coefficients[:sets] * found[:sets]).sum(0)
-    return found if counts is None else torch.where(counts, found, 0)
+    terms = torch.where(coefficients == 0, 0, coefficients * found)
+    losses = terms[sets:].sum(0) + terms[:sets].sum(0)
+    return losses if counts is None else torch.where(counts, losses, 0), found
 
 
 def of_symmetric_rows(tensors, positives, **options):
@@ -169,3 +175,79 @@ def dots(a, b, scale, normalize):
 
 IN_BATCH = {"sets": (NEGATIVES,), "positives": "diagonal", "sums": True}
 STORED = {"sets": (ALL,), "positives": "diagonal"}
+NEGATIVE_MODES = ("unpaired", "paired")
+MULTI_POSITIVE = ("mean", "sum")
+
+
+def pairs(image_features, text_features, logit_scale, logit_bias, ids):
+    """The family's tensors."""
+    check_features(image_features=image_features, text_features=text_features)
+    check_pairs(image_features, text_features, of=("image_features", "text_features"))
+    scale = number_of("logit_scale", logit_scale, image_features)
+    bias = None if logit_bias is None else number_of("logit_bias", logit_bias, image_features)
+    if ids is not None:
+        check_ids("ids", ids, image_features.shape[0])
+        check_devices(image_features, ids)
+        ids = ids.long()  # -100 is no byte
+    return image_features, text_features, scale, bias, ids, None
+
+
+def positives_of(tensors, ignore_index, everyones=None):
+    """Which rows count (None: all), and the number of each one's positives (None: one), among everyone's ids."""
+    ids = tensors[4]
+    if ids is None:
+        return None, None
+    return ids != ignore_index, numbers_of_equals(ids, ids if everyones is None else everyones, ignore_index)
+
+
+def of_own_rows(tensors, positives, everyone, reduction, options):
+    """`row_losses` of this process' rows among those of all, without themselves."""
+    z, _, scale, bias, ids, _ = tensors
+    tensors = z, everyone.gathered(z), scale, bias, ids, everyone.gathered(ids)
+    options |= {"sets": (ALL,), "factors": (1.0,), "apart": True, "offset": everyone.offset(z)}
+    return row_losses(tensors, positives, reduction, **options)
+
+
+def check_options(negative_mode, multi_positive, hardness, debias):
+    if negative_mode not in NEGATIVE_MODES:
+        raise ValueError(f"negative_mode must be one of {NEGATIVE_MODES}, got {negative_mode!r}")
+    if multi_positive not in MULTI_POSITIVE:
+        raise ValueError(f"multi_positive must be one of {MULTI_POSITIVE}, got {multi_positive!r}")
+    if not hardness >= 0:
+        raise ValueError(f"hardness must be >= 0, got {hardness}")
+    if not 0 <= debias < 1:
+        raise ValueError(f"debias must be in [0, 1), got {debias}")
+
+
+def of_ids(tensors, reduction, everyone, options):
+    query, positive, *_, query_ids, positive_ids = tensors
+    check_ids("query_ids", query_ids, query.shape[0])
+    check_ids("positive_ids", positive_ids, positive.shape[0])
+    check_devices(query, query_ids, positive_ids)
+    query_ids, positive_ids = query_ids.long(), positive_ids.long()
+    if everyone is not None:
+        positive, positive_ids = everyone.gathered(positive), everyone.gathered(positive_ids)
+    positives = numbers_of_equals(query_ids, positive_ids, options["ignore_index"])
+    options["factors"] = (1.0,) * len(options["sets"])
+    tensors = query, positive, *tensors[2:4], query_ids, positive_ids
+    total, _ = row_losses(tensors, positives, reduction, **options)
+    if reduction == "mean":
+        number = (positives > 0).sum()
+        total = mean_of(total, number if everyone is None else everyone.share(everyone.gathered(number[None])))
+    return cast(total, compute_dtype(query.dtype))
+
+
+def of_paired(query, positive, negatives, scale, normalize, weights):
+    """Losses of queries with negatives of their own (N, M, D), in plain PyTorch: no more products than features."""
+    if negatives.dim() != 3 or negatives.shape[::2] != query.shape:
+        shape = f"({query.shape[0]}, negatives, {query.shape[1]})"
+        raise ValueError(f"paired negatives must have shape {shape}, got {tuple(negatives.shape)}")
+    check_devices(query, negatives)
+    hardness, debias = weights
+    s = dots(query, positive, scale, normalize)
+    found = dots(query[:, None], negatives, scale, normalize)
+    number = torch.full((), negatives.shape[1], dtype=found.dtype, device=found.device)
+    log_negatives = found.logsumexp(1)
+    if hardness:
+        log_negatives = ((1 + hardness) * found).logsumexp(1) - (hardness * found).logsumexp(1) + torch.log(number)
+    return against_negatives(log_negatives, s, scale, number, debias)

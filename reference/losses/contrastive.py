@@ -57,6 +57,9 @@ def clip_loss(
     reduction="mean",
     return_stats=False,
     chunk_bytes=0,
+    process_group=None,
+    local_loss=False,
+    gather_with_grad=False,
 ):
     logits = similarities(image_features, text_features, logit_scale, logit_bias, normalize)
     match, counts = matches(len(logits), ids, ignore_index, logits.device)
@@ -79,6 +82,8 @@ def siglip_loss(
     ignore_index=-100,
     reduction="mean",
     chunk_bytes=0,
+    process_group=None,
+    dist_impl="shift",
 ):
     logits = similarities(image_features, text_features, logit_scale, logit_bias, normalize)
     match, counts = matches(len(logits), ids, ignore_index, logits.device)
@@ -86,7 +91,9 @@ def siglip_loss(
     return reduced(torch.where(counts, losses, 0).sum(1), counts.any(1).sum(), reduction, image_features)
 
 
-def nt_xent_loss(input, other=None, temperature=0.5, *, normalize=True, reduction="mean", chunk_bytes=0):
+def nt_xent_loss(
+    input, other=None, temperature=0.5, *, normalize=True, reduction="mean", chunk_bytes=0, process_group=None
+):
     z = input if other is None else torch.cat([input, other])
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     logits = similarities(z, z, 1 / temperature, normalize=normalize)
@@ -105,6 +112,7 @@ def supervised_contrastive_loss(
     skip_alone=False,
     reduction="mean",
     chunk_bytes=0,
+    process_group=None,
 ):
     labels = torch.arange(len(features), device=features.device) if labels is None else labels
     z = features.flatten(0, -2)
@@ -134,6 +142,7 @@ def info_nce_loss(
     debias=0.0,
     reduction="mean",
     chunk_bytes=0,
+    process_group=None,
 ):
     logits = similarities(query, positive, 1 / temperature, normalize=normalize)
     if query_ids is not None:

@@ -224,10 +224,10 @@ def similarity_rows_forward(tensors, coefficients, wanted, problem):
             reading.gradient(x, part, sides, (slopes, None), (grad, sums), problem)
             gradients.add(part, grad, a, b, sides, None)
     found = gradients.close(b, sides, sums, None, False)
-    lengths = [rows.new_empty(0)] * 2
+    lengths = [rows.new_empty(0), rows.new_empty(0)]
     if problem.normalize:
-        lengths = [sides.row_scales, sides.column_scales.clone() if same else sides.column_scales]
-    return [rows, columns, lengths[0], lengths[1].clone() if lengths[0] is lengths[1] else lengths[1], *found]
+        lengths = [sides.row_scales, sides.column_scales.clone()]  # of one and the same tensor, if b is a
+    return [rows, columns, *lengths, *found]
 
 
 @problem_op("Tensor?[] tensors, Tensor[] saved, Tensor[] upstream, bool[] wanted", Problem)
@@ -314,7 +314,7 @@ def added(rows, coefficients, problem):
     """Σ coefficients · statistics of each row: first the large ones, which cancel."""
     sets = len(problem.sets)
     terms = torch.where(coefficients == 0, 0, coefficients * rows)  # 0 · -inf is nan, where a set is empty
-    large = terms[sets : 2 * sets].sum(0) + terms[-3]
+    large = terms[sets : 2 * sets].sum(0) + terms[-3] + terms[-2]
     return large + (terms[:sets].sum(0) + terms[-1])
 
 
