@@ -2,8 +2,9 @@
 
 import torch
 
+from triton_losses.core.rows import LOWEST
 from triton_losses.core.similarities import NEGATIVES, POSITIVES
-from triton_losses.core.threads import row_blocks
+from triton_losses.core.threads import row_blocks, share
 
 
 def shape(products, part, sides, problem):
@@ -12,7 +13,8 @@ def shape(products, part, sides, problem):
     if row_ids is not None:
         ignored_rows = (row_ids[part] == problem.ignore_index)[:, None]
         ignored_columns = column_ids == problem.ignore_index
-    for block in row_blocks(*products.shape, products.dtype):
+
+    def work(block):
         x = products[block]
         at = within(part, block)
         x.mul_(scale if row_scales is None else (scale * row_scales[at])[:, None])
@@ -26,18 +28,33 @@ def shape(products, part, sides, problem):
             rows, columns = places(at, problem.offset, x)
             x[rows, columns] = -torch.inf
 
+    in_blocks(work, products)
+
+
+def in_blocks(work, x):
+    """Call ``work`` with each block of rows, in threads of our own: torch's would wait for one another each time."""
+    parts = row_blocks(*x.shape, x.dtype)
+    found = [None] * len(parts)
+
+    def one(i):
+        found[i] = work(parts[i])
+
+    share(one, len(parts), alone=1)
+    return found
+
 
 def statistics(x, part, sides, found, problem):
     """Fill a chunk's own statistics, with totals in place of their logarithms, and add to those of the columns."""
     rows, columns = found
     sets = len(problem.sets)
-    for block in row_blocks(*x.shape, x.dtype):
+
+    def work(block):
         y, at = x[block], within(part, block)
         match = matches(y, at, sides, problem)
         for k, (kind, factor) in enumerate(zip(problem.sets, problem.factors)):
             z = chosen(y, match, kind, at, problem)
             z = z if factor == 1 else z * factor
-            top = z.amax(1).clamp_(min=torch.finfo(torch.float32).min)
+            top = z.amax(1).clamp_(min=LOWEST)
             rows[sets + k, at] = top
             rows[k, at] = torch.sub(z, top[:, None]).exp_().sum(1)
         if problem.sums:
@@ -46,26 +63,38 @@ def statistics(x, part, sides, found, problem):
             rows[-2, at] += counted(y).sum(1)
         if problem.signed:
             rows[-1, at] += softplus(turned(y, match, at, problem)).sum(1)
-        if problem.columns:
-            top = torch.maximum(columns[1], y.amax(0))
+        if not problem.columns:
+            return None
+        own = columns.new_zeros(columns.shape)
+        torch.amax(y, 0, out=own[1]).clamp_(min=LOWEST)
+        torch.sum(torch.sub(y, own[1]).exp_(), 0, out=own[0])
+        if problem.sums and match is None:
+            down, beside = places(at, problem.offset, y)
+            own[2, beside] = y[down, beside]
+        elif problem.sums:
+            torch.sum(torch.where(match, y, 0), 0, out=own[2])
+        if problem.spread:
+            torch.sum(counted(y), 0, out=own[3])
+        return own
+
+    for own in in_blocks(work, x):  # in their order, so that every run gives the same bits
+        if own is not None:
+            top = torch.maximum(columns[1], own[1])
             columns[0] *= torch.exp(columns[1] - top)
-            columns[0] += torch.sub(y, top).exp_().sum(0)
+            columns[0] += own[0] * torch.exp(own[1] - top)
             columns[1] = top
-            if problem.sums and match is None:
-                own, beside = places(at, problem.offset, y)
-                columns[2, beside] += y[own, beside]
-            elif problem.sums:
-                columns[2] += torch.where(match, y, 0).sum(0)
-            if problem.spread:
-                columns[3] += counted(y).sum(0)
+            columns[2:] += own[2:]
 
 
 def gradient(x, part, sides, slopes, made, problem):
     """Write G · row_scales · column_scales into ``made[0]``, which may be x, and the rows' sums of G into made[1]."""
     of_rows, of_columns = slopes
     grad, sums = made
-    sets = len(problem.sets)
-    for block in row_blocks(*x.shape, x.dtype):
+    sets, same = len(problem.sets), of_columns is of_rows
+    # columns of a itself have softplus as its rows have; other columns have none
+    column_slopes = None if of_columns is None else of_columns[-3:] if same else of_columns[2:]
+
+    def work(block):
         y, at = x[block], within(part, block)
         match = matches(y, at, sides, problem)
         out = None
@@ -74,34 +103,35 @@ def gradient(x, part, sides, slopes, made, problem):
             z = chosen(y, match, kind, at, problem)
             z = z if factor == 1 else z * factor
             out = plus(out, torch.sub(z, own[sets + k][:, None]).exp_().mul_(own[k][:, None]))
-            if of_columns is of_rows:
+            if same:
                 out = plus(out, torch.sub(z, of_rows[sets + k]).exp_().mul_(of_rows[k]))
         if problem.columns:
             out = plus(out, torch.sub(y, of_columns[1]).exp_().mul_(of_columns[0]))
         out = torch.zeros_like(y) if out is None else out
-        beside = of_columns is not None
-        row_slopes = own[-3:]
-        # a's columns have softplus as its rows have, other columns have none
-        column_slopes = of_columns[-3:] if of_columns is of_rows else of_columns[2:] if beside else None
+        of_positives, of_all, of_signed = own[-3:].unsqueeze(2)
         if problem.signed:
-            turned_y = turned(y, match, at, problem)
-            slope = row_slopes[2][:, None] + (column_slopes[2] if of_columns is of_rows else 0)
-            out = plus(out, turned(torch.sigmoid(turned_y), match, at, problem).mul_(slope))
+            slope = of_signed + column_slopes[2] if same else of_signed
+            chance = torch.sigmoid(turned(y, match, at, problem))
+            out.add_(turned(chance, match, at, problem).mul_(slope))
         if problem.sums and match is None:
             rows, columns = places(at, problem.offset, y)
-            slope = row_slopes[0][rows]
-            out[rows, columns] += slope + column_slopes[0][columns] if beside else slope
+            slope = of_positives[rows, 0]
+            out[rows, columns] += slope if column_slopes is None else slope + column_slopes[0][columns]
         elif problem.sums:
-            slope = row_slopes[0][:, None]
-            out.add_(torch.where(match, slope + column_slopes[0] if beside else slope, 0))
+            out.add_(torch.where(match, beside(of_positives, column_slopes, 0), 0))
         if problem.spread:
-            slope = row_slopes[1][:, None]
-            out.add_(torch.where(y == -torch.inf, 0, slope + column_slopes[1] if beside else slope))
+            out.add_(torch.where(y == -torch.inf, 0, beside(of_all, column_slopes, 1)))
         if len(sums):
             sums[at] = out.sum(1)
         if sides.row_scales is not None:
             out.mul_(sides.row_scales[at][:, None]).mul_(sides.column_scales)
         grad[block] = out
+
+    in_blocks(work, x)
+
+
+def beside(of_rows, of_columns, k):
+    return of_rows if of_columns is None else of_rows + of_columns[k]
 
 
 def within(part, block):
