@@ -188,7 +188,8 @@ def siglip_loss(
     dtype, rows, ids = compute_dtype(image_features.dtype), image_features.shape[0], tensors[4]
     coefficients = None
     if reduction != "none":
-        coefficients = torch.cat([torch.zeros(2, rows), torch.ones(1, rows)]).to(image_features.device, dtype)
+        ones = torch.ones(rows, dtype=dtype, device=image_features.device)
+        coefficients = torch.stack([0 * ones, 0 * ones, ones])
     number = rows if ids is None else (ids != ignore_index).sum()
     everyone = across(process_group)
     found = []

@@ -67,7 +67,7 @@ def readable(tensors, problem):
     a, b, scale, bias = tensors[:4]
     wide = compute_dtype(problem.dtype)
     a, b = in_dtype(problem.dtype, a, b)
-    if not a.is_cuda:  # only there a product of 16-bit tensors comes without rounding
+    if not a.is_cuda:  # only there a product of 16-bit tensors comes without rounding; elsewhere they are copied
         a, b = in_dtype(wide, a, b)
     scale, bias = in_dtype(wide, scale, bias)
     return a, a if b is None else b, scale, bias
@@ -165,8 +165,9 @@ def slopes_of(statistics, upstream, sets, factors):
     """What a gradient needs of each row or column: factors of the exponentials, their maxima, and of the rest."""
     count = len(sets)
     totals, tops, rest = statistics[:count], statistics[count : 2 * count], upstream[2 * count :]
-    each = upstream.new_tensor(factors)[:, None] if any(f != 1 for f in factors) else 1.0
-    weights = torch.where(totals == 0, 0, upstream[:count] / totals * each)
+    weights = torch.where(totals == 0, 0, upstream[:count] / totals)
+    if any(factor != 1 for factor in factors):  # one by one: a tensor of them would have to come from the host
+        weights = torch.stack([weight * factor for weight, factor in zip(weights, factors)])
     return torch.cat([weights, tops, rest])
 
 
@@ -242,7 +243,7 @@ def similarity_rows_backward(tensors, saved, upstream, wanted, problem):
         return [gradients.of_a, gradients.of_b, gradients.of_scale, gradients.of_bias]
     rows, columns, *lengths = saved
     a, b, sides = sides_of(tensors, problem, lengths)
-    factor = range_of(*upstream) if a.dtype == torch.float16 else None
+    factor = range_of(*upstream) if problem.dtype == torch.float16 else None
     of_rows, of_columns = upstream if factor is None else [u / factor for u in upstream]
     of_rows = slopes_of(rows, of_rows, problem.sets, problem.factors)
     if same:
