@@ -77,13 +77,13 @@ def statistics(x, part, sides, found, problem):
             torch.sum(counted(y), 0, out=own[3])
         return own
 
-    for own in in_blocks(work, x):  # in their order, so that every run gives the same bits
-        if own is not None:
-            top = torch.maximum(columns[1], own[1])
-            columns[0] *= torch.exp(columns[1] - top)
-            columns[0] += own[0] * torch.exp(own[1] - top)
-            columns[1] = top
-            columns[2:] += own[2:]
+    made = in_blocks(work, x)
+    if problem.columns and made:  # all at once: few operations, for which torch's threads would wait
+        every = torch.stack([columns, *made])
+        top = every[:, 1].amax(0)
+        columns[0] = (every[:, 0] * torch.exp(every[:, 1] - top)).sum(0)
+        columns[1] = top
+        columns[2:] = every[:, 2:].sum(0)
 
 
 def gradient(x, part, sides, slopes, made, problem):
