@@ -145,8 +145,8 @@ def plus(total, term):
 
 def places(at, offset, x):
     """The rows of a block whose own column exists, and that column."""
-    columns = torch.arange(at.start + offset, at.stop + offset)
-    rows = torch.arange(at.stop - at.start)
+    columns = torch.arange(at.start + offset, at.stop + offset, device=x.device)
+    rows = torch.arange(at.stop - at.start, device=x.device)
     if columns.numel() and columns[-1] >= x.shape[1]:
         rows, columns = (t[columns < x.shape[1]] for t in (rows, columns))
     return rows, columns
