@@ -109,6 +109,6 @@ def test_two_lines_do_all_the_set_up():
 
 def test_the_examples_run_one_after_another():
     examples = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-    assert len(examples) == 7  # one more, indented, shows how a loss is written
+    assert len(examples) == 8  # one more, indented, shows how a loss is written
     # fenced as "py": test_transformers.py and test_segmentation_libraries.py run those, where they can
     subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=ROOT, check=True)
