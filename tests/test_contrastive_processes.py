@@ -216,3 +216,24 @@ def test_a_group_is_refused_where_there_are_no_processes():
     x = torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="init_process_group"):
         functional.clip_loss(x, x, 1.0, process_group="all")
+
+
+def round_a_ring(rank, size, loss):
+    """A factor of each process' own, and backward twice: as if all texts had been gathered."""
+    _, tensors = shared(rank, size)
+    found = []
+    for dist_impl in ("gather", "shift"):
+        own = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+        value = loss(*own, process_group=dist.group.WORLD, dist_impl=dist_impl)
+        for factor in (rank + 1.0, 0.5):
+            (factor * value).backward(retain_graph=True)
+        found.append([value.detach(), *(t.grad for t in own if t.requires_grad)])
+    torch.testing.assert_close(*found)
+    with pytest.raises(NotImplementedError, match="go round a ring has no second derivative: gather them"):
+        torch.autograd.grad(value, own[0], create_graph=True)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("loss", [siglip, siglip_of_ids])
+def test_a_ring_of_processes_does_what_gathering_does(loss, size):
+    run(size, round_a_ring, loss)

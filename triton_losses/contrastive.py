@@ -9,6 +9,7 @@ from triton_losses.core.collectives import Group
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.reduction import cast, reduction_of
 from triton_losses.core.similarities import ALL, POSITIVES
+from triton_losses.families.similarity_ring import similarity_ring
 from triton_losses.families.similarity_rows import similarity_rows
 from triton_losses.process_rows import across
 from triton_losses.similarity_losses import (
@@ -73,7 +74,8 @@ def clip_loss(
     logit_bias: s and b, numbers or tensors of one, with gradient; s is no logarithm. normalize: divide features by
     their lengths, without a copy of them; as open_clip, the default leaves that to the model. label_smoothing: ε of
     both cross entropies. ids: (N,), integers: pairs of one id are positives of one another, and a cross entropy is the
-    mean over a row's positives; pairs with ignore_index are left out on both sides. reduction: "mean" and "sum" over
+    mean over a row's positives; pairs with ignore_index are left out on both sides, their features must be finite all
+    the same. reduction: "mean" and "sum" over
     the pairs, or "none": (N,). return_stats: return the loss and ClipStats, from the same products (not beside ids).
     chunk_bytes: of similarities at a time; 0: 16 MB on a CPU, 128 MB on a GPU. Similarities and the result are float32,
     float64 for float64, for features of 16 bits too. Four products where plain PyTorch takes six; beside the gradients
@@ -169,8 +171,8 @@ def siglip_loss(
     pairs. chunk_bytes: as in ``clip_loss``. The result is float32, float64 for float64. Three products where it is
     reduced, else four. process_group: every process has N rows of one batch, and the loss of its own images with
     everyone's texts; the mean of processes' gradients is that of the whole batch. dist_impl: "shift": texts go round
-    the ring of processes, from neighbour to neighbour; "gather": all are gathered. Names and values as open_clip's
-    ``SigLipLoss``; Zhai et al. 2023, arXiv:2303.15343.
+    the ring of processes, from neighbour to neighbour, in memory for those of two, from four products; "gather": all
+    are gathered. Names and values as open_clip's ``SigLipLoss``; Zhai et al. 2023, arXiv:2303.15343.
 
     >>> siglip_loss(torch.eye(2), torch.eye(2), 10.0, -5.0)
     tensor(0.0134)
@@ -192,20 +194,16 @@ def siglip_loss(
         coefficients = torch.stack([0 * ones, 0 * ones, ones])
     number = rows if ids is None else (ids != ignore_index).sum()
     everyone = across(process_group)
-    found = []
-    if everyone is None:
-        found.append(similarity_rows(tensors, coefficients, **options)[0])
-    elif dist_impl == "gather":
-        texts, column_ids = everyone.gathered(text_features), ids if ids is None else everyone.gathered(ids)
-        options["offset"] = everyone.offset(image_features)
-        tensors = image_features, texts, *tensors[2:4], ids, column_ids
-        found.append(similarity_rows(tensors, coefficients, **options)[0])
+    if everyone is not None and dist_impl == "shift":
+        total = similarity_ring(tensors[:5], everyone, **options)
+        total = total if reduction == "none" else total.sum()
     else:
-        for texts, column_ids in everyone.ring(text_features, ids):
+        if everyone is not None:
+            texts, column_ids = everyone.gathered(text_features), ids if ids is None else everyone.gathered(ids)
+            options["offset"] = everyone.offset(image_features)
             tensors = image_features, texts, *tensors[2:4], ids, column_ids
-            found.append(similarity_rows(tensors, coefficients, **options)[0])
-            options["offset"] = rows  # a neighbour's row i is no pair of this row i
-    total = sum(part[2] if reduction == "none" else part for part in found)
+        total = similarity_rows(tensors, coefficients, **options)[0]
+        total = total[2] if reduction == "none" else total
     if everyone is not None and ids is not None:
         number = everyone.share(everyone.gathered(ids) != ignore_index)
     return cast(mean_of(total, number) if reduction == "mean" else total, dtype)

@@ -1,11 +1,11 @@
-"""Rows of one batch that several processes hold: gathered, or passed round a ring."""
+"""Rows of one batch that several processes hold, gathered."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_losses.core.collectives import all_gather, gather_with_grad, name_of, rank_in, shift, size_of
+from triton_losses.core.collectives import all_gather, gather_with_grad, name_of, rank_in, size_of
 
 
 class Across(NamedTuple):
@@ -23,13 +23,6 @@ class Across(NamedTuple):
         if own:
             found = torch.cat([found[: self.rank], x[None], found[self.rank + 1 :]])
         return found.flatten(0, 1)
-
-    def ring(self, *tensors):
-        """Yield these tensors, and then those of every other process, from neighbour to neighbour."""
-        yield tensors
-        for _ in range(self.size - 1):
-            tensors = [t if t is None else shift(t, self.name, self.rank) for t in tensors]
-            yield tensors
 
     def offset(self, x):
         """The number of the first of this process' rows x, among those of all."""

@@ -3,8 +3,8 @@
 Each takes the name of a group, a string, which a graph and an op can hold. `name_of` gives a ProcessGroup's name; all
 processes of the group must call a collective, in the same order, with tensors of the same shape.
 
-    all_gather, all_reduce     without gradient
-    gather_with_grad, reduce_with_grad, shift    differentiable: the backward is a collective too
+    all_gather, all_reduce, reduce_scatter, exchange    without gradient
+    gather_with_grad, reduce_with_grad                  differentiable: the backward is a collective too
 """
 
 from typing import Any, TypeAlias
@@ -83,17 +83,6 @@ class ReduceWithGrad(torch.autograd.Function):
         return all_reduce(dout, ctx.name), None
 
 
-class Shift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, name, rank, by):
-        ctx.name, ctx.rank, ctx.by = name, rank, by
-        return exchange(x, name, rank, by)
-
-    @staticmethod
-    def backward(ctx, dout):
-        return exchange(dout, ctx.name, ctx.rank, -ctx.by), None, None, None
-
-
 def gather_with_grad(x, name):
     """all_gather whose gradient is the sum of what all processes' results say of this process' x."""
     return GatherWithGrad.apply(x, name)
@@ -104,8 +93,3 @@ def reduce_with_grad(x, name):
     processes, and the mean of gradients that DDP and FSDP take is right.
     """
     return ReduceWithGrad.apply(x, name)
-
-
-def shift(x, name, rank, by=1):
-    """`exchange`, whose gradient goes the other way round the ring."""
-    return Shift.apply(x, name, rank, by)
