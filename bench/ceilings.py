@@ -44,7 +44,8 @@ def measured(device, dtypes):
 def products_of(case, shape, which):
     """Operations of a head's or a pairwise loss's products; two of its three are the backward's. 0 for other losses."""
     number = {"forward": 1, "no-grad": 1, "backward": 2, "full": 3}[which]
-    return number * 2 * case.logits(shape) * shape[1]
+    logits = case.logits(shape)
+    return number * 2 * logits * shape[1] if logits else 0
 
 
 def floor_ms(row, case, shape, dtype, ceilings):

@@ -1,5 +1,6 @@
 """The bench: what it counts is right, and nothing that a provider does ends the run."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -233,6 +234,9 @@ def test_the_floor_is_that_of_the_bytes_or_of_a_heads_products():
     row = {"moved_mb": 3.0, "pass": "full"}
     assert ceilings.floor_ms(row, TINY, (6, 5), torch.float32, rates) == pytest.approx(3.0)
     assert ceilings.floor_ms(row, head, (100, 10, 1000), torch.float32, rates) == pytest.approx(3 * 2 * 1e6 / 1e9 * 1e3)
+    for case in cases.CASES:
+        for shape in itertools.chain(*case.bench.values()):
+            assert ceilings.floor_ms(row, case, shape, torch.float32, rates) >= 3.0
 
 
 def test_the_machines_rates_are_measured():
