@@ -7,6 +7,7 @@ from torch import Tensor
 
 from triton_losses.core.collectives import Group
 from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.devices import check_devices
 from triton_losses.core.reduction import cast, reduction_of
 from triton_losses.core.similarities import ALL, POSITIVES
 from triton_losses.families.similarity_ring import similarity_ring
@@ -16,7 +17,6 @@ from triton_losses.similarity_losses import (
     IN_BATCH,
     STORED,
     against_negatives,
-    check_devices,
     check_features,
     check_ids,
     check_options,

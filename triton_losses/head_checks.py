@@ -2,6 +2,7 @@
 
 import torch
 
+from triton_losses.core.devices import check_devices
 from triton_losses.families.linear_rows import COUNT
 
 
@@ -38,14 +39,6 @@ def check_product(hidden, weight, bias, names):
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"expected {names[2]} shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_devices(hidden, weight, bias)
-
-
-def check_devices(hidden, *tensors):
-    for tensor in tensors:
-        if tensor is not None and tensor.device != hidden.device:
-            raise RuntimeError(
-                f"expected all tensors to be on the same device, but found {hidden.device} and {tensor.device}"
-            )
 
 
 def upper_bound(kept_tokens):

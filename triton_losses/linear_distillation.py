@@ -7,11 +7,12 @@ from torch import Tensor
 
 from triton_losses.core.collectives import Group, name_of
 from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.devices import check_devices
 from triton_losses.core.dtensors import for_dtensors
 from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, reduction_of
 from triton_losses.families.linear_distribution_rows import linear_distribution_rows
 from triton_losses.families.sharded_distributions import sharded_distributions
-from triton_losses.head_checks import check_devices, check_product, upper_bound
+from triton_losses.head_checks import check_product, upper_bound
 from triton_losses.row_formulas import check_counting, check_shape_of_logits, divergence_formula, rows_that_count
 
 TEACHERS = {  # the ways to give a teacher, and the tensors of each

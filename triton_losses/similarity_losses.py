@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from triton_losses.core.compiler import compute_dtype
+from triton_losses.core.devices import check_devices
 from triton_losses.core.op import readable
 from triton_losses.core.reduction import DTYPES, cast
 from triton_losses.core.similarities import ALL, NEGATIVES
@@ -25,14 +26,6 @@ def check_features(**given):
                 f"{first} and {name} must have the same number of features, got {x.shape[1]} and {tensor.shape[1]}"
             )
     check_devices(x, *given.values())
-
-
-def check_devices(x, *tensors):
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.device != x.device:
-            raise RuntimeError(
-                f"expected all tensors to be on the same device, but found {x.device} and {tensor.device}"
-            )
 
 
 def check_pairs(first, second, **names):
