@@ -8,7 +8,7 @@ from torch import Tensor
 from triton_losses.core.collectives import Group
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.devices import check_devices
-from triton_losses.core.reduction import cast, reduction_of
+from triton_losses.core.reduction import cast, mean_of, reduction_of
 from triton_losses.core.similarities import ALL, POSITIVES
 from triton_losses.families.similarity_ring import similarity_ring
 from triton_losses.families.similarity_rows import similarity_rows
@@ -23,7 +23,6 @@ from triton_losses.similarity_losses import (
     check_pairs,
     dots,
     log_of_hard_negatives,
-    mean_of,
     numbers_of_equals,
     of_ids,
     of_own_rows,

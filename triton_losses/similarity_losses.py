@@ -6,7 +6,7 @@ from torch import Tensor
 from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.devices import check_devices
 from triton_losses.core.op import readable
-from triton_losses.core.reduction import DTYPES, cast
+from triton_losses.core.reduction import DTYPES, cast, mean_of
 from triton_losses.core.similarities import ALL, NEGATIVES
 from triton_losses.families.similarity_rows import similarity_rows
 
@@ -73,14 +73,6 @@ def numbers_of_equals(ids, others, ignore_index):
     others, ids = others.sort()[0], ids.contiguous()
     found = torch.searchsorted(others, ids, right=True) - torch.searchsorted(others, ids)
     return torch.where(ids == ignore_index, 0, found)
-
-
-def mean_of(total, count):
-    """total / count; nan if nothing counts, with gradients of 0."""
-    if not isinstance(count, Tensor):
-        return total / count if count else total.detach() / 0 + 0 * total
-    nothing = count == 0
-    return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, count))
 
 
 def reduced(losses, counts, reduction, x):

@@ -100,5 +100,9 @@ def mean_of(total, weight, num_items=None, process_group=None):
     if process_group is not None:
         name = name_of(process_group)
         weight = reduce_with_grad(weight, name) / size_of(name)
+    if isinstance(weight, numbers.Number):
+        if weight:
+            return total / weight
+        weight = total.new_zeros(())
     nothing = weight == 0
     return torch.where(nothing, (total / weight).detach(), total / torch.where(nothing, 1, weight))
