@@ -100,7 +100,7 @@ def mean_of(total, weight, num_items=None, process_group=None):
     if process_group is not None:
         name = name_of(process_group)
         weight = reduce_with_grad(weight, name) / size_of(name)
-    if isinstance(weight, numbers.Number):
+    if not isinstance(weight, torch.Tensor):  # a number, or a size of an exported graph
         if weight:
             return total / weight
         weight = total.new_zeros(())
