@@ -77,8 +77,7 @@ def listing(timed):
 
 def without_a_gpu(part, timed, out, load_before):
     """Make, write and print the table of ``python -m bench host`` or of ``python -m bench build``."""
-    # heads and pairwise losses are left out: the stub driver launches no matrix products, which are not our kernels
-    frame = part.table([case for case in timed if not (case.features or case.pairwise)])
+    frame = part.table([case for case in timed if part is build or not (case.features or case.pairwise)])
     lines = conditions(torch.device("cpu"), load_before, kernels=True)
     lines = lines if part is host else lines[1:2]  # only the versions, because a build times nothing
     part.write(frame, lines, out)

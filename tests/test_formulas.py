@@ -20,6 +20,7 @@ ELEMENTWISE = {  # operands, scalars: one draw for each formula that is not of r
     "logistic": (2, ()),
     "weighted_logistic": (3, ()),
     "sigmoid_focal": (2, (0.75, -0.5, 1.7)),
+    "sigmoid_focal_squared": (2, (0.75, -0.5)),
     "gaussian": (3, (0.0, 0.9)),
     "poisson": (2, ()),
     "poisson_of_rate": (2, (9.0,)),
@@ -69,6 +70,7 @@ ROWS = {
     "cross_entropy_with_z_loss": (0.1,),
     "cross_entropy_smoothed": (0.1, 0.2),
     "softmax_focal": (1.7, 0.3),
+    "softmax_focal_squared": (0.3,),
 }
 PAIRS = {  # of a pair of rows
     "cross_entropy_of_probabilities": (),
@@ -220,6 +222,40 @@ def test_a_logarithm_near_1_is_exact_to_its_last_digits(dtype, device):
         torch.testing.assert_close(
             values.double(), x.double().log1p(), rtol=5e-7 if dtype == torch.float32 else 1e-14, atol=0
         )
+
+
+NEAR_0 = torch.cat([torch.logspace(-30, -1, 60), torch.linspace(0.1, 0.9, 333)]).double()
+NEAR_0 = torch.cat([-NEAR_0, torch.zeros(1).double(), NEAR_0])
+FAR = torch.logspace(-44, 38, 333).double()
+CLOSE_TO_A_ZERO = {
+    "log": torch.cat([1 + NEAR_0, FAR]),
+    "log1p": torch.cat([NEAR_0, FAR[FAR > 1e-30]]),  # torch's own flushes smaller ones to 0
+    "expm1": torch.cat([NEAR_0, -FAR, FAR.clamp(max=80)]),
+}
+
+
+@pytest.mark.parametrize("name", CLOSE_TO_A_ZERO)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_function_is_exact_near_its_zero_and_far_from_it(name, dtype, device):
+    """A GPU's own float32 logarithm errs by at most 2⁻²² log 2: 6e-7 of log 1.3, the least that is left to it."""
+    from device_functions import evaluate
+
+    x = CLOSE_TO_A_ZERO[name].to(device, dtype)
+    x = x[x != 0] if name == "log" else x
+    exact = getattr(torch, name)(x.double())
+    for values in (getattr(device_math, name).eager(x), evaluate(getattr(device_math, name), x)):
+        bound = 1e-6 + x.abs() * 2.0**-23 if name == "expm1" else 1e-6  # expm1's argument is rounded once more
+        error = (values.double() - exact).abs() / exact.abs().clamp(min=1e-44)
+        assert (error <= (bound if dtype == torch.float32 else 1e-12 * (1 + x.abs()))).all(), x[error.argmax()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_logarithm_has_its_limits(dtype, device):
+    from device_functions import evaluate
+
+    x = torch.tensor([0.0, -1.0, math.inf, -math.inf, math.nan], dtype=dtype, device=device)
+    for values in (device_math.log.eager(x), evaluate(device_math.log, x)):
+        torch.testing.assert_close(values, x.log(), equal_nan=True)
 
 
 HALF, SIGNS = torch.tensor([[0.0, 1.0, 0.3, 0.8]]).double(), torch.tensor([[-1.0, 1.0, 1.0, -1.0]]).double()

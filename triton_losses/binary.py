@@ -7,12 +7,12 @@ from torch import Tensor
 
 from triton_losses.blocks.elementwise import blocks
 from triton_losses.core.compiler import tl
-from triton_losses.core.device_math import at_least, log1p, quotient, relu, sigmoid, softplus, step
+from triton_losses.core.device_math import at_least, log, log1p, quotient, relu, sigmoid, softplus, step
 from triton_losses.core.formula import formula
 from triton_losses.core.op import readable
 from triton_losses.core.reduction import promoted, reduction_of, result_dtype, under_autocast
 from triton_losses.core.threads import elements, share
-from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
+from triton_losses.element_formulas import logistic, sigmoid_focal_formula, weighted_logistic
 from triton_losses.families.elementwise import elementwise
 from triton_losses.families.labelled_elements import labelled_elements
 
@@ -21,7 +21,7 @@ INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @formula
 def cross_entropy_of_chances(x, y):
-    yes = tl.log(x)
+    yes = log(x)
     no = log1p(-x)
     loss = (y - 1.0) * at_least(no, -100.0) - y * at_least(yes, -100.0)
     return loss, quotient(x - y, at_least(x * (1.0 - x), 9.999999960041972e-13)), no - yes  # torch's 1e-12 in float32
@@ -154,10 +154,10 @@ def sigmoid_focal_loss(
         raise ValueError(f"gamma must be >= 0, got {gamma}")
     if alpha is not None and not alpha <= 1:
         raise ValueError(f"alpha must be at most 1 (None or negative: no weighting), got {alpha}")
-    scalars = *class_balance(None if alpha is None or alpha < 0 else alpha), gamma
+    formula, scalars = sigmoid_focal_formula(None if alpha is None or alpha < 0 else alpha, gamma)
     reduction = reduction_of(reduction)
     if not indices:
-        return elementwise(sigmoid_focal, (inputs, targets), scalars, reduction)
+        return elementwise(formula, (inputs, targets), scalars, reduction)
     if not isinstance(background, numbers.Integral):
         raise TypeError(f"background must be an integer, got {background!r}")
     if targets.device != inputs.device:
@@ -165,7 +165,7 @@ def sigmoid_focal_loss(
             "expected all tensors to be on the same device, "
             f"but inputs are on {inputs.device}, targets on {targets.device}"
         )
-    return labelled_elements(sigmoid_focal, inputs, targets, scalars, int(background), reduction)
+    return labelled_elements(formula, inputs, targets, scalars, int(background), reduction)
 
 
 def check_chances(**tensors):

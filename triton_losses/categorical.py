@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_losses.core.compiler import tl
-from triton_losses.core.device_math import clamp
+from triton_losses.core.device_math import clamp, log
 from triton_losses.core.formula import formula
 from triton_losses.core.reduction import DTYPES, promoted, reduction_of, result_dtype
 from triton_losses.families.distribution_rows import distribution_rows
@@ -21,7 +21,7 @@ CLIPPED = EPSILON, 1 - EPSILON
 @formula
 def clipped_cross_entropy(y, p, least, most):
     chance = clamp(p, least, most)
-    log_p = tl.log(chance)
+    log_p = log(chance)
     return -y * log_p, -log_p, tl.where(p == chance, -y / chance, 0.0)
 
 
@@ -30,7 +30,7 @@ def clipped_cross_entropy_smoothed(y, p, least, most, smoothing, uniform):
     kept = 1.0 - smoothing
     target = kept * y + uniform
     chance = clamp(p, least, most)
-    log_p = tl.log(chance)
+    log_p = log(chance)
     return -target * log_p, -kept * log_p, tl.where(p == chance, -target / chance, 0.0)
 
 

@@ -19,7 +19,7 @@ from triton_losses.row_formulas import (
     cross_entropy_formula,
     negative_log_likelihood,
     of_probabilities,
-    softmax_focal,
+    softmax_focal_formula,
 )
 
 
@@ -387,12 +387,13 @@ def focal_loss(
         total = focal_loss(input, target, weight, gamma, alpha, ignore_index, "sum", **more)
         items = weight_of(input, target, weight, ignore_index)
         return mean_of(total.to(items.dtype), items, num_items, process_group).to(total.dtype)
+    formula, scalars = softmax_focal_formula(float(gamma), 1.0 if alpha is None else float(alpha))
     return by_rows(
-        softmax_focal,
+        formula,
         input,
         target,
         weight,
-        scalars=(float(gamma), 1.0 if alpha is None else float(alpha)),
+        scalars=scalars,
         ignore_index=int(ignore_index),
         reduction=reduction,
         gradient_in_forward=gradient_in_forward or overwrite,

@@ -10,7 +10,7 @@ from triton_losses.core.compiler import compute_dtype
 from triton_losses.core.formula import Formula
 from triton_losses.core.reduction import cast
 from triton_losses.core.regions import beside, divisors, loss_of_scores
-from triton_losses.element_formulas import class_balance, logistic, sigmoid_focal, weighted_logistic
+from triton_losses.element_formulas import logistic, sigmoid_focal_formula, weighted_logistic
 from triton_losses.families.regions import region_sums, regions
 from triton_losses.region_scores import (
     Image,
@@ -28,7 +28,7 @@ from triton_losses.region_scores import (
     problem_of,
     with_stats,
 )
-from triton_losses.row_formulas import cross_entropy_plain, softmax_focal
+from triton_losses.row_formulas import cross_entropy_plain, softmax_focal_formula
 
 
 class Beside(NamedTuple):
@@ -185,7 +185,7 @@ def dice_focal_loss(
         raise ValueError("use_softmax over 1 class is 1 everywhere: the focal loss by sigmoid is meant for one class")
     without = not include_background and input.shape[1] > 1
     weights = class_weights_for(weight, input, not without)
-    formula, scalars = (softmax_focal, (gamma, 1.0)) if use_softmax else (sigmoid_focal, (*class_balance(alpha), gamma))
+    formula, scalars = softmax_focal_formula(gamma, 1.0) if use_softmax else sigmoid_focal_formula(alpha, gamma)
     lambdas = {"lambda_dice": lambda_dice, "lambda_focal": lambda_focal}
     image = Image(input, target, to_onehot_y, sigmoid, softmax, other_act, ignore_index, squared_pred)
     options = Options(include_background, reduction, smooth_nr, smooth_dr, batch, process_group, return_stats)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from triton_losses.core.collectives import Group, name_of
 from triton_losses.core.compiler import compute_dtype, tl
-from triton_losses.core.device_math import exp
+from triton_losses.core.device_math import exp, log
 from triton_losses.core.dtensors import for_dtensors
 from triton_losses.core.formula import formula
 from triton_losses.core.reduction import DTYPES, check_divisor, mean_of, promoted, reduction_of, result_dtype
@@ -20,7 +20,7 @@ from triton_losses.row_formulas import check_counting, divergence_formula, rows_
 
 @formula
 def pointwise_divergence(x, y):
-    slope = tl.log(y) - x
+    slope = log(y) - x
     return tl.where(y == 0.0, y, y * slope), -y, tl.where(y == 0.0, y, slope + 1.0)
 
 

@@ -46,3 +46,25 @@ def sigmoid_focal(x, y, alpha_no, alpha_slope, gamma):
     dx = alpha * (modulator * (p - y) + slope * p * q * (1.0 - 2.0 * y))
     dy = alpha_slope * modulator * entropy + alpha * (slope * (q - p) - modulator * x)
     return loss, dx, dy
+
+
+@formula
+def sigmoid_focal_squared(x, y, alpha_no, alpha_slope):
+    """sigmoid_focal for γ = 2, the usual choice: without a branch, a kernel needs a quarter less registers."""
+    p = sigmoid(x)
+    q = sigmoid(-x)
+    entropy = less_product(relu(x), x, y) + log1p_exp_minus_abs(x)
+    alpha = alpha_no + alpha_slope * y
+    miss = p * (1.0 - y) + q * y
+    both = miss * entropy
+    loss = alpha * miss * both
+    dx = alpha * miss * (miss * (p - y) + 2.0 * entropy * p * q * (1.0 - 2.0 * y))
+    dy = alpha_slope * miss * both + alpha * miss * (2.0 * entropy * (q - p) - miss * x)
+    return loss, dx, dy
+
+
+def sigmoid_focal_formula(alpha, gamma):
+    """The formula and its scalars."""
+    if gamma == 2:
+        return sigmoid_focal_squared, class_balance(alpha)
+    return sigmoid_focal, (*class_balance(alpha), gamma)

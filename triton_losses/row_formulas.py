@@ -17,6 +17,7 @@ from triton_losses.core.device_math import (
     log1p_negative,
     negative_part,
     power,
+    quotient,
     relu,
     sign,
 )
@@ -110,7 +111,20 @@ def cross_entropy_of_smoothed_probabilities(p, log_q, smoothing, uniform):
 def softmax_focal(log_p, weight, gamma, alpha):
     miss = at_least_tiny(-expm1(log_p))  # 1 - p, without cancellation
     modulator = alpha * weight * power(miss, gamma)
-    return -modulator * log_p, modulator * (gamma * log_p * exp(log_p) / miss - 1.0)
+    return -modulator * log_p, modulator * (quotient(gamma * log_p * exp(log_p), miss) - 1.0)
+
+
+@formula
+def softmax_focal_squared(log_p, weight, alpha):
+    """softmax_focal for γ = 2, the usual choice: a kernel needs no branch."""
+    miss = -expm1(log_p)
+    modulator = alpha * weight * miss
+    return -modulator * miss * log_p, modulator * (2.0 * log_p * exp(log_p) - miss)
+
+
+def softmax_focal_formula(gamma, alpha):
+    """The formula and its scalars."""
+    return (softmax_focal_squared, (alpha,)) if gamma == 2 else (softmax_focal, (gamma, alpha))
 
 
 def cross_entropy_formula(label_smoothing, z_loss):

@@ -2,7 +2,7 @@
 
 Errors of the float32 versions against float64, in units in the last place (ulp) of the result: exp 2 near 0 (elsewhere
 a relative error of |x|·2⁻²⁴), log1p_exp_minus_abs 3, quotient 2, sigmoid 4, power 2·|γ·log2 b| + 2γ + 3, tanh 4,
-log_cosh 9, expm1 4, log1p 4.
+log_cosh 9, expm1 4, log 6, log1p 6.
 float64 always takes an exact branch (for tiny arguments log_cosh and tanh have an absolute error of 1e-16).
 """
 
@@ -135,11 +135,34 @@ def step(x):
     return tl.where(x >= 0, 1.0, 0.0).to(x.dtype)
 
 
+@jit
+def log_of(r, x):
+    """log x, where x = 1 + r: in float32 a polynomial near 1 (minimax, relative error 8e-8), elsewhere `log2`."""
+    p = 1.642019333e-01 - 1.467700952e-01 * r
+    p = p * r - 1.652406445e-01
+    p = p * r + 1.988473445e-01
+    p = p * r - 2.500321725e-01
+    p = p * r + 3.333507315e-01
+    p = p * r - 4.999998417e-01
+    return tl.where(tl.abs(r) < 0.3, r + r * r * p, log2(x) * LN2)
+
+
+@twin(torch.log)
+def log(x):
+    """log x; in float32 about 17 instructions, where Triton's takes 28."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    small = tl.abs(x) < 1.2e-38  # `log2` is not for subnormal numbers
+    return log_of(x - 1.0, tl.where(small, x * 16777216.0, x)) - tl.where(small, 16.635532333438686, 0.0)  # 24 log 2
+
+
 @twin(torch.log1p)
 def log1p(x):
-    """log(1 + x) by Kahan's method, in which the rounding error of 1 + x cancels."""
+    """log(1 + x), in float64 by Kahan's method, in which the rounding error of 1 + x cancels."""
     u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+    if x.dtype == tl.float64:
+        return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+    return log_of(x, u)
 
 
 @twin(lambda a, x, y: torch.addcmul(a, x, y, value=-1))
@@ -241,9 +264,16 @@ def root_slope(x, p):
 
 @twin(torch.expm1)
 def expm1(x):
-    """exp(x) - 1 by Kahan's method: y - 1 and log y have the same relative error, which cancels."""
-    y = tl.exp(x)
-    return tl.where(y == 1.0, x, tl.where(y - 1.0 == -1.0, y - 1.0, (y - 1.0) * (x / tl.log(y))))
+    """exp(x) - 1; in float64 by Kahan's method: y - 1 and log y have the same relative error, which cancels."""
+    if x.dtype == tl.float64:
+        y = tl.exp(x)
+        return tl.where(y == 1.0, x, tl.where(y - 1.0 == -1.0, y - 1.0, (y - 1.0) * (x / tl.log(y))))
+    p = 1.984981005e-04 * x + 1.399617631e-03  # minimax on [-1/2, 1/2], relative error 3e-9
+    p = p * x + 8.333579027e-03
+    p = p * x + 4.166535858e-02
+    p = p * x + 1.666666398e-01
+    p = p * x + 5.000000394e-01
+    return tl.where(tl.abs(x) < SERIES, x + x * x * p, exp(x) - 1.0)
 
 
 @twin(torch.tanh)
