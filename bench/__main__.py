@@ -2,6 +2,7 @@
 
 host      what a call costs the host; no GPU is needed
 build     what the compiler says of the kernels; no GPU is needed
+first     the seconds of a first call in a new process, and of one whose kernels are on disk
 memory    the heads' peak memory as the vocabulary grows
 train     [lm] [seg] [dpo] [grpo]: short training runs with our losses and with plain ones
 curves    values and gradients of losses, as a picture
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench import compare, curves, memory_curve, train
+from bench import compare, curves, first_call, memory_curve, train
 from bench.ceilings import measured
 from bench.conditions import conditions, load
 from bench.measure import COLUMNS, PRESETS
@@ -30,7 +31,7 @@ try:
 except ImportError:  # Triton is not installed
     build = host = None
 
-WORDS = ("host", "build", "memory", "train", "curves", "compare")
+WORDS = ("host", "build", "first", "memory", "train", "curves", "compare")
 PRESETS_ARE = "quick: a few minutes (default); peers: what other libraries have, at full size; full: hours"
 
 
@@ -95,6 +96,15 @@ def memory(timed, device, out, load_before, parser):
     print(*lines, "", *text, f"\nWritten to {out}{os.sep}", sep="\n")
 
 
+def first(timed, device, out, load_before, named):
+    frame = first_call.table(timed if named else [case for case in timed if case.headline], device)
+    lines = conditions(device, load_before)
+    first_call.write(frame, lines, out)
+    failed = [f"failed: {row.loss} {row.provider}: {row.failed}" for row in frame.itertuples() if row.failed]
+    print(*lines, "", first_call.EXPLANATION, first_call.shown(frame).to_string(), *failed, sep="\n")
+    print(f"\nWritten to {out}{os.sep}")
+
+
 def training(names, device, out, load_before, parser):
     if unknown := set(names) - set(train.TASKS):
         parser.error(f"train takes {', '.join(train.TASKS)}, got {', '.join(sorted(unknown))}")
@@ -155,6 +165,8 @@ def main(arguments=None):
     load_before = load()
     if word == "memory":
         return memory(timed, device, options.out, load_before, parser)
+    if word == "first":
+        return first(timed, device, options.out, load_before, bool(options.losses))
     if word == "train":
         return training(options.losses, device, options.out, load_before, parser)
     if word is None:

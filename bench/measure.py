@@ -10,7 +10,7 @@ from functools import partial
 import numpy
 import torch
 
-from bench import accuracy
+from bench import accuracy, on_gpu
 from bench.failures import noted
 from bench.memory import peak_bytes, shortage
 from bench.passes import PASSES, Call, bytes_moved_at_least, learned_by
@@ -19,7 +19,8 @@ from bench.timing import SMALL, Budget, calls_per_sample, stopwatch, take_turns
 
 COLUMNS = (
     *("loss", "options", "shape", "dtype", "device", "provider", "pass", "ms", "p20_ms", "p80_ms", "samples"),
-    *("noise", "device_ms", "moved_mb", "gb_per_s", "floor_ms", "share", "peak_mb", "error", "first_call_s", "failed"),
+    *("noise", "device_ms", "graph_ms", "host_us", "launches", "syncs", "moved_mb", "gb_per_s", "floor_ms", "share"),
+    *("peak_mb", "reserved_mb", "error", "first_call_s", "failed"),
 )
 
 
@@ -48,7 +49,7 @@ def measure(case, shape, dtype, device, preset, names):
         if reason := shortage(case, shape, dtype, device):
             failures[WHOLE_CASE] = reason
         else:
-            fill(rows, failures, case, shape, case.arguments(shape, dtype, device), device, preset, names)
+            fill(rows, failures, case, shape, dtype, device, preset, names)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -74,20 +75,21 @@ def blank_row(case, shape, dtype, device, name, which):
     }
 
 
-def fill(rows, failures, case, shape, arguments, device, preset, names):
-    tensors, options = arguments
+def fill(rows, failures, case, shape, dtype, device, preset, names):
+    tensors, options = case.arguments(shape, dtype, device, drawn_there=True)
     calls = first_calls(rows, failures, case, shape, tensors, options, device, preset.passes, names)
     inputs = [tensor for tensor in (*tensors, *options.values()) if isinstance(tensor, torch.Tensor)]
     for which in preset.passes:
         fitting = {name: call for name, call in calls.items() if name not in failures}
-        samples, on_device = time_and_weigh(rows, failures, which, fitting, inputs, device, preset.budget)
+        samples, on_device, replays = time_and_weigh(rows, failures, which, fitting, inputs, device, preset.budget)
         for name in samples.keys() - failures.keys():
             low, median, high = numpy.percentile(samples[name], (20, 50, 80)) * 1e3
             moved = bytes_moved_at_least(which, inputs, learned_by(case)) / 1e6
             rows[name, which] |= {"ms": median, "p20_ms": low, "p80_ms": high, "samples": len(samples[name])}
             rows[name, which]["noise"] = noise_of(samples[name])
-            if on_device.get(name):
-                rows[name, which]["device_ms"] = statistics.median(on_device[name]) * 1e3
+            for column, found in (("device_ms", on_device), ("graph_ms", replays)):
+                if found.get(name):
+                    rows[name, which][column] = statistics.median(found[name]) * 1e3
             rows[name, which] |= {"moved_mb": moved, "gb_per_s": moved / median}
 
 
@@ -124,7 +126,9 @@ def first_calls(rows, failures, case, shape, tensors, options, device, passes, n
 
 
 def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
-    """Write the peak memory of one pass to the rows. Return samples of its time by provider, and of the GPU's part."""
+    """Write what one pass takes besides time to the rows. Return samples of its time by provider, of the GPU's part of
+    it, and of a captured graph's replay.
+    """
     seconds_of = stopwatch(device)
     small = sum(tensor.nbytes for tensor in inputs) < SMALL
     ready, times = {}, {}
@@ -138,8 +142,16 @@ def time_and_weigh(rows, failures, which, calls, inputs, device, budget):
             rows[name, which]["peak_mb"] = peak_bytes(partial(prepare, 1), device) / 1e6
             times[name] = calls_per_sample(prepare, seconds_of, small)
             ready[name] = prepare
-    samples, on_device = take_turns(ready, times, seconds_of, budget, failures), {}
-    if device.type == "cuda":
-        one_each = dict.fromkeys(times, 1)  # several calls would take the host longer than the GPU spins
-        on_device = take_turns(ready, one_each, stopwatch(device, busy=True), ON_DEVICE, failures)
-    return samples, on_device
+    samples = take_turns(ready, times, seconds_of, budget, failures)
+    if device.type != "cuda":
+        return samples, {}, {}
+    one_each = dict.fromkeys(times, 1)  # several calls would take the host longer than the GPU spins
+    on_device = take_turns(ready, one_each, stopwatch(device, busy=True), ON_DEVICE, failures)
+    graphs, replays = {}, {}
+    if which == "full":
+        for name in ready.keys() - failures.keys():
+            rows[name, which] |= on_gpu.shown(partial(ready[name], 1), device, small)
+            with noted({}, name):  # a provider that cannot be captured has no replay
+                graphs[name] = on_gpu.replayed(partial(ready[name], 1), device)
+        replays = take_turns(graphs, dict.fromkeys(graphs, 1), seconds_of, ON_DEVICE, {})
+    return samples, on_device, replays

@@ -1,4 +1,4 @@
-"""Memory: the peak that a piece of work adds, exact to the byte, and the free memory of the machine."""
+"""Memory: the peak that a piece of work adds, exact to the byte, and the free memory of the device."""
 
 from pathlib import Path
 
@@ -56,13 +56,13 @@ def highest_sum(changes):
 
 
 def free_bytes(device):
-    """Free memory for a case: the least of host and GPU, because tensors are created on the host, then moved."""
-    host = ASSUMED
-    if MEMINFO.exists():
-        host = next(
-            int(line.split()[1]) << 10 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable")
-        )
-    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+    """Free memory for a case, whose tensors are drawn where they are used."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not MEMINFO.exists():
+        return ASSUMED
+    lines = MEMINFO.read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
 def logits_of(case, shape):

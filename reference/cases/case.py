@@ -1,5 +1,6 @@
 """One line of the table, and the shapes that lines share."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -45,12 +46,16 @@ class Case:
         between = [n for n in (self.features, self.classes) if n]
         return (rows, *between, columns)
 
-    def arguments(self, shape, dtype=torch.float32, device="cpu", seed=0, reduction=None):
-        """Tensors and options, the same for the same seed on every device; with the reduction, where it takes one."""
+    def arguments(self, shape, dtype=torch.float32, device="cpu", seed=0, reduction=None, drawn_there=False):
+        """Tensors and options, with the reduction, where it takes one: the same for the same seed on every device.
+
+        drawn_there: drawn on the device instead of copied to it, which is much faster; then a GPU has other numbers.
+        """
         torch.manual_seed(seed)
-        tensors = tuple(t.to(device) for t in self.draw(shape, dtype))
-        like = tensors[0][..., :1].expand(*shape[:-2], shape[-1]) if self.features else tensors[0]
-        options = {name: value(like) if callable(value) else value for name, value in self.options.items()}
+        with torch.device(device) if drawn_there else contextlib.nullcontext():
+            tensors = tuple(t.to(device) for t in self.draw(shape, dtype))
+            like = tensors[0][..., :1].expand(*shape[:-2], shape[-1]) if self.features else tensors[0]
+            options = {name: value(like) if callable(value) else value for name, value in self.options.items()}
         return tensors, options | ({"reduction": reduction} if reduction and self.reduces else {})
 
 
