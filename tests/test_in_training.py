@@ -137,7 +137,7 @@ STEPS = [("aot_eager", None), ("aot_eager", True), ("aot_eager", False), ("induc
     ],
 )
 def test_a_whole_step_compiles_with_its_optimiser(name, backend, dynamic):
-    """One function of a model, its loss, the backward and Adam; in no more graphs than with eager's loss."""
+    """One function of a model, its loss, the backward and SGD; in no more graphs than with eager's loss."""
     case, graphs = NAMES[name], []
     for module in (functional, reference.losses):
         torch._dynamo.reset()
@@ -145,7 +145,7 @@ def test_a_whole_step_compiles_with_its_optimiser(name, backend, dynamic):
         tensors, options = of_rows(case, 5)
         twins = [torch.nn.Linear(tensors[0].shape[-1], tensors[0].shape[-1]) for _ in range(2)]
         twins[1].load_state_dict(twins[0].state_dict())
-        optimisers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in twins]
+        optimisers = [torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9) for model in twins]
 
         def step(which, input, *rest, module=module, options=options, twins=twins, optimisers=optimisers):
             optimisers[which].zero_grad()
