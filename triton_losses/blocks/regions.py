@@ -19,7 +19,7 @@ from triton_losses.core.regions import (
 from triton_losses.core.threads import elements, share
 
 CERTAIN = 1e-30  # below this, the probability of a pixel's own class has lost digits; its log softmax has not
-FEW = 1 << 16  # elements of the smallest block
+FEW = 1 << 17  # elements of the smallest block
 # up to so many bytes of logits, blocks run in the calling thread; beyond, waiting for torch's own threads costs too
 # much if another process occupies a core
 ALONE = 64 << 20
