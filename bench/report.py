@@ -19,11 +19,12 @@ must move (inputs read once, gradients written once) take at the rate of a copy 
 rate of bare products, both measured in this run; tensors that stay in a cache can exceed 1. Peak MB (10⁶ bytes) is
 the most memory held above the inputs; the gradient counts. `results.csv` has the other passes and, for every
 measurement: p20 and p80; the noise, which is by how much the median of every other sample differs from that of the
-rest; on a GPU, of both passes together, the replay of a captured graph (`graph_ms`), the host's microseconds while the
-GPU is busy, launches (of small tensors), synchronisations, and the memory that the allocator reserved on top
-(`reserved_mb`); the bytes and the GB/s they make; the error, which is the larger of the value's and the gradient's largest
-deviation from the float64 reference, each relative to the largest exact component (beyond 2²⁵ elements, that of a
-smaller shape); and the seconds of the first call, with compilation and tuning, the caches on disk as they were found.
+rest; on a GPU, of both passes together, the replay of a captured graph (`graph_ms`), the host's microseconds while
+the GPU is busy, launches (of small tensors), synchronisations, and the memory that the allocator reserved on top
+(`reserved_mb`); the bytes and the GB/s they make; the error, which is the larger of the value's and the gradient's
+largest deviation from the float64 reference, each relative to the largest exact component (beyond 2²⁵ elements, that
+of a smaller shape); and the seconds of the first call, with compilation and tuning, the caches on disk as they were
+found.
 """
 ALT = {OVERVIEW: "Speed-up over eager", ROOFLINE: "Bytes that must move, and how fast they do"}
 

@@ -23,6 +23,7 @@ FORMULAS_OF_ROWS = {
     "cross_entropy_with_z_loss": (0.1,),
     "cross_entropy_smoothed": (0.1, 0.2),
     "softmax_focal": (1.7, 0.3),
+    "softmax_focal_squared": (0.3,),
 }
 LAYOUTS = {
     "contiguous": lambda x: x,

@@ -15,7 +15,7 @@ from triton_losses.core.threads import elements, share
 
 
 def scratch(tensors, problem):
-    """The log softmax over the classes, in memory that becomes the gradient's; None if the backward cannot use it."""
+    """Memory for the log softmax over the classes, which becomes the gradient's; None if the backward cannot use it."""
     logits = tensors[0]
     if (
         not any(slots_of(FORMULAS[problem.formula])[1:4])
@@ -23,7 +23,17 @@ def scratch(tensors, problem):
         or not logits.is_contiguous()
     ):
         return None
-    return transform(logits, problem.softcap, problem.scale).log_softmax(1)
+    return torch.empty_like(logits)
+
+
+def scratch_again(tensors, problem):
+    """What the forward has filled that memory with, for a second backward."""
+    found = scratch(tensors, problem)
+    return found if found is None else log_softmax_of(tensors[0], problem, out=found)
+
+
+def log_softmax_of(logits, problem, out):
+    return torch.log_softmax(transform(logits, problem.softcap, problem.scale), 1, out=out)
 
 
 def forward(tensors, problem, log_rows=None):
@@ -93,7 +103,7 @@ def statistics_of(x, log_softmax, at, class_weights, taken, log_p=None):
 def forward_blocks(tensors, problem, out, log_rows=None, log_p=None):
     """Write losses to ``out``, or return sums (2, blocks) of losses and weights.
 
-    log_rows: log softmax, if known. log_p: is filled with that of the labels, unless it is None.
+    log_rows: is filled with the log softmax, log_p with that of the labels, unless they are None.
     """
     logits, labels, class_weights = tensors
     formula, scalars, ignore_index, softcap, scale, *_ = problem
@@ -105,14 +115,21 @@ def forward_blocks(tensors, problem, out, log_rows=None, log_p=None):
     if not parts:  # no pixels, or no classes: then every label must be ignored
         counted(labels, None, classes, ignore_index, wide)
         (sums if out is None else out).zero_()
+    whole_images = not parts or parts[0][1] == slice(None)
+    if log_rows is not None and not whole_images:  # torch would copy a slice of pixels
+        log_softmax_of(logits, problem, out=log_rows)
 
     def part(i):
         images, pixels = parts[i]
         x = log_softmax = None
-        if log_rows is None or taken & OF_LOGITS:
+        if log_rows is None or whole_images or taken & OF_LOGITS:
             x = transform(logits[images, :, pixels].to(wide), softcap, scale)
-        if taken & OF_LOG_SOFTMAX:
-            log_softmax = x.log_softmax(1) if log_rows is None else log_rows[images, :, pixels]
+        if log_rows is not None:
+            log_softmax = log_rows[images, :, pixels]
+            if whole_images:
+                torch.log_softmax(x, 1, out=log_softmax)
+        elif taken & OF_LOG_SOFTMAX:
+            log_softmax = x.log_softmax(1)
         kept, at, weights = counted(labels[images, pixels], class_weights, classes, ignore_index, wide)
         statistics = statistics_of(x, log_softmax, at, class_weights, taken)
         if log_p is not None:
@@ -151,6 +168,8 @@ def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False, log_p=N
         if not of_log_rows or softcap or needs & OF_LOGITS:
             x = transform(logits[images, :, pixels].to(wide), softcap, scale)
         log_softmax = out if of_log_rows else x.log_softmax(1) if needs & OF_LOG_SOFTMAX else None
+        # where a pixel has a nan or inf, its first class has a nan or -inf, and looking there alone takes less time
+        finite = kept is None or of_log_rows and bool(log_softmax[:, 0].sum().isfinite())
         known = None if log_p is None else log_p[images, pixels]
         statistics = statistics_of(x, log_softmax, at, class_weights, needs, known)
         g = x.softmax(1) if log_softmax is None else torch.exp(log_softmax, out=out if direct else None)
@@ -172,7 +191,7 @@ def backward_blocks(tensors, problem, grad, upstream, of_log_rows=False, log_p=N
             g.scatter_add_(1, at, (d_log_p + d_picked).expand(at[:, 0].shape)[:, None])
         if softcap:
             g.mul_(1 - (x / (softcap * scale)).square_())
-        if kept is not None and bool(g.sum().isnan()):  # nan times an ignored pixel's 0 is nan
+        if not finite and bool(g.sum().isnan()):  # nan times an ignored pixel's 0 is nan
             g.masked_fill_(~kept[:, None], 0)
         if g is not out:
             out.copy_(g)

@@ -107,7 +107,7 @@ def scratch(tensors, problem):
 
 def scratch_again(tensors, problem):
     """The same for a second backward, because the first has overwritten what the forward had kept."""
-    return label_planes.scratch(tensors, problem) if tensors[0].dim() == 3 else None
+    return label_planes.scratch_again(tensors, problem) if tensors[0].dim() == 3 else None
 
 
 def statistics_forward(tensors, problem):
