@@ -97,6 +97,53 @@ def test_the_peaks_of_preference_training_are_those_of_the_committed_runs():
         assert said == tuple(f"{peaks[task, provider]:.3g}" for provider in ("triton_losses", "eager"))
 
 
+H200 = "bench/results/nvidia_h200/2026-11-27"
+SHOWN_OF_H200 = [
+    ("cross_entropy", "8192×128256", "bfloat16"),
+    ("cross_entropy", "8192×32000", "bfloat16"),
+    ("linear_cross_entropy", "8192×4096×128256", "bfloat16"),
+    ("distillation_loss direction=jsd", "4096×128256", "bfloat16"),
+    ("binary_cross_entropy_with_logits", "134217728", "bfloat16"),
+    ("sigmoid_focal_loss reduction=mean", "134217728", "bfloat16"),
+    ("cross_entropy", "8×19×512×1024", "float32"),
+    ("dice_ce_loss softmax=True", "8×19×512×1024", "float32"),
+    ("triplet_margin_loss", "65536×1024", "bfloat16"),
+    ("ctc_loss_with_logits", "1000×64×5000", "float32"),
+]
+
+
+def table_of_h200():
+    with (ROOT / f"{H200}.csv").open() as file:
+        rows = {(*(row[k] for k in ("loss", "shape", "dtype")), row["provider"]): row for row in csv.DictReader(file)}
+    lines = [
+        "| loss | shape | dtype | ours | eager | others (and their peak) | peak MB ours | eager |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in SHOWN_OF_H200:
+        found = {provider: row for (*of, provider), row in rows.items() if tuple(of) == key}
+        ours, eager = found.pop("triton_losses"), found.pop("eager", {})
+        others = [f"{provider}: {three(row['device_ms'])}{in_mb(row['peak_mb'])}" for provider, row in found.items()]
+        times = three(ours["device_ms"]), three(eager.get("device_ms")), "; ".join(others)
+        lines.append(f"| {' | '.join((*key, *times, three(ours['peak_mb']), three(eager.get('peak_mb'))))} |")
+    return "\n".join(lines)
+
+
+def in_mb(number):
+    return f" ({three(number)} MB)" if number else ""
+
+
+def three(number):
+    """Three digits of it; nothing if there is none."""
+    return "" if not number else f"{float(number):.0f}" if float(number) >= 100 else f"{float(number):.3g}"
+
+
+def test_the_table_of_an_h200_is_that_of_the_committed_file():
+    assert table_of_h200() in section("h200"), f"between its markers README.md should have:\n{table_of_h200()}"
+    conditions = (ROOT / f"{H200}.md").read_text()
+    assert f"]({H200}.md)" in section("h200")
+    assert all(words in conditions for words in re.findall(r"`([^`]+)`", section("h200").partition("|")[0]))
+
+
 def test_pictures_and_files_that_the_readme_names_exist():
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name
