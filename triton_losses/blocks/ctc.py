@@ -142,9 +142,12 @@ def backward(tensors, saved, upstream, problem, wanted):
             g = torch.exp(inputs[part].to(wide), out=out)
         taken = occupancies[:, part].transpose(0, 1)
         g.scatter_add_(2, of_slot.expand(taken.shape), -taken)
-        g.mul_(factor).masked_fill_(ended[part][..., None], 0)
+        g.mul_(factor)
         if out is None:
             grad[part] = g
 
     share(write, len(parts))
+    in_order = (grad, ended) if grad.is_contiguous() else (grad.transpose(0, 1), ended.t())
+    rows, ended = in_order[0].view(-1, classes), in_order[1].flatten()
+    rows.index_fill_(0, ended.nonzero()[:, 0], 0)  # masked_fill_ with a mask of rows takes five times as long
     return [grad]
