@@ -123,14 +123,14 @@ def crossed(values, some=()):
     ]
 
 
-@pytest.mark.parametrize("case, reduction", crossed(("sum", "none", "mean"), some=("sum",)))
+@pytest.mark.parametrize("case, reduction", crossed(("sum", "none", "mean"), some=("mean",)))
 def test_equals_the_reference_in_every_shape(case, reduction, device):
     few = reduction == "sum" or INTERPRET and reduction == "none"  # a sum is a mean with another divisor
     for shape in case.shapes[:1] if few else case.shapes:
         check(case, shape, torch.float32, reduction, device)
 
 
-@pytest.mark.parametrize("case, dtype", crossed((torch.float16, torch.bfloat16, torch.float64)))
+@pytest.mark.parametrize("case, dtype", crossed((torch.float16, torch.bfloat16, torch.float64), some=(torch.bfloat16,)))
 def test_equals_the_reference_in_every_dtype(case, dtype, device):
     for reduction in ("mean",) if INTERPRET else ("none", "mean"):
         check(case, case.shapes[0], dtype, reduction, device)

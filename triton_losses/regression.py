@@ -64,22 +64,22 @@ def poisson(x, y):
 
 @formula
 def poisson_of_rate(x, y, eps):
-    log_rate = log(x + eps)
+    log_rate = tl.log(x + eps)
     return x - y * log_rate, 1.0 - y / (x + eps), -log_rate
 
 
 @formula
 def poisson_full(x, y, half_log_tau):
     rate = exp(x)
-    log_count = log(at_least(y, 1.0))
+    log_count = tl.log(at_least(y, 1.0))
     stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # Stirling's approximation of log y!
     return rate - y * x + stirling, rate - y, tl.where(y <= 1.0, 0.0, log_count + 0.5 / at_least(y, 1.0)) - x
 
 
 @formula
 def poisson_of_rate_full(x, y, eps, half_log_tau):
-    log_rate = log(x + eps)
-    log_count = log(at_least(y, 1.0))
+    log_rate = tl.log(x + eps)
+    log_count = tl.log(at_least(y, 1.0))
     stirling = tl.where(y <= 1.0, 0.0, (y + 0.5) * log_count - y + half_log_tau)  # Stirling's approximation of log y!
     dy = tl.where(y <= 1.0, 0.0, log_count + 0.5 / at_least(y, 1.0)) - log_rate
     return x - y * log_rate + stirling, 1.0 - y / (x + eps), dy
