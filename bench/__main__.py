@@ -78,6 +78,7 @@ def listing(timed):
 
 def without_a_gpu(part, timed, out, load_before):
     """Make, write and print the table of ``python -m bench host`` or of ``python -m bench build``."""
+    # host leaves out heads and pairwise losses: its driver launches no matrix products, which are not our kernels
     frame = part.table([case for case in timed if part is build or not (case.features or case.pairwise)])
     lines = conditions(torch.device("cpu"), load_before, kernels=True)
     lines = lines if part is host else lines[1:2]  # only the versions, because a build times nothing

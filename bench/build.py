@@ -133,8 +133,7 @@ def table(cases, target="sm_90", dtypes=DTYPES):
     assert TARGETS[target].backend == "cuda", "the figures are read from NVIDIA's machine code"
     triton_losses.set_autotune(False)
     try:
-        largest = [(case, max(case.bench["full"], key=lambda shape: torch.Size(shape).numel())) for case in cases]
-        rows = [row for case, shape in largest for dtype in dtypes for row in rows_of(case, shape, dtype, target)]
+        rows = [row for case in cases for dtype in dtypes for row in rows_of(case, case.largest("full"), dtype, target)]
     finally:
         triton_losses.set_autotune(True)
     return pandas.DataFrame(rows)

@@ -30,11 +30,6 @@ EXPLANATION = (
 )
 
 
-def largest(case):
-    """The largest shape of the quick preset, as of the losses that are compiled there."""
-    return max(case.bench["quick"], key=lambda shape: torch.Size(shape).numel())
-
-
 def table(timed, device):
     """A frame with COLUMNS."""
     timed = [case for case in timed if case.bench.get("quick")]
@@ -43,7 +38,7 @@ def table(timed, device):
         with tempfile.TemporaryDirectory() as directory:
             cold, disk = (in_a_new_process(timed, provider, device, directory) for _ in ("cold", "disk"))
         for case, (cold_s, failed), (disk_s, _) in zip(timed, cold, disk, strict=True):
-            words = case.name, " ".join(case.option_words()), words_of(largest(case), torch.float32)[0]
+            words = case.name, " ".join(case.option_words()), words_of(case.largest("quick"), torch.float32)[0]
             rows.append((*words, device.type, provider, cold_s, disk_s, failed))
     return pandas.DataFrame(rows, columns=COLUMNS)
 
@@ -68,7 +63,7 @@ def seconds_of_first_calls(timed, provider, device):
     for case in timed:
         failures, seconds = {}, float("nan")
         with noted(failures, provider):
-            tensors, options = case.arguments(largest(case), device=device, drawn_there=True)
+            tensors, options = case.arguments(case.largest("quick"), device=device, drawn_there=True)
             call = Call(PROVIDERS[provider].make(case), tensors, options, learned_by(case))
             wait()
             start = time.perf_counter()

@@ -56,10 +56,7 @@ PROVIDERS = {
 
 def providers_of(case, shape, preset, wanted):
     """The names, in order, of the providers that this preset runs on this shape of the case."""
-    shapes = case.bench[preset]
-    may_compile = preset == "full" or (
-        case.headline and shape == max(shapes, key=lambda shape: torch.Size(shape).numel())
-    )
+    may_compile = preset == "full" or (case.headline and shape == case.largest(preset))
     fitting = {
         name
         for name, it in PROVIDERS.items()

@@ -102,6 +102,7 @@ def targets_in_turn(items):
 
 
 def every(number, items):
+    """Of each test's items the first, and each that is ``number`` further on."""
     seen = collections.Counter()
     kept = []
     for item in items:

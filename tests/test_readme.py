@@ -4,6 +4,7 @@ import csv
 import inspect
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
@@ -142,6 +143,13 @@ def test_the_table_of_an_h200_is_that_of_the_committed_file():
     conditions = (ROOT / f"{H200}.md").read_text()
     assert f"]({H200}.md)" in section("h200")
     assert all(words in conditions for words in re.findall(r"`([^`]+)`", section("h200").partition("|")[0]))
+
+
+def test_what_a_call_costs_the_host_is_what_the_committed_table_says():
+    with (ROOT / "bench/results/cpu/host.csv").open() as file:
+        ratios = sorted(float(row["ratio"]) for row in csv.DictReader(file))
+    said = re.search(r"at most ([\d.]+) times eager's microseconds, none more than ([\d.]+) times", README).groups()
+    assert said == (f"{statistics.median(ratios):.2f}", f"{max(ratios):.1f}")
 
 
 def test_pictures_and_files_that_the_readme_names_exist():

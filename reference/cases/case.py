@@ -37,6 +37,10 @@ class Case:
         """How many numbers its matrix products make in plain PyTorch; 0 if it has none."""
         return shape[0] * shape[-1] if self.features else shape[0] ** 2 if self.pairwise else 0
 
+    def largest(self, preset):
+        """The shape of most numbers that a preset of the bench times."""
+        return max(self.bench[preset], key=lambda shape: torch.Size(shape).numel())
+
     def option_words(self):
         return [f"{name}={value.__name__ if callable(value) else value}" for name, value in self.options.items()]
 
