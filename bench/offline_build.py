@@ -6,13 +6,13 @@ and stops before the launch. So a build here is the one that the same call would
 
 import contextlib
 import io
-import os
 import re
 import sys
 import tempfile
 from dataclasses import dataclass
 from unittest import mock
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -128,10 +128,6 @@ def building(name):
 
     launch_as_ever, bind_as_ever = Tuned.launch, Tuned.bind
     plan.forget()
-    own = {
-        "TRITON_CACHE_DIR": OWN_CACHE.name,
-        "TRITON_DUMP_PTXAS_LOG": "1",
-    }  # its log counts registers and spills
     replaced = [
         (driver, "_active", NoGPU(name)),  # Triton asks the driver for the target
         (JITFunction, "__getitem__", build),
@@ -144,7 +140,10 @@ def building(name):
         if hasattr(module, "WARP"):
             replaced.append((module, "WARP", TARGETS[name].warp_size))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, own))
+        stack.enter_context(knobs.cache.scope())
+        stack.enter_context(knobs.nvidia.scope())
+        knobs.cache.dir = OWN_CACHE.name
+        knobs.nvidia.dump_ptxas_log = True  # it counts registers and spills
         for owner, attribute, value in replaced:
             stack.enter_context(mock.patch.object(owner, attribute, value))
         yield builds

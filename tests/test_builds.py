@@ -12,8 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need Triton, which is not installed")
 
+from triton import knobs
+
 from bench.machine_code import accesses, loops_of, machine_loops, spills_in_loops
-from bench.offline_build import TARGETS, building
+from bench.offline_build import OWN_CACHE, TARGETS, building
 from reference.cases import CASES
 from reference.cases.classification import logits_and_probabilities
 from triton_losses import functional
@@ -150,6 +152,15 @@ def forward_and_backward(name, call, *args, passes=("forward", "backward"), **op
     names = [build.kernel.name for build in builds]
     assert len(names) == len(passes) and all(f"_{which}_" in f"_{name}_" for which, name in zip(passes, names)), names
     return builds
+
+
+def test_builds_keep_to_their_own_cache_wherever_a_program_keeps_its_kernels(tmp_path):
+    """A kernel that another process compiled would have no report of registers and spills."""
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        with building("sm_90"):
+            assert knobs.cache.dir == OWN_CACHE.name
+        assert knobs.cache.dir == str(tmp_path)
 
 
 # of each loss, in every dtype; other options in the one trained in

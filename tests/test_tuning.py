@@ -240,7 +240,7 @@ def test_the_file_is_believed_over_the_timer(gpu, tmp_path):
 
 def test_the_cache_lies_in_tritons_own_unless_told_otherwise(gpu, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_LOSSES_CACHE_DIR")
-    monkeypatch.setattr(tuning.triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     make().config(arguments())
     assert len(list((tmp_path / "triton_losses").glob("kernel-*.json"))) == 1
 
