@@ -20,6 +20,10 @@ ROUNDING = {
 }
 
 
+# the losses of probabilities alone, which a softmax may make
+OF_REGIONS_ALONE = ("dice_loss", "jaccard_loss", "tversky_loss", "focal_tversky_loss", "generalized_dice_loss")
+
+
 def value_and_gradients(loss, case, tensors, options):
     """The loss and a gradient of each differentiable tensor, for one upstream gradient, the same in every dtype."""
     tensors = [t.clone().requires_grad_(i < case.differentiable) for i, t in enumerate(tensors)]
@@ -64,6 +68,13 @@ def terms_of_reverse_gradient(student, temperature, reduction):
     return float(terms.max() / (temperature * rows))
 
 
+def terms_of_softmax_gradient(plain, case, tensors, options):
+    """p_i g_i: a gradient by logits is p_i (g_i - Σ_j p_j g_j), where g is the gradient by their softmax p."""
+    p = tensors[0].softmax(1)
+    _, g = value_and_gradients(plain, case, [p, *tensors[1:]], {**options, "softmax": False})
+    return float((p * g).abs().nan_to_num(0.0).max())
+
+
 def terms_of_similarities(case, tensors, options, reduction):
     """Of a loss of all pairs and of each gradient: shares p of similarities S, whose roundings make p off by |S|."""
     x, *others = (t.double() for t in tensors[: case.differentiable])
@@ -91,9 +102,8 @@ def check(case, shape, dtype, reduction, device):
     ours = value_and_gradients(getattr(functional, case.name), case, tensors, options)
     plain = getattr(reference.losses, case.name)
     torchs = value_and_gradients(plain, case, tensors, options)
-    exact = value_and_gradients(
-        plain, case, [in_float64(t) for t in tensors], {k: in_float64(v) for k, v in options.items()}
-    )
+    wide = [in_float64(t) for t in tensors], {k: in_float64(v) for k, v in options.items()}
+    exact = value_and_gradients(plain, case, *wide)
     for i, (o, t, e) in enumerate(zip(ours, torchs, exact, strict=True)):
         assert o.dtype == t.dtype and o.shape == t.shape
         # these gradients are differences of sums: how far roundings add up there is for each order of summing its own
@@ -103,6 +113,8 @@ def check(case, shape, dtype, reduction, device):
         size = case.options["temperature"] ** 2 if case.options.get("temperature_squared") and not i else 0.0
         if case.name == "distillation_loss" and case.options.get("direction") == "reverse" and i:
             size = terms_of_reverse_gradient(tensors[0], case.options.get("temperature", 1.0), reduction)
+        if case.options.get("softmax") and case.name in OF_REGIONS_ALONE and i and dtype.itemsize >= 4:
+            size = terms_of_softmax_gradient(plain, case, *wide)
         if case.pairwise and dtype.itemsize >= 4:
             size = terms_of_similarities(case, tensors, options, reduction)[i]
         assert_within_budget(o, t, e, dtype, times, size)
