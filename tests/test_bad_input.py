@@ -9,7 +9,8 @@ import warnings
 import numpy
 import pytest
 import torch
-from test_drop_in import FIRST, TORCHS, operators, prepared
+from table import FIRST, TORCHS, prepared
+from test_drop_in import operators
 from test_losses import SOME
 
 import triton_losses

@@ -1,7 +1,7 @@
 """What a training script does around a loss: mixed precision, compiled steps, export, meta and default devices, tensor
 subclasses. Each for every loss of the table.
 
-test_compile.py has single calls, test_drop_in.py modules and plain autocast.
+test_compile.py has single calls, test_modules.py modules, test_drop_in.py plain autocast.
 """
 
 import copy

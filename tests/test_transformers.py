@@ -1,12 +1,12 @@
 """Models of Transformers that train by linear_cross_entropy: their losses and gradients are those that they had.
 
-All models are tiny and of random weights; nothing is downloaded. The file is skipped where transformers is missing.
+test_transformers_refused.py has what raises, test_transformers_training.py who trains them. Skipped where transformers
+is missing.
 """
 
 import copy
 import doctest
 import functools
-import importlib
 import pathlib
 import pickle
 import re
@@ -14,103 +14,23 @@ import re
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-integration = importlib.import_module("triton_losses.integrations.transformers")
-use_linear_cross_entropy, undo_linear_cross_entropy = (
-    integration.use_linear_cross_entropy,
-    integration.undo_linear_cross_entropy,
+from transformers_models import (
+    CLASSES,
+    FAMILIES,
+    SMALL,
+    assert_same,
+    compare,
+    integration,
+    loss_and_gradients,
+    model_of,
+    tokens,
+    transformers,
+    undo_linear_cross_entropy,
+    use_linear_cross_entropy,
 )
 
 pytestmark = pytest.mark.not_interpreted
 ROOT = pathlib.Path(__file__).parents[1]
-CLASSES = 101
-SMALL = {
-    "vocab_size": CLASSES,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.15,  # logits large enough that soft-capping and scales show
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0}
-HEADS = {"head_dim": 8}
-EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
-SHARED_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
-SOFTCAP = {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}  # 2: small enough to change these tiny logits
-FAMILIES = {  # what is special about the head; the model's class, its config's class, and the config
-    "Llama": ("LlamaForCausalLM", "LlamaConfig", {}),
-    "Llama, tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
-    "Mistral": ("MistralForCausalLM", "MistralConfig", {}),
-    "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
-    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", HEADS),
-    "Gemma": ("GemmaForCausalLM", "GemmaConfig", HEADS),
-    "Gemma 2, softcap": ("Gemma2ForCausalLM", "Gemma2Config", HEADS | SOFTCAP),
-    "Gemma 3 text": ("Gemma3ForCausalLM", "Gemma3TextConfig", HEADS | SOFTCAP),
-    "Phi, bias": ("PhiForCausalLM", "PhiConfig", {}),
-    "Phi 3": ("Phi3ForCausalLM", "Phi3Config", {}),
-    "GPT-2, tied": ("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "T5, encoder": ("T5ForConditionalGeneration", "T5Config", T5),
-    "Granite, scaled": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 4.0}),
-    "Cohere, scaled": ("CohereForCausalLM", "CohereConfig", {"logit_scale": 0.25}),
-    "Mixtral, auxiliary loss": ("MixtralForCausalLM", "MixtralConfig", EXPERTS | {"num_local_experts": 4}),
-    "Qwen2-MoE, auxiliary loss": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", EXPERTS | SHARED_EXPERTS),
-}
-
-
-def model_of(family="Llama", **config):
-    model, config_class, special = FAMILIES[family]
-    torch.manual_seed(0)
-    made = getattr(transformers, model)(getattr(transformers, config_class)(**SMALL | special | config))
-    return made.train()
-
-
-def tokens(rows=3, length=9, device="cpu"):
-    """Ids, and the same as labels with some of them ignored."""
-    ids = torch.randint(3, CLASSES, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
-    labels = ids.clone()
-    labels[0, :4] = labels[1, -2:] = -100
-    return {"input_ids": ids, "labels": labels}
-
-
-def loss_and_gradients(model, **inputs):
-    model.zero_grad()
-    torch.manual_seed(2)  # of dropout
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found, expected):
-    """Equal but for the order of float32 sums over 101 classes and 27 tokens.
-
-    Both heads multiply the same float32 numbers. A sum in another order differs by some 2⁻²⁴ of the sum of the
-    magnitudes of its terms, so a gradient by a small multiple of that of the largest entry of its tensor, however small
-    the entry itself is; two layers carry it on. 4e-6 is 67 · 2⁻²⁴.
-    """
-    (loss, gradients), (expected_loss, expected_gradients) = found, expected
-    assert loss.dtype == expected_loss.dtype
-    torch.testing.assert_close(loss, expected_loss, rtol=4e-6, atol=0)
-    assert gradients.keys() == expected_gradients.keys() and gradients
-    for name, gradient in expected_gradients.items():
-        atol = 4e-6 * gradient.abs().max().item()
-        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
-
-
-def compare(model, inputs=None, **options):
-    """The model must have the same loss and gradients before and after it is changed; returns it changed."""
-    inputs = tokens(device=next(model.parameters()).device) if inputs is None else inputs
-    expected = loss_and_gradients(model, **inputs)
-    changed = use_linear_cross_entropy(model, **options)
-    assert changed is model and model(**inputs).logits is None
-    assert_same(loss_and_gradients(model, **inputs), expected)
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -379,152 +299,6 @@ def test_a_changed_model_is_saved_as_its_own(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.state_dict().keys() == model.state_dict().keys() and "forward" not in vars(loaded)
-
-
-USES = {
-    "log_softmax": lambda logits, labels: logits.log_softmax(-1).mean(),
-    "softmax": lambda logits, labels: torch.softmax(logits, -1).mean(),
-    "power": lambda logits, labels: logits**2,
-    "subtraction": lambda logits, labels: logits - 1,
-    "negative factor": lambda logits, labels: logits * -1,
-    "factor of 0": lambda logits, labels: logits / 0.0,
-    "tensor as factor": lambda logits, labels: logits * torch.tensor(2.0),
-    "tensor before": lambda logits, labels: torch.tensor(2.0) * logits,
-    "added tensor": lambda logits, labels: logits + torch.ones(CLASSES),
-    "one token": lambda logits, labels: logits[:, 0],
-    "some classes": lambda logits, labels: logits[..., :7],
-    "classes of one token": lambda logits, labels: logits[0:1, 0:1, 0:1],
-    "comparison": lambda logits, labels: logits == 1,
-    "truth": lambda logits, labels: bool(logits),
-    "iteration": lambda logits, labels: list(logits),
-    "two tanhs": lambda logits, labels: torch.tanh(torch.tanh(logits)),
-    "flat": lambda logits, labels: logits.view(-1),
-    "maximum": lambda logits, labels: logits.max(),
-    "integers": lambda logits, labels: logits.to(torch.int64),
-    "classes second": lambda logits, labels: torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels),
-    "unflattened": lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels),
-    "another loss": lambda logits, labels: torch.nn.functional.multi_margin_loss(logits.view(-1, CLASSES), labels),
-    "chances": lambda logits, labels: torch.nn.functional.cross_entropy(
-        logits.view(-1, CLASSES), torch.full((27, CLASSES), 1 / CLASSES)
-    ),
-    "none": lambda logits, labels: torch.tensor(1.0),
-}
-
-
-@pytest.mark.parametrize("use", USES)
-def test_a_model_that_does_something_unknown_with_its_logits_raises(use):
-    model = use_linear_cross_entropy(model_of())
-    model.loss_function = lambda logits, labels, **_: USES[use](logits, labels)
-    with pytest.raises(NotImplementedError):
-        model(**tokens())
-    undo_linear_cross_entropy(model)
-    assert not model.lm_head._forward_pre_hooks
-
-
-def test_the_error_says_what_was_met_and_what_is_known():
-    model = use_linear_cross_entropy(model_of())
-    model.loss_function = lambda logits, labels, **_: torch.softmax(logits, -1).mean()
-    with pytest.raises(NotImplementedError, match="LlamaForCausalLM: .* what softmax does .* it knows linear, .* tanh"):
-        model(**tokens())
-
-
-def test_a_class_of_ones_own_is_trained_if_all_that_it_does_is_known():
-    class Scaled(transformers.LlamaForCausalLM):
-        def forward(self, input_ids, labels=None):
-            logits = self.lm_head(self.model(input_ids).last_hidden_state)
-            logits = 30 * torch.tanh(logits * 2 / 30) / 0.5
-            logits = logits[..., :-1, :].contiguous().to(torch.float32)
-            loss = torch.nn.CrossEntropyLoss()(logits.view(-1, logits.size(-1)), labels[:, 1:].reshape(-1))
-            return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
-
-    torch.manual_seed(0)
-    compare(Scaled(transformers.LlamaConfig(**SMALL)).train())
-
-
-def test_logits_may_go_to_another_device_after_the_loss_and_not_before():
-    class Moved(transformers.LlamaForCausalLM):
-        def forward(self, input_ids, labels=None):
-            outputs = super().forward(input_ids, labels=labels)
-            outputs["logits"] = outputs.logits.to("meta", non_blocking=True)
-            return outputs
-
-    torch.manual_seed(0)
-    compare(model := Moved(transformers.LlamaConfig(**SMALL)).train())
-    model.loss_function = lambda logits, labels, **_: torch.nn.functional.cross_entropy(logits.to("meta"), labels)
-    with pytest.raises(NotImplementedError):
-        model(**tokens())
-
-
-def test_labels_smoothed_twice_are_refused():
-    def smoothed(logits, labels, vocab_size, **_):
-        rows = logits.view(-1, vocab_size)
-        return torch.nn.functional.cross_entropy(rows, labels.view(-1), label_smoothing=0.1)
-
-    model = model_of()
-    model.loss_function = smoothed
-    compare(model)
-    use_linear_cross_entropy(undo_linear_cross_entropy(model), label_smoothing=0.2)
-    with pytest.raises(ValueError, match="set twice: 0.1 .* 0.2"):
-        model(**tokens())
-
-
-def test_what_cannot_be_changed_raises():
-    model = use_linear_cross_entropy(model_of())
-    with pytest.raises(RuntimeError, match="already"):
-        use_linear_cross_entropy(model)
-    with pytest.raises(RuntimeError, match="nothing to undo"):
-        undo_linear_cross_entropy(model_of())
-    with pytest.raises(TypeError, match="a model of transformers, .* got Linear"):
-        use_linear_cross_entropy(torch.nn.Linear(2, 2))
-    with pytest.raises(NotImplementedError, match="must take labels"):
-        use_linear_cross_entropy(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)))
-    with pytest.raises(NotImplementedError, match="must have output embeddings"):
-        config = transformers.LlamaConfig(**SMALL)
-        use_linear_cross_entropy(transformers.LlamaForSequenceClassification(config))
-    with pytest.raises(RuntimeError, match="label_smoothing must be"):
-        use_linear_cross_entropy(model_of(), label_smoothing=2.0)
-    with pytest.raises(ValueError, match="kept_tokens"):
-        use_linear_cross_entropy(model_of(), kept_tokens="few")
-
-
-@pytest.mark.parametrize("version, known", [("4.56.2", False), ("4.57.0", True), ("5.24.0", True), ("6.0.0", False)])
-def test_only_known_versions_are_changed(version, known, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
-    model = model_of()
-    if known:
-        use_linear_cross_entropy(model)
-    else:
-        with pytest.raises(ImportError, match=f"from 4.57 to below 6.0, got {version}"):
-            use_linear_cross_entropy(model)
-
-
-def test_the_extra_in_pyproject_names_the_known_versions():
-    (first, end) = (".".join(map(str, version)) for version in integration.VERSIONS)
-    assert f'"transformers>={first},<{end.removesuffix(".0")}"' in (ROOT / "pyproject.toml").read_text()
-
-
-def test_a_weight_that_is_freed_before_the_loss_raises():
-    """As FSDP and DeepSpeed do where the head is a unit of its own."""
-    model = use_linear_cross_entropy(model_of())
-
-    def free(head, args, result):
-        head.weight.untyped_storage().resize_(0)
-
-    model.lm_head.register_forward_hook(free)
-    with pytest.raises(RuntimeError, match="it was freed"):
-        model(**tokens())
-
-
-def test_a_weight_that_is_no_plain_tensor_raises():
-    """Quantised weights and DTensors are classes of their own."""
-
-    class Quantised(torch.Tensor):
-        pass
-
-    model = use_linear_cross_entropy(model_of())
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantised))
-    with pytest.raises(NotImplementedError, match="linear with a Quantised"):
-        model(**tokens())
 
 
 def test_a_compiled_model_has_the_same_loss_whether_changed_or_not():

@@ -6,16 +6,14 @@ Skipped where transformers is missing.
 import pytest
 import torch
 from processes import run
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-from test_transformers import (  # noqa: E402 - it imports transformers
+from transformers_models import (
     CLASSES,
     assert_same,
     compare,
     loss_and_gradients,
     model_of,
     tokens,
+    transformers,
     undo_linear_cross_entropy,
     use_linear_cross_entropy,
 )
