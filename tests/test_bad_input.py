@@ -469,5 +469,5 @@ def test_sizes_that_differ_draw_torchs_warning_where_they_were_written(name):
     with pytest.warns(UserWarning) as caught:
         getattr(functional, name)(NUMBERS, OTHERS[0])
         torch.nn.functional.mse_loss(NUMBERS, OTHERS[0])
-    ours, torchs = caught
+    ours, torchs = (warning for warning in caught if warning.category is UserWarning)  # numpy has one of Triton 3.6
     assert str(ours.message) == str(torchs.message) and ours.filename == __file__

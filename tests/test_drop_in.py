@@ -92,7 +92,7 @@ def sizes_of_terms(loss, arguments, options, gradients):
     ]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64) if INTERPRET else DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32,) if INTERPRET else DTYPES, ids=str)
 @pytest.mark.parametrize("name", TORCHS)
 def test_pytorchs_own_samples_give_what_torch_gives(name, dtype, device):
     """Values, result dtypes, shapes, and which arguments get gradients; off by at most twice what torch is off by."""

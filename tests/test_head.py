@@ -166,6 +166,7 @@ def ops_of(graphs):
     return [str(node.target) for graph in graphs for node in graph.graph.nodes if "triton_losses" in str(node.target)]
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reduction, forward, backward", [("mean", 1, 0), ("none", 1, 1)])
 def test_it_is_one_op_of_a_compiled_graph(reduction, forward, backward, dynamic, device):

@@ -163,6 +163,12 @@ def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
     }
 
 
+def test_the_versions_that_the_readme_names_are_those_that_are_tested():
+    tested = "\n".join((ROOT / name).read_text() for name in ("constraints.txt", "constraints-oldest.txt", ".ci/run"))
+    (said,) = re.findall(r"All tests run on\n.*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    assert set(re.findall(r"(torch|triton) ([\d.]+\d)", said)) == set(re.findall(r"\b(torch|triton)==([\d.]+)", tested))
+
+
 MOST_ARGUMENTS = 8
 OF_MANY = {
     "Tuned.__init__": "what a kernel is launched with, given by name",
