@@ -9,9 +9,8 @@ import warnings
 import numpy
 import pytest
 import torch
-from table import FIRST, TORCHS, prepared
+from table import FIRST, SOME, TORCHS, prepared
 from test_drop_in import operators
-from test_losses import SOME
 
 import triton_losses
 from triton_losses import functional

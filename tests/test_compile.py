@@ -4,7 +4,8 @@ thinks it is.
 
 import pytest
 import torch
-from test_losses import SOME, value_and_gradients
+from table import SOME
+from test_losses import value_and_gradients
 from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint

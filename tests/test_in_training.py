@@ -10,7 +10,8 @@ import pickle
 import pytest
 import torch
 from preference_by_hand import LOSSES
-from test_losses import FIRST, PLAIN, assert_within_budget, in_float64
+from table import FIRST, PLAIN
+from test_losses import assert_within_budget, in_float64
 from test_preference_calls import arguments_of
 from torch._dynamo.backends.debugging import aot_eager
 from torch.testing._internal.two_tensor import TwoTensor
@@ -20,8 +21,7 @@ import triton_losses
 from triton_losses import functional
 
 pytestmark = pytest.mark.not_interpreted
-NAMES = {case.name: case for case in FIRST}
-of_every_loss = pytest.mark.parametrize("case", FIRST, ids=str)
+of_every_loss = pytest.mark.parametrize("case", FIRST.values(), ids=str)
 of_every_line = pytest.mark.parametrize("case", PLAIN, ids=str)
 
 
@@ -138,7 +138,7 @@ STEPS = [("aot_eager", None), ("aot_eager", True), ("aot_eager", False), ("induc
 )
 def test_a_whole_step_compiles_with_its_optimiser(name, backend, dynamic):
     """One function of a model, its loss, the backward and SGD; in no more graphs than with eager's loss."""
-    case, graphs = NAMES[name], []
+    case, graphs = FIRST[name], []
     for module in (functional, reference.losses):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -163,7 +163,7 @@ def test_a_whole_step_compiles_with_its_optimiser(name, backend, dynamic):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in PLAIN if case in FIRST or any(map(callable, case.options.values()))], ids=str
+    "case", [case for case in PLAIN if case in FIRST.values() or any(map(callable, case.options.values()))], ids=str
 )
 def test_it_exports_for_any_number_of_rows(case):
     rows, axis = 17, 1 if case.steps else 0

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from conftest import INTERPRET
+from table import FIRST, SOME
 
 import reference.losses
 from reference.cases import CASES
@@ -120,18 +121,13 @@ def check(case, shape, dtype, reduction, device):
         assert_within_budget(o, t, e, dtype, times, size)
 
 
-PLAIN = [case for case in CASES if not case.note]
-FIRST = {case.name: case for case in reversed(PLAIN)}.values()  # of each loss
-SOME = FIRST if INTERPRET else PLAIN  # the interpreter takes seconds for what the CPU path takes milliseconds for
-
-
 def crossed(values, some=()):
     """Every case with every value; interpreted, which takes seconds, with ``some`` alone, but for each loss's first."""
     return [
         pytest.param(case, v, id=f"{case}-{v}")
         for case in CASES
         for v in values
-        if not INTERPRET or v in some or case in FIRST
+        if not INTERPRET or v in some or case in FIRST.values()
     ]
 
 

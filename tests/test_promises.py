@@ -14,12 +14,12 @@ from table import (
     PLAIN,
     REGIONS,
     SEQUENCES,
+    SOME,
     WITH_LABELS,
     class_weights,
     draw,
     prepared,
 )
-from test_losses import SOME
 
 import reference.losses
 from triton_losses import functional
